@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+// Chooses among the instruction sets that the CPU kernels were compiled for.
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "blocks.h"
+#include "kernels.h"
+
+PFGM_DECLARE_KERNELS(portable)
+#if defined(__x86_64__)
+PFGM_DECLARE_KERNELS(avx2)
+PFGM_DECLARE_KERNELS(avx512)
+#endif
+
+namespace pfgm {
+namespace {
+
+struct Kernels {
+  const char* name;
+  bool (*runs_here)();
+  void (*forward)(const FieldParams&);
+  void (*backward_queries)(const FieldParams&);
+  void (*backward_references)(const FieldParams&);
+};
+
+#define PFGM_KERNELS(isa, condition)                                                     \
+  {#isa, [] { return bool(condition); }, isa::field_forward, isa::field_backward_queries, \
+   isa::field_backward_references}
+
+// Best first.
+const Kernels kKernels[] = {
+#if defined(__x86_64__)
+    PFGM_KERNELS(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                             __builtin_cpu_supports("avx512vl")),
+    PFGM_KERNELS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
+#endif
+    PFGM_KERNELS(portable, true),
+};
+
+const Kernels* chosen = std::find_if(std::begin(kKernels), std::end(kKernels),
+                                     [](const Kernels& k) { return k.runs_here(); });
+
+void check(const FieldParams& p) {
+  if (p.batch < 0 || p.count < 1 || p.dim < 1 || p.num_splits < 1 || p.num_splits > p.count ||
+      p.num_threads < 1 || !(p.half_k > 0)) {
+    throw std::invalid_argument("CPU kernel called with sizes out of range");
+  }
+  if (!p.x || !p.t || !p.values || !p.scratch) {
+    throw std::invalid_argument("CPU kernel called with a null pointer");
+  }
+}
+
+}  // namespace
+
+int64_t scratch_size(int64_t dim) {
+  // A block of references and its gradient.
+  return 2 * (dim <= kMaxColumnDim ? ColumnBlock::size(dim) : RowBlock::size(dim));
+}
+
+const char* instruction_set() { return chosen->name; }
+
+void use_instruction_set(const char* name) {
+  for (const Kernels& kernels : kKernels) {
+    if (std::string(name) == kernels.name && kernels.runs_here()) {
+      chosen = &kernels;
+      return;
+    }
+  }
+  throw std::invalid_argument(std::string("this processor or build has no instruction set ") + name);
+}
+
+void field_forward_cpu(const FieldParams& p) {
+  check(p);
+  chosen->forward(p);
+}
+
+void field_backward_queries_cpu(const FieldParams& p) {
+  check(p);
+  chosen->backward_queries(p);
+}
+
+void field_backward_references_cpu(const FieldParams& p) {
+  check(p);
+  chosen->backward_references(p);
+}
+
+}  // namespace pfgm

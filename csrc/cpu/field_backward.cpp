@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+// Gradients of the displacement v and the log mass, with cotangents g and g_m:
+//
+//   w_j = exp(logit_j − log_mass),  a_j = g·(x0_j − x − v),  c_j = (k/2) w_j (a_j + g_m) / s_j
+//   dx = −g − 2 Σ_j c_j (x − x0_j),  dt = −2 t Σ_j c_j
+//   dx0_j = Σ_b (w_j g + 2 c_j (x − x0_j))
+//
+// For k = ∞: c_j = w_j (a_j + g_m) / (2t²), dt = (2/t) Σ_j c_j ‖x − x0_j‖². The weights are
+// recomputed from the anchor's s and its log weight, both saved by the forward pass.
+#include "../field_math.h"
+#include "blocks.h"
+#include "kernels.h"
+
+namespace pfgm {
+namespace {
+
+struct Query {
+  RadialKernel<double> kernel;
+  double half_k, t, offset, nearest, anchor_log_weight, projection, grad_log_mass, cutoff;
+  const double *x, *g;
+  bool singular;  // on a reference at t = 0: zero gradients
+
+  void start(const FieldParams& p, int64_t b) {
+    const int64_t ld = round_up(p.dim, kPad);
+    kernel = RadialKernel<double>(p.half_k, p.t[b]);
+    half_k = p.half_k;
+    t = p.t[b];
+    offset = kernel.s_offset(t);
+    nearest = p.anchor_s[b];
+    anchor_log_weight = p.anchor_log_weight[b];
+    projection = p.projection[b];
+    grad_log_mass = p.grad_log_mass[b];
+    cutoff = -(kCutoff + ::log(static_cast<double>(p.count)));
+    x = p.x + b * ld;
+    g = p.grad_displacement + b * ld;
+    singular = !kernel.gaussian && nearest == 0;
+  }
+
+  // Squared distances become s in place, and its weights are written; returns whether any is not 0.
+  bool weigh(double* s, double* weights, int count, int padded) const {
+    VecInt active = {};
+    for (int r = 0; r < padded; r += kLanes) {
+      const Vec v = load(s + r) + offset;
+      const Vec logit = kernel.relative_logit<VecMath>(v, broadcast(nearest));
+      const Vec w = singular || logit < cutoff ? Vec{} : exp(logit + anchor_log_weight);
+      active |= (VecInt)(w != 0.0);
+      store(s + r, v);
+      store(weights + r, w);
+    }
+    for (int r = count; r < padded; ++r) weights[r] = 0;
+    int64_t any = 0;
+    for (int i = 0; i < kLanes; ++i) any |= active[i];
+    return any != 0;
+  }
+
+  // Projections g·(x0_j − x) become the coefficients c_j in place; returns their share of dt.
+  double coefficients(const double* s, const double* weights, double* a, int padded) const {
+    Vec sum = {};
+    for (int r = 0; r < padded; r += kLanes) {
+      const Vec w = load(weights + r), v = load(s + r);
+      const Vec pull = w * (load(a + r) - projection + grad_log_mass);
+      const Vec c = kernel.gaussian ? pull * kernel.inverse_two_t2 : pull * half_k / v;
+      const Vec finite = w == 0.0 ? Vec{} : c;
+      store(a + r, finite);
+      sum += kernel.gaussian ? finite * v : finite;
+    }
+    return (kernel.gaussian ? 2 / t : -2 * t) * reduce_add(sum);
+  }
+};
+
+// s, weights and coefficients of one group of queries and one block of references.
+template <class Block>
+struct GroupWeights {
+  double s[kGroup][kMaxRows], weights[kGroup][kMaxRows], coefficients[kGroup][kMaxRows];
+
+  // Returns false, with nothing but s written, where every weight is zero. dt (size,) is added to.
+  bool compute(const Block& block, const Query* queries, int size, double* dt) {
+    const double *x[kGroup], *g[kGroup];
+    for (int q = 0; q < kGroup; ++q) {
+      x[q] = queries[q < size ? q : 0].x;
+      g[q] = queries[q < size ? q : 0].g;
+    }
+    block.distances(x, s);
+    bool any = false;
+    for (int q = 0; q < size; ++q) {
+      any |= queries[q].weigh(s[q], weights[q], block.count, block.padded);
+    }
+    if (!any) return false;
+    block.projections(x, g, coefficients);
+    for (int q = 0; q < size; ++q) {
+      dt[q] += queries[q].coefficients(s[q], weights[q], coefficients[q], block.padded);
+    }
+    return true;
+  }
+};
+
+template <class Block>
+void queries_tile(const FieldParams& p, int64_t b, int size, double* scratch) {
+  const int64_t ld = round_up(p.dim, kPad), rows = Block::rows(p.dim);
+  Query queries[kTile];
+  for (int q = 0; q < size; ++q) {
+    queries[q].start(p, b + q);
+    p.dt[b + q] = 0;
+    for (int64_t c = 0; c < ld; ++c) p.dx[(b + q) * ld + c] = 0;
+  }
+  Block block(scratch, p.dim);
+  GroupWeights<Block> group;
+  for (int64_t first = 0; first < p.count; first += rows) {
+    block.load(p, first, clamp_size(p.count - first, rows));
+    for (int start = 0; start < size; start += kGroup) {
+      const int n = clamp_size(size - start, kGroup);
+      if (!group.compute(block, queries + start, n, p.dt + b + start)) continue;
+      for (int q = 0; q < n; ++q) {
+        block.gather(queries[start + q].x, group.coefficients[q], p.dx + (b + start + q) * ld);
+      }
+    }
+  }
+  for (int64_t i = b * ld; i < (b + size) * ld; ++i) p.dx[i] *= 2;
+}
+
+template <class Block>
+void references_block(const FieldParams& p, int64_t first, double* scratch) {
+  Block block(scratch, p.dim);
+  block.load(p, first, clamp_size(p.count - first, Block::rows(p.dim)));
+  block.clear_gradient();
+  GroupWeights<Block> group;
+  for (int64_t b = 0; b < p.batch; b += kGroup) {
+    const int n = clamp_size(p.batch - b, kGroup);
+    Query queries[kGroup];
+    double dt[kGroup] = {};  // of no use here
+    for (int q = 0; q < n; ++q) queries[q].start(p, b + q);
+    if (!group.compute(block, queries, n, dt)) continue;
+    for (int q = 0; q < n; ++q) {
+      block.scatter(queries[q].x, queries[q].g, group.weights[q], group.coefficients[q]);
+    }
+  }
+  block.store_gradient(p, first);
+}
+
+}  // namespace
+
+void PFGM_ISA::field_backward_queries(const FieldParams& p) {
+  const int64_t tile = tile_size(p);
+#pragma omp parallel for schedule(dynamic) num_threads(p.num_threads)
+  for (int64_t b = 0; b < p.batch; b += tile) {
+    const int size = clamp_size(p.batch - b, tile);
+    if (p.dim <= kMaxColumnDim) {
+      queries_tile<ColumnBlock>(p, b, size, thread_scratch(p));
+    } else {
+      queries_tile<RowBlock>(p, b, size, thread_scratch(p));
+    }
+  }
+}
+
+void PFGM_ISA::field_backward_references(const FieldParams& p) {
+  const int64_t rows = p.dim <= kMaxColumnDim ? ColumnBlock::rows(p.dim) : RowBlock::rows(p.dim);
+#pragma omp parallel for schedule(dynamic) num_threads(p.num_threads)
+  for (int64_t first = 0; first < p.count; first += rows) {
+    if (p.dim <= kMaxColumnDim) {
+      references_block<ColumnBlock>(p, first, thread_scratch(p));
+    } else {
+      references_block<RowBlock>(p, first, thread_scratch(p));
+    }
+  }
+}
+
+}  // namespace pfgm

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// What crosses the boundary of the extension: one plain struct and the host entry points.
+#pragma once
+
+#include <cstdint>
+
+namespace pfgm {
+
+enum class ValueType : int { kFloat32, kFloat64, kUint8 };
+
+// Arrays are contiguous and row-major. B = batch, N = count, d = dim; ld is d rounded up to a
+// multiple of 8 for the CPU kernels (columns beyond d are zero) and d for CUDA.
+struct FieldParams {
+  int64_t batch, count, dim;
+  double half_k;           // (d + D)/2; infinity selects the Gaussian kernel
+  const double* x;         // (B, ld)
+  const double* t;         // (B,)
+  const void* values;      // (N, d) of value_type
+  const float* table;      // (256,) what 8-bit codes stand for; null for floating-point values
+  ValueType value_type;
+
+  // Forward: partial sums over num_splits contiguous parts of the references, combined into part 0.
+  int num_splits;
+  double* displacement;       // (num_splits, B, ld)
+  double* nearest;            // (num_splits, B) smallest s; work area
+  double* sum;                // (num_splits, B) of the weights relative to the nearest; work area
+  int64_t* anchor;            // (num_splits, B)
+  double* log_mass;           // (B,)
+  double* anchor_log_weight;  // (B,) output of the forward pass, input of the backward pass
+
+  // Backward.
+  const double* anchor_s;           // (B,) s of the anchor
+  const double* grad_displacement;  // (B, ld)
+  const double* projection;         // (B,) grad_displacement · v
+  const double* grad_log_mass;      // (B,)
+  double* dx;                       // (B, ld) 2 Σ_j c_j (x0_j − x)
+  double* dt;                       // (B,)
+  void* dvalues;                    // (N, d) of value_type, or null
+
+  double* scratch;  // (num_threads, scratch_size(d))
+  int num_threads;
+  int device;    // CUDA only
+  void* stream;  // CUDA only
+};
+
+// Doubles of scratch that one thread of a CPU kernel needs.
+int64_t scratch_size(int64_t dim);
+
+void field_forward_cpu(const FieldParams& params);
+void field_backward_queries_cpu(const FieldParams& params);
+void field_backward_references_cpu(const FieldParams& params);
+
+// The instruction set that the CPU kernels run with: the best of this processor, or the one that a
+// test asked for.
+const char* instruction_set();
+void use_instruction_set(const char* name);
+
+}  // namespace pfgm

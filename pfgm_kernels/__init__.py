@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The empirical Poisson field of a whole data set: exact, fused and differentiable."""
+
+import torch  # noqa: F401  (first, so that the extension shares torch's OpenMP runtime)
+
+from pfgm_kernels.backends import report
+from pfgm_kernels.field import poisson_displacement, poisson_field
+from pfgm_kernels.merge import merge
+from pfgm_kernels.references import ReferenceSet
+
+__all__ = ["ReferenceSet", "merge", "poisson_displacement", "poisson_field", "report"]

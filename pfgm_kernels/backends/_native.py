@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled extension: the only place with data_ptr() and streams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from pfgm_kernels import _C
+
+    build_info: dict[str, str] = _C.build_info()
+    missing_reason = None
+except ImportError as error:
+    build_info = {}
+    missing_reason = f"the extension is not built or does not load ({error})"
+
+
+def description() -> str:
+    """What the extension was built with, or why it is missing."""
+    return missing_reason or ", ".join(f"{key} {value}" for key, value in build_info.items())
+
+
+def launch(entry: str, **arguments: Any) -> None:
+    """Call an entry point of the extension with tensors as pointers.
+
+    The tensors are held by `arguments` until the call returns (a CPU kernel has then finished; a
+    CUDA kernel's tensors are kept by torch's stream-ordered allocator).
+    """
+    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
+    pointers = {
+        name: value.data_ptr() if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+    if device.type == "cuda":
+        pointers["device"] = device.index
+        pointers["stream"] = torch.cuda.current_stream(device).cuda_stream
+    else:
+        pointers["num_threads"] = torch.get_num_threads()
+    getattr(_C, entry)(**pointers)
+
+
+def scratch_size(d: int) -> int:
+    """Doubles of scratch memory that one thread of a CPU kernel needs."""
+    return _C.scratch_size(d)

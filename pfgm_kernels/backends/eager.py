@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Portable PyTorch in float64, on any device: the fallback and the baseline."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pfgm_kernels.backends._values import decode
+
+
+def unsupported_reason(
+    device: torch.device | None = None, d: int | None = None, requires_grad: bool = False
+) -> str | None:
+    if device is not None and device.type == "mps":
+        return "it computes in float64, which MPS devices do not have"
+    return None
+
+
+def chunk_shape(batch: int, count: int, d: int, workspace: int) -> tuple[int, int]:
+    """Queries and references per chunk that keep the float64 temporaries within `workspace`.
+
+    A reference costs two rows of d (and its decoding indices), a query five; a pair costs five
+    matrix entries, in the backward pass.
+    """
+    rows = max(1, min(batch, workspace // 2 // (5 * 8 * d)))
+    per_reference = 8 * (3 * d + 5 * rows)
+    return rows, max(1, min(count, workspace // 2 // per_reference))
+
+
+def forward(
+    x: Tensor, t: Tensor, values: Tensor, table: Tensor, k: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Displacement and log mass of one chunk: Eqs. (3) and (12), see design of `ops`."""
+    x, rows = x.double(), decode(values, table)
+    s = _squared_distances(x, rows)
+    if math.isfinite(k):
+        s += (t * t)[:, None]
+    nearest, anchor = s.min(1)
+    weights = _relative_logits(s, nearest, t, k).exp_()
+    total = weights.sum(1)
+    weights /= total[:, None]
+    anchor_weight = weights.gather(1, anchor[:, None])
+    weights.scatter_(1, anchor[:, None], 0.0 * anchor_weight)  # a NaN row stays NaN
+    # v = (x0_a − x) + Σ_{j≠a} w_j (x0_j − x0_a): nothing cancels where one reference dominates.
+    # The shift by one reference keeps data far from the origin exact.
+    anchor_rows = rows[anchor]
+    shift = rows[0].clone()
+    rows = rows - shift
+    displacement = weights @ rows
+    displacement -= weights.sum(1, keepdim=True) * (anchor_rows - shift)
+    displacement += anchor_rows - x
+    if math.isfinite(k):
+        log_mass = -(k / 2) * nearest.log() + total.log()
+    else:
+        log_mass = -nearest / (2 * t * t) + total.log()
+    return displacement, log_mass, anchor, -total.log()
+
+
+def backward(
+    x: Tensor,
+    t: Tensor,
+    values: Tensor,
+    table: Tensor,
+    k: float,
+    displacement: Tensor,
+    anchor_x0: Tensor,
+    anchor_log_weight: Tensor,
+    grad_displacement: Tensor,
+    grad_log_mass: Tensor,
+    values_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """This chunk's share of the gradients: 2 Σ_j c_j (x0_j − x), dt and, if asked for, dx0."""
+    x, rows = x.double(), decode(values, table)
+    offset = anchor_x0 - x
+    s = _squared_distances(x, rows)
+    nearest = offset.square().sum(1)
+    if math.isfinite(k):
+        s += (t * t)[:, None]
+        nearest = nearest + t * t
+    weights = _relative_logits(s, nearest, t, k).add_(anchor_log_weight[:, None]).exp_()
+    singular = nearest == 0 if math.isfinite(k) else torch.zeros_like(nearest, dtype=torch.bool)
+    weights.masked_fill_(singular[:, None], 0.0)
+
+    # a_j = g·(x0_j − x − v) = g·(x0_j − x0_a) − g·(v − (x0_a − x))
+    shift = rows[0].clone()
+    rows = rows - shift
+    projection = (grad_displacement * (anchor_x0 - shift + displacement - offset)).sum(1)
+    coefficients = grad_displacement @ rows.T
+    coefficients += (grad_log_mass - projection)[:, None]
+    coefficients *= weights
+    if math.isfinite(k):
+        coefficients *= (k / 2) / s
+        coefficients.masked_fill_(singular[:, None], 0.0)
+        dt = -2 * t * coefficients.sum(1)
+    else:
+        coefficients /= (2 * t * t)[:, None]
+        dt = 2 / t * (coefficients * s).sum(1)
+    x_shifted = x - shift
+    total = coefficients.sum(1, keepdim=True)
+    dx = 2 * (coefficients @ rows - total * x_shifted)
+    if not values_grad:
+        return dx, dt, None
+    dvalues = weights.T @ grad_displacement + 2 * (coefficients.T @ x_shifted)
+    dvalues -= 2 * coefficients.sum(0)[:, None] * rows
+    return dx, dt, dvalues
+
+
+def _squared_distances(x: Tensor, rows: Tensor) -> Tensor:
+    """‖x_i − x0_j‖² (B, N) by direct differences; an infinite one is NaN, never a small weight."""
+    distances = torch.cdist(x, rows, compute_mode="donot_use_mm_for_euclid_dist")
+    s = distances.square_()
+    return s.masked_fill_(s.isinf(), math.nan)
+
+
+def _relative_logits(s: Tensor, nearest: Tensor, t: Tensor, k: float) -> Tensor:
+    """Logits relative to that of a reference at s = `nearest`, (B, N)."""
+    difference = s - nearest[:, None]
+    if not math.isfinite(k):
+        return difference.div_((-2 * t * t)[:, None])
+    # At the singular point (s = 0) the coinciding references share all the weight.
+    singular = (nearest == 0)[:, None]
+    difference = torch.where(singular & (s > 0), math.inf, difference.div_(nearest[:, None]))
+    return torch.where(singular & (s == 0), 0.0, difference).log1p_().mul_(-k / 2)

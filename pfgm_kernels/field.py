@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op: the normalised empirical Poisson field of a reference batch.
+
+With k = d + D and s_j = ‖x − x0_j‖² + t² (Eqs. 3 and 12 of Xu et al. 2022, "Poisson Flow
+Generative Models"; D as in Xu et al. 2023, "PFGM++"):
+
+    w = softmax_j(−(k/2) log s_j)
+    displacement v = Σ_j w_j (x0_j − x),   log_mass = logsumexp_j(−(k/2) log s_j)
+    field = scale · (v, −t) / (‖(v, −t)‖ + gamma)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pfgm_kernels import ops  # noqa: F401  (registers torch.ops.pfgm)
+from pfgm_kernels.backends import choose
+from pfgm_kernels.references import DEFAULT_WORKSPACE, ReferenceSet, flatten_references
+
+
+def poisson_field(
+    x: Tensor,
+    t: Tensor | float,
+    x0: Tensor | ReferenceSet,
+    *,
+    D: float = 1,
+    gamma: float = 0.0,
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """The normalised Poisson field of the references x0 at the queries (x, t), Eq. (12).
+
+    field = scale · (v, −t) / (‖(v, −t)‖ + gamma), with v the displacement of
+    `poisson_displacement`. It points toward the data. gamma = 0 and scale = 1 is the Normalize of
+    Eq. (12); gamma = 5 and scale = √d is the target that the published PFGM models train on. A
+    field of zero norm is 0, with zero gradient. t < 0 gives the mirror image.
+
+    Differentiable in x, t and a tensor x0, once.
+
+    Args:
+        x: (B, *event) float16, bfloat16, float32 or float64: the queries.
+        t: number, 0-dim or (B,): the distance from the data's plane, in the units of x. For D > 1
+            the augmented radius r = σ√D; for D = ∞ it is σ itself.
+        x0: (N, *event) tensor or ReferenceSet: the reference batch.
+        D: dimensions added to the data's d, real, ≥ 0; 1 is PFGM, `math.inf` the Gaussian kernel.
+        gamma: ≥ 0, added to the norm, in the units of x.
+        scale: factor of the normalised field.
+        backend: a name from `report()`, or None for the first that can run.
+
+    Returns:
+        (B, d + 1), the last column the t-component, in the dtype that x and x0 promote to
+        (float32 for 16-bit inputs). A row whose query is not finite is NaN.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes that do not fit, an empty x0, or a scalar out of its range.
+        RuntimeError: the backend asked for cannot run here; the message says why.
+    """
+    gamma, scale = _scalar("gamma", gamma), _scalar("scale", scale)
+    if not (gamma >= 0 and math.isfinite(gamma)):
+        raise ValueError(f"gamma expects a finite number ≥ 0, got {gamma}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale expects a finite number, got {scale}")
+    v, _, t64, dtype = _displacement(x, t, x0, D, backend)
+    field = torch.cat([v, -t64[:, None]], 1)
+    # Safe where the norm is zero: the square root never sees 0, so no gradient becomes NaN.
+    squared = field.square().sum(1, keepdim=True)
+    zero = squared == 0
+    norm = torch.where(zero, 1.0, squared).sqrt()
+    return torch.where(zero, 0.0, field * (scale / (norm + gamma))).to(dtype)
+
+
+def poisson_displacement(
+    x: Tensor,
+    t: Tensor | float,
+    x0: Tensor | ReferenceSet,
+    *,
+    D: float = 1,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weighted mean displacement from the queries to the references, and the log of the mass.
+
+    With k = d + D, s_j = ‖x − x0_j‖² + t² and w = softmax_j(−(k/2) log s_j):
+
+        v = Σ_j w_j (x0_j − x),   log_mass = logsumexp_j(−(k/2) log s_j)
+
+    Eq. (3) is exp(log_mass) · (v, −t) / (N · S_{d+1}(1)), and x + v is the posterior mean that
+    PFGM++ and stable target fields train on. D = 0 with t = 0 is Eq. (2). For D = ∞ the logits are
+    −‖x − x0_j‖²/(2t²). Partial results over disjoint references combine by `merge`. At the
+    singular point (t = 0 on a reference) v = 0, log_mass = +∞, and gradients are zero.
+
+    Arguments and errors are those of `poisson_field`.
+
+    Returns:
+        v (B, *event) in the promoted dtype of x and x0, log_mass (B,) float64.
+    """
+    v, log_mass, _, dtype = _displacement(x, t, x0, D, backend)
+    return v.to(dtype).view(x.shape), log_mass
+
+
+def _displacement(
+    x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, D: float, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+    """v (B, d) and log_mass (B,) in float64, t (B,) float64, and the dtype of the result."""
+    references = x0 if isinstance(x0, ReferenceSet) else None
+    values = references.values if references else flatten_references(x0)  # type: ignore[arg-type]
+    table = references.table if references else values.new_empty(0, dtype=torch.float32)
+    workspace = references.workspace if references else DEFAULT_WORKSPACE
+    event_shape = references.event_shape if references else x0.shape[1:]  # type: ignore[union-attr]
+    stored = references.dtype if references else values.dtype
+
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x expects a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x expects a floating-point tensor, got {x.dtype}")
+    if x.dim() < 1 or x.shape[1:] != event_shape:
+        raise ValueError(
+            f"x expects shape (B, *event) with event {tuple(event_shape)} as in x0, "
+            f"got {tuple(x.shape)}"
+        )
+    if x.device != values.device:
+        raise ValueError(f"x and x0 expect one device, got {x.device} and {values.device}")
+    D = _scalar("D", D)
+    if not D >= 0:
+        raise ValueError(f"D expects a real number ≥ 0, got {D}")
+    t64 = _expand_t(t, x, D)
+
+    dtype = torch.promote_types(torch.promote_types(x.dtype, stored), torch.float32)
+    queries = x.reshape(x.shape[0], values.shape[1]).to(dtype)
+    requires_grad = torch.is_grad_enabled() and (
+        queries.requires_grad or t64.requires_grad or values.requires_grad
+    )
+    name = choose(backend, x.device, values.shape[1], requires_grad)
+    args = (queries.contiguous(), t64, values, table, values.shape[1] + D, workspace, name)
+    run = _FieldFunction.apply if requires_grad else torch.ops.pfgm.field_forward
+    v, log_mass, _, _ = run(*args)
+    return v, log_mass, t64, dtype
+
+
+def _expand_t(t: Tensor | float, x: Tensor, D: float) -> Tensor:
+    """t as a contiguous float64 tensor (B,) on the device of x."""
+    if not isinstance(t, Tensor):
+        number = _scalar("t", t)
+        if number == 0 and math.isinf(D):
+            raise ValueError("t expects a number other than 0 where D is infinite, got 0")
+        return torch.full(x.shape[:1], number, dtype=torch.float64, device=x.device)
+    if t.dtype == torch.bool or t.is_complex():
+        raise TypeError(f"t expects real numbers, got {t.dtype}")
+    if t.dim() > 0 and t.device != x.device:
+        raise ValueError(f"t expects the device of x, {x.device}, got {t.device}")
+    if t.shape not in (torch.Size([]), x.shape[:1]):
+        raise ValueError(
+            f"t expects a number, a 0-dim tensor or shape ({x.shape[0]},), got {tuple(t.shape)}"
+        )
+    return t.to(x.device, torch.float64).expand(x.shape[0]).contiguous()
+
+
+def _scalar(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} expects a real number, got {type(value).__name__}")
+    if math.isnan(value):
+        raise ValueError(f"{name} expects a real number, got NaN")
+    return float(value)
+
+
+class _FieldFunction(torch.autograd.Function):
+    """The op with its closed-form backward pass (a_j, c_j as in `ops`)."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return torch.ops.pfgm.field_forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, t, values, table, *ctx.scalars = inputs
+        displacement, _, anchor, anchor_log_weight = output
+        ctx.mark_non_differentiable(anchor, anchor_log_weight)
+        ctx.save_for_backward(x, t, values, table, displacement, anchor, anchor_log_weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_displacement: Tensor, grad_log_mass: Tensor, *_: Any) -> Any:
+        x, t, values, table, displacement, anchor, anchor_log_weight = ctx.saved_tensors
+        k, workspace, backend = ctx.scalars
+        dx, dt, dvalues = torch.ops.pfgm.field_backward(
+            x,
+            t,
+            values,
+            table,
+            k,
+            displacement,
+            anchor,
+            anchor_log_weight,
+            grad_displacement.contiguous(),
+            grad_log_mass.contiguous(),
+            ctx.needs_input_grad[2],
+            workspace,
+            backend,
+        )
+        dvalues = dvalues if ctx.needs_input_grad[2] else None
+        return dx.to(x.dtype), dt, dvalues, None, None, None, None
+
+    @staticmethod
+    def vmap(*_: Any) -> Any:
+        raise NotImplementedError(
+            "poisson_field does not support vmap: it is batched already, pass the queries as one "
+            "x of shape (B, *event)"
+        )

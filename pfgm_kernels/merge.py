@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one rule by which partial results over disjoint reference sets combine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def merge(partials: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Combine displacements over disjoint reference sets into that over their union.
+
+    log_mass = logsumexp_p(log_mass_p),  v = Σ_p softmax_p(log_mass_p) v_p   (in float64)
+
+    Chunks, shards, streams and processes all use this rule. Infinite masses, which a query that
+    coincides with a reference has, share the weight equally.
+
+    Args:
+        partials: pairs (v, log_mass) as `poisson_displacement` returns them: v of shape
+            (B, *event), floating point; log_mass of shape (B,).
+
+    Returns:
+        v (B, *event) in the promoted dtype of the partial displacements, log_mass (B,) float64.
+
+    Raises:
+        ValueError: no partial, or partials whose shapes differ.
+    """
+    if not partials:
+        raise ValueError("merge expects at least one (displacement, log_mass) pair, got none")
+    shape = partials[0][0].shape
+    for v, log_mass in partials:
+        if v.shape != shape or log_mass.shape != shape[:1]:
+            raise ValueError(
+                f"merge expects displacements of shape {tuple(shape)} with log masses of shape "
+                f"{tuple(shape[:1])}, got {tuple(v.shape)} and {tuple(log_mass.shape)}"
+            )
+    weights, log_mass = mass_weights(torch.stack([m for _, m in partials]))
+    displacement = torch.zeros((), dtype=torch.float64, device=log_mass.device)
+    dtype = partials[0][0].dtype
+    for (v, _), weight in zip(partials, weights, strict=True):
+        dtype = torch.promote_types(dtype, v.dtype)
+        displacement = displacement + weight.view(-1, *[1] * (v.dim() - 1)) * v.double()
+    return displacement.to(dtype), log_mass
+
+
+def mass_weights(log_masses: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights softmax_p(log_mass_p) (P, B) and the total log mass (B,), both float64.
+
+    Differentiable; equal infinities share equally, NaN stays NaN.
+    """
+    log_masses = log_masses.double()
+    peak = log_masses.detach().amax(0)
+    shared = torch.where(log_masses == peak, 0.0, -torch.inf)
+    weights = torch.where(peak.isfinite(), log_masses - peak, shared).exp()
+    total = weights.sum(0)
+    return weights / total, peak + total.log()
