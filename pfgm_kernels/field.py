@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from pfgm_kernels import ops  # noqa: F401  (registers torch.ops.pfgm)
+from pfgm_kernels import ops
 from pfgm_kernels.backends import choose
 from pfgm_kernels.references import DEFAULT_WORKSPACE, ReferenceSet, flatten_references
 
@@ -183,31 +182,36 @@ class _FieldFunction(torch.autograd.Function):
         ctx.save_for_backward(x, t, values, table, displacement, anchor, anchor_log_weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_displacement: Tensor, grad_log_mass: Tensor, *_: Any) -> Any:
-        x, t, values, table, displacement, anchor, anchor_log_weight = ctx.saved_tensors
+        x, t, values, table, *saved = ctx.saved_tensors
         k, workspace, backend = ctx.scalars
-        dx, dt, dvalues = torch.ops.pfgm.field_backward(
-            x,
-            t,
-            values,
-            table,
-            k,
-            displacement,
-            anchor,
-            anchor_log_weight,
-            grad_displacement.contiguous(),
-            grad_log_mass.contiguous(),
-            ctx.needs_input_grad[2],
-            workspace,
-            backend,
+        cotangents = grad_displacement.contiguous(), grad_log_mass.contiguous()
+        values_grad = ctx.needs_input_grad[2]
+        # Where a second derivative is prepared for, the detour makes asking for it an error.
+        run = _FieldGradient.apply if torch.is_grad_enabled() else torch.ops.pfgm.field_backward
+        dx, dt, dvalues = run(
+            x, t, values, table, k, *saved, *cotangents, values_grad, workspace, backend
         )
-        dvalues = dvalues if ctx.needs_input_grad[2] else None
-        return dx.to(x.dtype), dt, dvalues, None, None, None, None
+        return dx.to(x.dtype), dt, dvalues if values_grad else None, None, None, None, None
+
+    vmap = staticmethod(ops.no_vmap)
+
+
+class _FieldGradient(torch.autograd.Function):
+    """The backward pass, which cannot be differentiated again."""
 
     @staticmethod
-    def vmap(*_: Any) -> Any:
+    def forward(*args: Any) -> Any:
+        return torch.ops.pfgm.field_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
         raise NotImplementedError(
-            "poisson_field does not support vmap: it is batched already, pass the queries as one "
-            "x of shape (B, *event)"
+            "poisson_field is differentiable once, got a request for second derivatives"
         )
+
+    vmap = staticmethod(ops.no_vmap)

@@ -129,6 +129,17 @@ def _field_backward(
     return dx, dt, dvalues
 
 
+def no_vmap(*_: object) -> None:
+    raise NotImplementedError(
+        "the Poisson field does not support vmap: it is batched already, pass the queries as one x "
+        "of shape (B, *event)"
+    )
+
+
+torch.library.register_vmap("pfgm::field_forward", no_vmap)
+torch.library.register_vmap("pfgm::field_backward", no_vmap)
+
+
 def _merge_partials(a: Partial, b: Partial) -> Partial:
     displacement, log_mass = merge([a[:2], b[:2]])
     weights, _ = mass_weights(torch.stack([a[1], b[1]]))

@@ -93,9 +93,7 @@ class ReferenceSet:
         if torch.empty(0, device=device).device == self.device:
             return self
         moved = type(self).__new__(type(self))
-        moved._set(
-            self.values.to(device), self.table.to(device), self.event_shape, self.workspace
-        )
+        moved._set(self.values.to(device), self.table.to(device), self.event_shape, self.workspace)
         return moved
 
     @property

@@ -30,7 +30,9 @@ constexpr double kCutoff = 38;
 typedef const double* const (&Group)[kGroup];
 typedef double (&GroupMatrix)[kGroup][kMaxRows];
 
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 inline int clamp_size(int64_t left, int64_t most) {
   return static_cast<int>(left < most ? left : most);
@@ -116,7 +118,8 @@ struct ColumnBlock {
     for (int64_t i = 0; i < size(dim); ++i) grad[i] = 0;
   }
 
-  void scatter(const double* x, const double* g, const double* weights, const double* coefficients) {
+  void scatter(const double* x, const double* g, const double* weights,
+               const double* coefficients) {
     for (int64_t c = 0; c < dim; ++c) {
       for (int r = 0; r < padded; r += kLanes) {
         double* out = grad + c * stride + r;
@@ -129,7 +132,8 @@ struct ColumnBlock {
 
   void store_gradient(const FieldParams& p, int64_t first) const {
     for (int r = 0; r < count; ++r) {
-      for (int64_t c = 0; c < dim; ++c) encode_gradient(p, (first + r) * dim + c, grad[c * stride + r]);
+      for (int64_t c = 0; c < dim; ++c)
+        encode_gradient(p, (first + r) * dim + c, grad[c * stride + r]);
     }
   }
 };
@@ -205,7 +209,8 @@ struct RowBlock {
     }
     constexpr int kStrip = 4 * kLanes;
     int64_t c = 0;
-    for (; n > 0 && c + kStrip <= ld; c += kStrip) gather_strip<4>(x, coefficients, active, n, c, sums);
+    for (; n > 0 && c + kStrip <= ld; c += kStrip)
+      gather_strip<4>(x, coefficients, active, n, c, sums);
     for (; n > 0 && c < ld; c += kLanes) gather_strip<1>(x, coefficients, active, n, c, sums);
   }
 
@@ -213,7 +218,8 @@ struct RowBlock {
     for (int64_t i = 0; i < size(dim); ++i) grad[i] = 0;
   }
 
-  void scatter(const double* x, const double* g, const double* weights, const double* coefficients) {
+  void scatter(const double* x, const double* g, const double* weights,
+               const double* coefficients) {
     for (int r = 0; r < count; ++r) {
       if (weights[r] == 0) continue;
       double* out = grad + r * ld;
@@ -243,8 +249,8 @@ struct RowBlock {
   }
 
   template <int kVectors>
-  void gather_strip(const double* x, const double* coefficients, const int* active, int n, int64_t c,
-                    double* sums) const {
+  void gather_strip(const double* x, const double* coefficients, const int* active, int n,
+                    int64_t c, double* sums) const {
     Vec query[kVectors], sum[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       query[v] = pfgm::load(x + c + v * kLanes);
@@ -256,7 +262,8 @@ struct RowBlock {
         sum[v] += coefficients[active[i]] * (pfgm::load(row + v * kLanes) - query[v]);
       }
     }
-    for (int v = 0; v < kVectors; ++v) store(sums + c + v * kLanes, pfgm::load(sums + c + v * kLanes) + sum[v]);
+    for (int v = 0; v < kVectors; ++v)
+      store(sums + c + v * kLanes, pfgm::load(sums + c + v * kLanes) + sum[v]);
   }
 };
 

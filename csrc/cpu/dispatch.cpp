@@ -24,7 +24,7 @@ struct Kernels {
   void (*backward_references)(const FieldParams&);
 };
 
-#define PFGM_KERNELS(isa, condition)                                                     \
+#define PFGM_KERNELS(isa, condition)                                                      \
   {#isa, [] { return bool(condition); }, isa::field_forward, isa::field_backward_queries, \
    isa::field_backward_references}
 
@@ -67,7 +67,8 @@ void use_instruction_set(const char* name) {
       return;
     }
   }
-  throw std::invalid_argument(std::string("this processor or build has no instruction set ") + name);
+  throw std::invalid_argument(std::string("this processor or build has no instruction set ") +
+                              name);
 }
 
 void field_forward_cpu(const FieldParams& p) {

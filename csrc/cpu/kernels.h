@@ -7,10 +7,10 @@
 
 #include "../poisson_field.h"
 
-#define PFGM_DECLARE_KERNELS(isa)                    \
-  namespace pfgm::isa {                              \
-  void field_forward(const FieldParams&);            \
-  void field_backward_queries(const FieldParams&);   \
+#define PFGM_DECLARE_KERNELS(isa)                     \
+  namespace pfgm::isa {                               \
+  void field_forward(const FieldParams&);             \
+  void field_backward_queries(const FieldParams&);    \
   void field_backward_references(const FieldParams&); \
   }
 

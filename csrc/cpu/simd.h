@@ -58,10 +58,20 @@ inline Vec exp(Vec v) {
   const Vec shifted = v * 0x1.71547652b82fep+0 + kRoundMagic;
   const Vec n = shifted - kRoundMagic;
   const Vec r = (v - n * kLn2High) - n * kLn2Low;
-  constexpr double kInverseFactorial[] = {
-      1.0,        1.0,         1.0 / 2,       1.0 / 6,        1.0 / 24,        1.0 / 120,
-      1.0 / 720,  1.0 / 5040,  1.0 / 40320,   1.0 / 362880,   1.0 / 3628800,   1.0 / 39916800,
-      1.0 / 479001600, 1.0 / 6227020800};
+  constexpr double kInverseFactorial[] = {1.0,
+                                          1.0,
+                                          1.0 / 2,
+                                          1.0 / 6,
+                                          1.0 / 24,
+                                          1.0 / 120,
+                                          1.0 / 720,
+                                          1.0 / 5040,
+                                          1.0 / 40320,
+                                          1.0 / 362880,
+                                          1.0 / 3628800,
+                                          1.0 / 39916800,
+                                          1.0 / 479001600,
+                                          1.0 / 6227020800};
   Vec series = broadcast(kInverseFactorial[13]);
 #pragma GCC unroll 13
   for (int i = 12; i >= 0; --i) series = series * r + kInverseFactorial[i];

@@ -1,0 +1,47 @@
+# make demo       the whole job on real digits: train, sample, measure        (out/demo)
+# make test       every test; real images too where PFGM_DATA names their folder
+# make lint       formatting, style and types
+# make benchmark  the op against plain PyTorch, side by side
+#
+# Each sets up .venv first, once. TORCH is what pip installs for torch: for a CUDA or CPU build of
+# your own choice, override it, e.g. make test TORCH="torch==2.11.0"
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+READY := .venv/.ready
+
+.PHONY: setup demo test lint format benchmark clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml setup.py Makefile $(CXX_SOURCES)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/pfgm demo --out out/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+benchmark: $(READY)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build out *.egg-info pfgm_kernels/*.so
