@@ -46,7 +46,8 @@ void check(const FieldParams& p) {
       p.num_threads < 1 || !(p.half_k > 0)) {
     throw std::invalid_argument("CPU kernel called with sizes out of range");
   }
-  if (!p.x || !p.t || !p.values || !p.scratch) {
+  // An empty tensor has no address.
+  if ((p.batch > 0 && (!p.x || !p.t)) || !p.values || !p.scratch) {
     throw std::invalid_argument("CPU kernel called with a null pointer");
   }
 }
