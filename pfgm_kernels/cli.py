@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line `pfgm`: report, train, sample and demo.
+
+Bad input ends with one sentence on the standard error and exit code 2; a run that was interrupted
+ends with exit code 130.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from typer.core import TyperGroup
+except ImportError as error:
+    raise SystemExit("pfgm needs typer: pip install 'pfgm_kernels[train]'") from error
+
+INTERRUPTED = 130
+
+
+class _Group(TyperGroup):
+    """Turns the errors of bad input into one sentence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+            typer.echo(f"pfgm: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False)
+
+
+@app.callback()
+def _pfgm() -> None:
+    """Poisson flow generative models on the exact field of a whole data set."""
+
+
+@app.command()
+def report() -> None:
+    """Say which backends there are and, of the others, why not."""
+    import pfgm_kernels
+
+    typer.echo(str(pfgm_kernels.report()))
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    data: Annotated[str | None, typer.Option(help="Name of the data set, e.g. digits.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps in all; 3000 if not given.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything; 0 if not given.")] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; 500 if not given.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+) -> None:
+    """Train the reference network; with --resume, what is not given stays as it was."""
+    from pfgm_kernels.training import data as data_sets
+    from pfgm_kernels.training import trainer
+
+    options = {"data": data, "steps": steps, "seed": seed, "checkpoint_every": checkpoint_every}
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    if resume:
+        config = replace(trainer.TrainConfig.read(out), **given)
+        points = data_sets.load(config.data)
+    else:
+        if data is None:
+            raise ValueError(f"expected --data with one of {', '.join(data_sets.NAMES)}")
+        points = data_sets.load(data)
+        config = trainer.TrainConfig.for_data(points, **given)
+    run = trainer.train(config, points, out, resume=resume)
+    if not run.finished:
+        raise typer.Exit(INTERRUPTED)
+    typer.echo(f"Trained for {config.steps} steps: {out / 'model.safetensors'}")
+
+
+@app.command()
+def sample(
+    model: Annotated[Path, typer.Option(help="Folder of a finished run.")],
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("samples.png"),
+    count: Annotated[int, typer.Option(help="Number of samples.")] = 100,
+    solver: Annotated[str, typer.Option(help="euler, heun or rk45.")] = "heun",
+    steps: Annotated[int, typer.Option(help="Steps of euler and heun.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the prior.")] = 0,
+) -> None:
+    """Draw samples from a trained network and write a picture of them."""
+    from rich.console import Console
+
+    from pfgm_kernels import figures
+    from pfgm_kernels.training.generate import generate
+    from pfgm_kernels.training.trainer import load_model
+
+    if out.suffix != ".png":
+        raise ValueError(f"--out expects a file name that ends in .png, got {out}")
+    network, config = load_model(model)
+    result = generate(
+        network, config, count, seed=seed, solver=solver, steps=steps, console=Console()
+    )
+    figures.draw_samples(result.x, out)
+    typer.echo(f"{count} samples, {result.nfe} function evaluations: {out}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("out/demo"),
+) -> None:
+    """Do the main job from end to end on the bundled digits, in a few minutes."""
+    from pfgm_kernels.demo import run
+
+    if not run(out):
+        raise typer.Exit(INTERRUPTED)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

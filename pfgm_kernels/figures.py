@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pictures: grids of images, the loss, and how samples travel from the prior to the data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pfgm_kernels.flow import Trajectory
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PIXELS_PER_PIXEL = 6
+DPI = 110
+
+
+def draw_samples(samples: Tensor, path: Path) -> None:
+    """A grid of images (n, h, w) or (n, 3, h, w) in [-1, 1], or a scatter plot of points (n, 2)."""
+    figure = _figure(6, 6)
+    axes = figure.add_subplot()
+    if samples.ndim == 2 and samples.shape[1] == 2:
+        axes.scatter(samples[:, 0], samples[:, 1], s=4, c="#3b528b", alpha=0.6, linewidths=0)
+        axes.set_aspect("equal")
+    else:
+        _show(axes, tile(samples, columns=max(1, round(len(samples) ** 0.5))))
+    _save(figure, path)
+
+
+def draw_comparison(samples: Tensor, real: Tensor, path: Path) -> None:
+    """Two square grids side by side, each (n, h, w) in [-1, 1]: samples and real images."""
+    figure = _figure(11, 5.9)
+    for axes, images, title in zip(
+        figure.subplots(1, 2), (samples, real), ("samples", "real, held out"), strict=True
+    ):
+        _show(axes, tile(images, columns=round(len(images) ** 0.5)))
+        axes.set_title(title, fontsize=15)
+    _save(figure, path)
+
+
+def draw_loss(losses: list[float], path: Path, window: int = 50) -> None:
+    """The loss of each step, and its mean over ``window`` steps, on a logarithmic scale."""
+    values = np.asarray(losses)
+    window = min(window, len(values))
+    mean = np.convolve(values, np.ones(window) / window, mode="valid")
+    figure = _figure(7, 4)
+    axes = figure.add_subplot()
+    axes.semilogy(np.arange(1, len(values) + 1), values, color="#a0b4d0", linewidth=0.5)
+    axes.semilogy(np.arange(window, len(values) + 1), mean, color="#3b528b", linewidth=1.8)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, Eq. (12)")
+    axes.grid(alpha=0.3, which="both", linewidth=0.5)
+    _save(figure, path)
+
+
+def draw_trajectories(lines: Trajectory, points: Tensor, digits: Trajectory, path: Path) -> None:
+    """Left: field lines (S, B, 2) that fall on ``points`` (N, 2). Right: digits (S, B, h, w)."""
+    assert lines.path is not None
+    assert digits.path is not None
+    figure = _figure(13, 6.2)
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.05))[0]
+    _field_lines(left, lines.path, lines.times, points)
+    _morphing(right, digits.path, digits.times)
+    _save(figure, path)
+
+
+def tile(images: Tensor, columns: int) -> np.ndarray:
+    """Images (n, h, w) or (n, 3, h, w) in [-1, 1] -> one picture (H, W, 3) in [0, 1].
+
+    Each pixel is enlarged, the images stand in rows of ``columns`` with white lines between them.
+    Grey images are drawn as ink on paper: 1 is black.
+    """
+    if images.ndim == 3:
+        images = -images[:, None].expand(-1, 3, -1, -1)
+    elif images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"a picture expects images (n, h, w) or (n, 3, h, w), got {tuple(images.shape)}"
+        )
+    values = ((images.clamp(-1, 1) + 1) / 2).repeat_interleave(PIXELS_PER_PIXEL, 2)
+    values = values.repeat_interleave(PIXELS_PER_PIXEL, 3)
+    values = torch.nn.functional.pad(values, (3, 3, 3, 3), value=1.0)
+    blank = values.new_ones(-len(values) % columns, *values.shape[1:])
+    values = torch.cat([values, blank])
+    rows = values.unflatten(0, (-1, columns))
+    return rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).numpy()
+
+
+def _field_lines(figure: Figure, path: Tensor, times: list[float], points: Tensor) -> None:
+    """Lines in the space of x and t, on a scale that shows both the far field and the data."""
+    from mpl_toolkits.mplot3d.art3d import Line3DCollection
+
+    t = torch.tensor(times, dtype=path.dtype)[:, None, None].expand(-1, path.shape[1], 1)
+    states = torch.cat([path, t], dim=2)
+    distance = states.norm(dim=2, keepdim=True)
+    shown = states * (distance.log1p() / distance.clamp_min(1e-12))
+    flat = points * (points.norm(dim=1).log1p() / points.norm(dim=1))[:, None]
+    axes = figure.add_subplot(projection="3d")
+    segments = torch.stack([shown[:-1], shown[1:]], dim=2).flatten(0, 1).numpy()
+    collection = Line3DCollection(segments, cmap="viridis", linewidths=0.7, alpha=0.8)
+    collection.set_array(shown[:-1, :, 2].flatten().numpy())
+    axes.add_collection(collection)
+    axes.scatter(flat[:, 0], flat[:, 1], 0, s=1.5, c="#d1495b", depthshade=False)
+    reach = float(shown.abs().max())
+    axes.set(xlim=(-reach, reach), ylim=(-reach, reach), zlim=(0, reach))
+    axes.set_box_aspect((2, 2, 1), zoom=1.35)
+    axes.view_init(elev=18, azim=-60)
+    axes.set_axis_off()
+    figure.suptitle("field lines fall from the prior on the data at t = 0", fontsize=13)
+
+
+def _morphing(figure: Figure, path: Tensor, times: list[float]) -> None:
+    """One row a sample; from left to right t falls. Each state is shown over its own range."""
+    wanted = np.linspace(0, len(times) - 1, 9).round().astype(int)
+    states = path[torch.from_numpy(wanted)].transpose(0, 1)
+    scale = states.flatten(2).abs().amax(dim=2).clamp_min(1)
+    images = (states / scale[:, :, None, None]).flatten(0, 1)
+    axes = figure.add_subplot()
+    _show(axes, tile(images, columns=len(wanted)))
+    width = PIXELS_PER_PIXEL * path.shape[-1] + 6
+    axes.set_axis_on()
+    axes.set_frame_on(False)
+    axes.set_yticks([])
+    axes.set_xticks(
+        (np.arange(len(wanted)) + 0.5) * width, [f"{times[i]:.2g}" for i in wanted], fontsize=10
+    )
+    axes.tick_params(length=0)
+    axes.set_xlabel("t", fontsize=12)
+    figure.suptitle("samples of the network on their way", fontsize=13)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure without a window system."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _show(axes: Axes, picture: np.ndarray) -> None:
+    axes.imshow(picture, interpolation="nearest")
+    axes.set_axis_off()
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference training loop: data sets, a network, checkpoints and the evaluation of samples.
+
+It needs the extra `train`; the op and the flow do not.
+"""
+
+from importlib.util import find_spec
+
+for _module in ("matplotlib", "rich", "safetensors", "sklearn", "tensorboard", "torchdiffeq"):
+    if find_spec(_module) is None:
+        raise ImportError(
+            f"pfgm_kernels.training needs {_module}: pip install 'pfgm_kernels[train]'"
+        )

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop of Eq. (12): Adam, averaged weights, checkpoints that resume bit-exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.optim.lr_scheduler import LinearLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pfgm_kernels.flow import FieldLoss
+from pfgm_kernels.training import checkpoint
+from pfgm_kernels.training.data import DataSet
+from pfgm_kernels.training.network import FieldNetwork
+from pfgm_kernels.training.progress import progress_bar
+
+LOG_EVERY = 10
+# A resumed run may go further or save at other steps; in all else it is the run that it continues.
+MAY_CHANGE = ("steps", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a run was given; ``DIR/config.json`` holds it."""
+
+    data: str
+    event_shape: tuple[int, ...]
+    M: int
+    """Upper end of the exponent m in Eq. (11)."""
+    T: float
+    """Where sampling starts, in the units of x."""
+    steps: int = 3000
+    seed: int = 0
+    checkpoint_every: int = 500
+    sigma: float = 0.01
+    """Smallest noise of Eq. (11), in the units of x."""
+    tau: float = 0.03
+    restrict_M: bool = True  # noqa: N815  (the article's M)
+    gamma: float = 1.0
+    """Added to the norm in the target of Eq. (12), in the units of x."""
+    width: int = 384
+    depth: int = 4
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    ema_decay: float = 0.998
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "checkpoint_every", "batch_size", "warmup", "width", "depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} expects an integer ≥ 1, got {getattr(self, name)}")
+
+    @classmethod
+    def for_data(cls, data: DataSet, **changes: Any) -> TrainConfig:
+        """The defaults for a data set, M and T by the published rule (Xu et al. 2022, appendix).
+
+        With the mean norm R of the data, M = 3/4 ln(R^2 / (2 sqrt(d) sigma^2)) / ln(1 + tau) and
+        T = sqrt(2 / pi) sigma (1 + tau)^M, the mean of t over queries with the exponent M.
+        """
+        sigma, tau = changes.get("sigma", cls.sigma), changes.get("tau", cls.tau)
+        d = math.prod(data.event_shape)
+        norm = data.decode(data.train).flatten(1).norm(dim=1).mean().item()
+        exponent = math.log(norm**2 / (2 * math.sqrt(d) * sigma**2)) / math.log(1 + tau)
+        M = int(0.75 * exponent) + 1
+        T = math.sqrt(2 / math.pi) * sigma * (1 + tau) ** M
+        return cls(**{"data": data.name, "event_shape": data.event_shape, "M": M, "T": T} | changes)
+
+    def network(self, data: DataSet | None = None) -> FieldNetwork:
+        """A new network, its weights drawn by the seed, normalised for ``data`` if given."""
+        known: dict[str, Any] = {}
+        if data is not None:
+            points = data.decode(data.train)
+            center = points.mean(dim=0)
+            known = {"center": center, "spread": (points - center).square().mean().sqrt().item()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return FieldNetwork(
+                self.event_shape, width=self.width, depth=self.depth, gamma=self.gamma, **known
+            )
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        checkpoint.write_bytes(folder / "config.json", text.encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> TrainConfig:
+        """Raises FileNotFoundError or ValueError, naming a file that is missing or damaged."""
+        path = folder / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no run: expected {path}; it does not exist")
+        expected = {field.name for field in fields(cls)}
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"damaged file {path}: expected JSON, got {error}") from error
+        if not isinstance(values, dict) or values.keys() != expected:
+            got = sorted(values) if isinstance(values, dict) else type(values).__name__
+            raise ValueError(
+                f"damaged file {path}: expected the keys {sorted(expected)}, got {got}"
+            )
+        return cls(**values | {"event_shape": tuple(values["event_shape"])})
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a call of ``train`` went: the losses of its steps and whether it reached the last one."""
+
+    losses: list[float]
+    first_step: int
+    finished: bool
+    seconds: float
+
+
+class Training:
+    """All that changes while training, and how to save and restore it."""
+
+    def __init__(self, config: TrainConfig, data: DataSet) -> None:
+        self.config = config
+        self.points = data.decode(data.train)
+        self.loss = FieldLoss(
+            data.references(),
+            gamma=config.gamma,
+            sigma=config.sigma,
+            tau=config.tau,
+            M=config.M,
+            restrict_M=config.restrict_M,
+        )
+        self.network = config.network(data)
+        self.average = AveragedModel(
+            self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
+        )
+        self.optimizer = torch.optim.Adam(
+            self.network.parameters(), lr=config.learning_rate, fused=True
+        )
+        self.scheduler = LinearLR(self.optimizer, 1 / config.warmup, total_iters=config.warmup)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.step = 0
+
+    def advance(self) -> tuple[float, float]:
+        """One step; the loss and the norm of its gradient."""
+        rows = torch.randint(len(self.points), (self.config.batch_size,), generator=self.generator)
+        loss = self.loss(self.network, self.points[rows], generator=self.generator)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.average.update_parameters(self.network)
+        self.step += 1
+        return loss.item(), norm.item()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Every tensor by name, and the rest as JSON values."""
+        optimizer, groups = checkpoint.flatten_optimizer(self.optimizer)
+        tensors = self._weights() | _prefixed("optimizer.", optimizer)
+        tensors["generator"] = self.generator.get_state()
+        scheduler = self.scheduler.state_dict()
+        return tensors, {"step": self.step, "groups": groups, "scheduler": scheduler}
+
+    def restore(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Puts back what ``state`` gave, read from ``path``."""
+        optimizer = _without_prefix("optimizer.", tensors)
+        weights = {
+            name: value
+            for name, value in tensors.items()
+            if not name.startswith("optimizer.") and name != "generator"
+        }
+        checkpoint.match(path, self._weights(), weights)
+        self.network.load_state_dict(_without_prefix("network.", weights))
+        self.average.load_state_dict(_without_prefix("average.", weights))
+        checkpoint.load_optimizer(self.optimizer, optimizer, state["groups"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.generator.set_state(tensors["generator"])
+        self.step = state["step"]
+
+    def _weights(self) -> dict[str, Tensor]:
+        return _prefixed("network.", self.network.state_dict()) | _prefixed(
+            "average.", self.average.state_dict()
+        )
+
+
+def train(
+    config: TrainConfig,
+    data: DataSet,
+    folder: Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+) -> Run:
+    """Trains in ``folder``, or continues there, until ``config.steps`` or a signal to stop.
+
+    Checkpoints go to ``checkpoints/``, curves to ``tensorboard/``, the averaged weights of a
+    finished run to ``model.safetensors``. Ctrl-C and SIGTERM end the current step, save a
+    checkpoint and return; a second signal ends at once. Raises ValueError where the folder holds
+    another run or, without ``resume``, any run.
+    """
+    console = console or Console()
+    _claim(folder, config, resume)
+    training = Training(config, data)
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
+    if resume and (newest := checkpoints.newest()) is not None:
+        training.restore(*newest)
+        console.print(f"Resuming after step {training.step}, from {newest[0]}.", soft_wrap=True)
+    config.write(folder)
+    first, began = training.step, time.monotonic()
+    losses: list[float] = []
+    with _stop_on_signal() as stopped, _curves(folder, first) as curve:
+        with progress_bar(console, "Training", config.steps, first) as update:
+            while training.step < config.steps and not stopped.is_set():
+                loss, norm = training.advance()
+                losses.append(loss)
+                step = training.step
+                if step % config.checkpoint_every == 0:
+                    checkpoints.save(step, *training.state())
+                if step % LOG_EVERY == 0 or step == config.steps:
+                    speed = len(losses) / (time.monotonic() - began)
+                    mean = sum(losses[-LOG_EVERY:]) / len(losses[-LOG_EVERY:])
+                    update(
+                        step, f"step {step}/{config.steps}  loss {mean:.4f}  {speed:.1f} steps/s"
+                    )
+                    curve({"loss": mean, "gradient_norm": norm, "steps_per_second": speed}, step)
+        if training.step % config.checkpoint_every and losses:
+            checkpoints.save(training.step, *training.state())
+    finished = training.step >= config.steps
+    if finished:
+        weights = training.average.module.state_dict()
+        checkpoint.write(folder / "model.safetensors", weights, {"step": training.step})
+    else:
+        console.print(
+            f"Stopped after step {training.step} of {config.steps}; a checkpoint is saved, "
+            "--resume continues from it.",
+            soft_wrap=True,
+        )
+    return Run(losses, first, finished, time.monotonic() - began)
+
+
+def load_model(folder: Path) -> tuple[FieldNetwork, TrainConfig]:
+    """The averaged network of the finished run in ``folder``, and what the run was given.
+
+    Raises FileNotFoundError or ValueError, naming the file, where something is missing or damaged.
+    """
+    config = TrainConfig.read(folder)
+    network = config.network()
+    path = folder / "model.safetensors"
+    weights, _ = checkpoint.read(path)
+    checkpoint.match(path, network.state_dict(), weights)
+    network.load_state_dict(weights)
+    return network.eval(), config
+
+
+def _claim(folder: Path, config: TrainConfig, resume: bool) -> None:
+    """Raises ValueError unless ``config`` may train in ``folder``."""
+    taken = (folder / "config.json").exists() or (folder / "checkpoints").exists()
+    if not taken:
+        if resume:
+            raise ValueError(f"nothing to resume: expected a run in {folder}, got no config.json")
+        return
+    if not resume:
+        raise ValueError(f"{folder} already holds a run: continue it with --resume or name another")
+    found = TrainConfig.read(folder)
+    for field in fields(TrainConfig):
+        old, new = getattr(found, field.name), getattr(config, field.name)
+        if field.name not in MAY_CHANGE and old != new:
+            raise ValueError(
+                f"{folder} holds another run: expected {field.name} = {old!r}, got {new!r}"
+            )
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; a second one acts as it did before."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped  # signals reach the main thread only
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in signals}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.set()
+        signal.signal(number, before[number])
+
+    for number in signals:
+        signal.signal(number, stop)
+    try:
+        yield stopped
+    finally:
+        for number in signals:
+            signal.signal(number, before[number])
+
+
+@contextmanager
+def _curves(folder: Path, step: int) -> Iterator[Any]:
+    """Yields a function (values by name, step) that adds points to TensorBoard's curves."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(folder / "tensorboard", purge_step=step + 1) as writer:
+
+        def add(values: dict[str, float], step: int) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        yield add
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+def _without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
