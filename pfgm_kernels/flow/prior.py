@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prior on the plane t = T, Eqs. (5)–(7) of Xu et al. 2022: p(x) ∝ (‖x‖² + T²)^(−(d+D)/2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pfgm_kernels.flow._checks import at_least_one, batch, positive
+
+
+def chi(
+    count: int, D: float, generator: torch.Generator | None, device: torch.device | str | None
+) -> Tensor:
+    """(count,) float64 norms of standard normal vectors in R^D, D > 0 real; ones for D = ∞.
+
+    The ones are the convention that t is r = σ√D for a finite D and σ itself for D = ∞, which
+    makes T / chi the scale of the Gaussian that mixes to the prior, and σ · chi the t of Eq. (11).
+    """
+    if math.isinf(D):
+        return torch.ones(count, dtype=torch.float64, device=device)
+    shape = torch.full((count,), D / 2, dtype=torch.float64, device=device)
+    return (2 * torch._standard_gamma(shape, generator=generator)).sqrt()
+
+
+def sample_prior(
+    count: int,
+    event_shape: Sequence[int],
+    *,
+    T: float,
+    D: float = 1,
+    max_radius: float | None = None,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draws from the prior on the plane t = T, Eqs. (5)–(7): p(x) ∝ (‖x‖² + T²)^(−(d+D)/2).
+
+    x = T z / g with z standard normal in R^d and g the norm of a standard normal vector in R^D,
+    which has exactly this density: the radius follows r^(d−1) (r² + T²)^(−(d+D)/2) and the
+    direction is uniform. The tail falls as r^(−D−1), so for D = 1 the radius has no mean.
+    Computed in float64: no draw is infinite in float32 unless D is well below 1.
+
+    Args:
+        count: number of draws.
+        event_shape: shape of one draw, d values in all.
+        T: > 0, the distance of the plane from the data's, in the units of x.
+        D: > 0, dimensions added to the data's d; for `math.inf` the prior is N(0, T² I).
+        max_radius: radii above it are clipped to it (as Xu et al. 2022 do); None clips nothing.
+        generator: source of randomness, on `device`.
+        dtype, device: of the result.
+
+    Returns:
+        (count, *event_shape).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of its range.
+    """
+    count, T = at_least_one("count", count), positive("T", T)
+    D = positive("D", D, finite=False)
+    event_shape = [at_least_one("event_shape", size) for size in event_shape]
+    d = math.prod(event_shape)
+    z = torch.randn(count, d, dtype=torch.float64, device=device, generator=generator)
+    factor = T / chi(count, D, generator, device)
+    if max_radius is not None:
+        factor = factor.minimum(positive("max_radius", max_radius) / z.norm(dim=1))
+    return (z * factor[:, None]).to(dtype).view(count, *event_shape)
+
+
+def log_prior(x: Tensor, *, T: float, D: float = 1) -> Tensor:
+    """Logarithm of the prior's density on the plane t = T, normalised over R^d, Eqs. (5)–(7).
+
+        p(x) = Γ((d+D)/2) / (Γ(D/2) π^(d/2)) · T^D · (‖x‖² + T²)^(−(d+D)/2)
+
+    For D = 1 this is 2T / S_{d+1}(1) · (‖x‖² + T²)^(−(d+1)/2), S_{d+1}(1) = 2π^((d+1)/2) /
+    Γ((d+1)/2) being the area of the unit sphere in d + 1 dimensions: half of the field lines of a
+    charge at the origin cross the plane. (The likelihood code of Xu et al. 2022 uses the sphere in
+    d dimensions.)
+
+    Args:
+        x: (B, *event) float32 or float64.
+        T: > 0, in the units of x.
+        D: > 0; `math.inf` gives the density of N(0, T² I). D = 0 has no normalised density.
+
+    Returns:
+        (B,) float64, in nats.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of its range.
+    """
+    x, T, D = batch("x", x), positive("T", T), positive("D", D, finite=False)
+    scaled = x.flatten(1).double() / T
+    d = scaled.shape[1]
+    squared = scaled.square().sum(1)
+    if math.isinf(D):
+        return -squared / 2 - d * math.log(T) - d / 2 * math.log(2 * math.pi)
+    constant = math.lgamma((d + D) / 2) - math.lgamma(D / 2) - d / 2 * math.log(math.pi)
+    return constant - d * math.log(T) - (d + D) / 2 * squared.log1p()
