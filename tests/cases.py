@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named hard cases: float32 queries and references, small enough for every test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from oracle import Truth, solve
+
+
+@dataclass(frozen=True)
+class Case:
+    x: Tensor
+    t: Tensor
+    x0: Tensor
+    D: float = 1
+    dense: bool = False  # claims to cover the dense sum: the effective sample size is above 2
+    named: bool = True  # the contract's stricter column
+
+    @property
+    def d(self) -> int:
+        return self.x.shape[1]
+
+    def truth(self) -> Truth:
+        return solve(self.x, self.t, self.x0, self.D)
+
+
+CASES: dict[str, Callable[[], Case]] = {}
+
+
+@cache
+def build(name: str) -> Case:
+    return CASES[name]()
+
+
+@cache
+def truth(name: str) -> Truth:
+    return build(name).truth()
+
+
+def seeded(seed: int = 7) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(d: int, count: int, batch: int, D: float = 1, dense: bool = True) -> Case:
+    """Normal references, queries among them; t from where the softmax is one-hot to where it is flat.
+
+    s_j spreads by √(8d) around 2d + t², so the logits spread by about 1 at t² = (d + D) √(2d).
+    """
+    generator = seeded(d * 1000 + count)
+    x0 = torch.randn(count, d, generator=generator)
+    x = torch.randn(batch, d, generator=generator)
+    octaves = torch.linspace(1, -4, batch) if d < 4 else torch.linspace(0, -1.5, batch)
+    t = 2**octaves * math.sqrt((1 if math.isinf(D) else d + D) * math.sqrt(2 * d))
+    return Case(x, t, x0, D, dense, named=d <= 16)
+
+
+def low_dimension(d: int, offset: float, D: float = 1) -> Case:
+    """t = 1e-3 on a fine cluster far from the origin, by its points and by its centre."""
+    generator = seeded(d)
+    x0 = offset + 2e-3 * torch.randn(300, d, generator=generator)
+    x = torch.cat([x0[:12], torch.full((12, d), float(offset))])
+    x += 1e-3 / math.sqrt(d) * torch.randn(24, d, generator=generator)
+    return Case(x, torch.full((24,), 1e-3), x0, D, dense=True)
+
+
+def all_t(d: int) -> Case:
+    """t from 1e-5 to 1e4, with queries at about that distance."""
+    generator = seeded(d)
+    t = torch.logspace(-5, 4, 28)
+    x0 = torch.randn(515, d, generator=generator)
+    x = x0[:28] + t[:, None] * torch.randn(28, d, generator=generator)
+    return Case(x, t, x0, named=d <= 16)
+
+
+def near_duplicates(d: int, distance: float) -> Case:
+    """Queries amid three references that almost coincide."""
+    generator = seeded(d)
+    x0 = torch.randn(130, d, generator=generator)
+    x0[70:72] = x0[0] + distance / math.sqrt(d) * torch.randn(2, d, generator=generator)
+    x = x0[[0, 70, 71]].mean(0) + distance / math.sqrt(d) * torch.randn(6, d, generator=generator)
+    # Where (k/2) ln s differs by about 1 between the three.
+    return Case(x, distance * math.sqrt(d) * torch.logspace(-0.5, 0.5, 6), x0, dense=True)
+
+
+def on_data_points(d: int) -> Case:
+    generator = seeded(d)
+    x0 = torch.randn(100, d, generator=generator)
+    t = torch.tensor([1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, 10, 1e2, 1e4])
+    return Case(x0[90:99].clone(), t, x0)
+
+
+def far_away(d: int) -> Case:
+    """Queries far outside of data that are themselves far from the origin."""
+    generator = seeded(d)
+    x0 = 1000 + torch.randn(200, d, generator=generator)
+    x = 300 * torch.randn(6, d, generator=generator)
+    return Case(x, torch.tensor([1e-5, 0.1, 1, 10, 1e2, 1e4]), x0, dense=d < 16, named=d <= 16)
+
+
+def register(name: str, build: Callable[..., Case], *arguments: float, **options: float) -> None:
+    assert name not in CASES
+    CASES[name] = lambda: build(*arguments, **options)
+
+
+for d in (1, 2, 3, 16, 17, 63, 64, 65, 100, 512, 784, 3072):
+    register(f"normal d={d}", normal, d, 777 if d < 512 else 333, 37 if d < 512 else 9)
+# Blocks of the CPU kernels hold 512 (d ≤ 16), 256 (d ≤ 32) and at most 64 references.
+for d, counts in {2: (2, 9, 511, 512, 513, 1025), 20: (256, 257), 64: (7, 8, 63, 64, 65, 129)}.items():
+    for count in counts:
+        register(f"N={count} d={d}", normal, d, count, 5, dense=count > 7)
+for count in (15, 16, 17, 33):
+    register(f"N={count} d=3072", normal, 3072, count, 3)
+for d in (1, 3, 65):
+    register(f"N=1 d={d}", normal, d, 1, 3, dense=False)
+    register(f"N=1 B=1 d={d}", normal, d, 1, 1, dense=False)
+# Queries are taken in groups of 4 and tiles of 32 to 64.
+for batch in (1, 4, 31, 33, 65, 129):
+    for d in (3, 40):
+        register(f"B={batch} d={d}", normal, d, 201, batch)
+for D in (0, 2.5, 128, 1e6, math.inf):
+    for d in (3, 64, 784):
+        register(f"D={D:g} d={d}", normal, d, 205, 9, D)
+for d in (1, 2, 3, 16):
+    for offset in (0, 10, 1000):
+        register(f"t=1e-3 d={d} offset={offset}", low_dimension, d, offset)
+register("t=1e-3 d=2 offset=10 D=128", low_dimension, 2, 10, 128)
+for d in (2, 16, 64):
+    register(f"all t d={d}", all_t, d)
+for d, distance in ((2, 1e-3), (64, 1e-5), (64, 1e-2), (784, 1e-4)):
+    register(f"near-duplicates d={d} distance={distance:g}", near_duplicates, d, distance)
+for d in (1, 3, 64, 100):
+    register(f"on data points d={d}", on_data_points, d)
+for d in (2, 17, 100):
+    register(f"far away d={d}", far_away, d)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every test of the op runs on every backend that can run here, into poisoned memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from pfgm_kernels import ReferenceSet, poisson_displacement, poisson_field
+from pfgm_kernels.backends import BACKENDS
+
+settings.register_profile("default", max_examples=100, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=5_000, deadline=None)
+settings.load_profile("default")
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One backend by name, with inputs taken to its device and results back to the CPU."""
+
+    name: str
+    device: torch.device
+
+    def reason(self, d: int, requires_grad: bool = False) -> str | None:
+        return BACKENDS[self.name].unsupported_reason(self.device, d, requires_grad)
+
+    def displacement(
+        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float
+    ) -> tuple[Tensor, Tensor]:
+        x, t, x0 = self._take(x, t, x0)
+        v, log_mass = poisson_displacement(x, t, x0, backend=self.name, **options)
+        return v.cpu(), log_mass.cpu()
+
+    def field(
+        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float
+    ) -> Tensor:
+        x, t, x0 = self._take(x, t, x0)
+        return poisson_field(x, t, x0, backend=self.name, **options).cpu()
+
+    def _take(self, *arguments):
+        requires_grad = any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+        reason = self.reason(math.prod(arguments[0].shape[1:]), requires_grad)
+        if reason is not None:
+            pytest.skip(f"{self.name}: {reason}")
+        return [a if isinstance(a, float | int) else a.to(self.device) for a in arguments]
+
+
+def available_backends() -> list[Backend]:
+    """Each backend with the first device that it runs on."""
+    found = []
+    for name, module in BACKENDS.items():
+        devices = [torch.device(d) for d in DEVICES]
+        if module.unsupported_reason() is None:
+            runs_on = [d for d in devices if module.unsupported_reason(d) is None]
+            found += [Backend(name, device) for device in runs_on[:1]]
+    return found
+
+
+@pytest.fixture(scope="module", params=available_backends(), ids=lambda b: b.name)
+def backend(request: pytest.FixtureRequest, poison: None) -> Backend:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def poison() -> Iterator[None]:
+    """Fresh memory is NaN (integers: their maximum): a value that nothing wrote cannot pass."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(2022)
