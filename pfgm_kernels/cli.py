@@ -51,7 +51,7 @@ def report() -> None:
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     data: Annotated[str | None, typer.Option(help="Name of the data set, e.g. digits.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps in all; 3000 if not given.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps in all; 2000 if not given.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything; 0 if not given.")] = None,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints; 500 if not given.")

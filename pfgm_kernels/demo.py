@@ -29,7 +29,7 @@ from pfgm_kernels.training.generate import generate
 from pfgm_kernels.training.trainer import TrainConfig, load_model, train
 
 SAMPLES = 1000
-SOLVER, SOLVER_STEPS = "heun", 50
+SOLVER, SOLVER_STEPS = "heun", 30
 SEED = 0
 QUERIES = 512
 
@@ -46,7 +46,8 @@ class Measurement:
 
 def run(out: Path) -> bool:
     """Writes pictures and ``metrics.json`` to ``out``; False where training was interrupted."""
-    console, seconds = Console(), dict[str, float]()
+    console = Console()
+    seconds: dict[str, float] = {}
     console.print("[bold]Backends[/bold]")
     console.print(str(pfgm_kernels.report()), highlight=False)
     data = data_sets.load("digits")
@@ -174,25 +175,34 @@ def _median_seconds(compute: Callable[[], object], repeats: int = 5) -> float:
 def _draw(
     out: Path, data: DataSet, result: Trajectory, evaluation: Evaluation, losses: list[float]
 ) -> None:
-    """The first hundred samples and held-out digits, sorted by class but not chosen."""
+    """The pictures; of samples and of held-out digits, the first ten of each class."""
     assert data.held_out_labels is not None
-    samples = result.x[:100][torch.tensor(evaluation.classes[:100]).argsort(stable=True)]
-    real = data.decode(data.held_out[:100])[data.held_out_labels[:100].argsort(stable=True)]
+    samples = _first_of_each_class(result.x, torch.tensor(evaluation.classes))
+    real = _first_of_each_class(data.decode(data.held_out), data.held_out_labels)
     figures.draw_comparison(samples, real, out / "samples.png")
     figures.draw_loss(losses, out / "loss.png")
     points = data_sets.load("swiss_roll")
     references, T = points.references(), 8.0
     lines = sample(
         lambda x, t: pfgm_kernels.poisson_field(x, t, references),
-        sample_prior(250, (2,), T=T, generator=torch.Generator().manual_seed(SEED)),
+        sample_prior(450, (2,), T=T, generator=torch.Generator().manual_seed(SEED)),
         T=T,
         solver="heun",
-        steps=80,
+        steps=120,
         keep_path=True,
     )
     assert result.path is not None
     few = Trajectory(result.x[:10], result.nfe, result.times, result.path[:, :10])
     figures.draw_trajectories(lines, points.train, few, out / "trajectories.png")
+
+
+def _first_of_each_class(images: Tensor, classes: Tensor, count: int = 10) -> Tensor:
+    """Images (n, h, w), the first ``count`` of each class in a row; blank where there are fewer."""
+    rows = []
+    for label in range(10):
+        row = images[classes == label][:count]
+        rows += [row, -torch.ones(count - len(row), *images.shape[1:])]
+    return torch.cat(rows)
 
 
 def _write_metrics(

@@ -69,7 +69,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"damaged checkpoint {path}: expected a whole safetensors file, "
             f"got one of {size} bytes ({error})"
         ) from error
-    expected, text = metadata.get("sha256"), metadata.get("state", "")
+    expected, text = metadata.get("sha256", "in its metadata"), metadata.get("state", "")
     found = _checksum(tensors, text)
     if found != expected:
         raise ValueError(f"damaged checkpoint {path}: expected checksum {expected}, got {found}")

@@ -23,9 +23,11 @@ class Classifier:
         if data.train_labels is None:
             raise ValueError(f"expected a data set with labels, got {data.name!r} without")
         from sklearn.neural_network import MLPClassifier
+        from threadpoolctl import threadpool_limits
 
         self._model = MLPClassifier((width,), max_iter=passes, random_state=0)
-        self._model.fit(_flat(data.decode(data.train)), data.train_labels.numpy())
+        with threadpool_limits(1):  # products this small are slower on several threads
+            self._model.fit(_flat(data.decode(data.train)), data.train_labels.numpy())
 
     def probabilities(self, x: Tensor) -> np.ndarray:
         """x (n, *event) -> probabilities of the classes (n, classes)."""

@@ -9,7 +9,7 @@ from rich.console import Console
 from pfgm_kernels.flow import Trajectory, sample, sample_prior
 from pfgm_kernels.training.network import FieldNetwork
 from pfgm_kernels.training.progress import progress_bar
-from pfgm_kernels.training.trainer import TrainConfig
+from pfgm_kernels.training.trainer import TrainConfig, threads
 
 
 def generate(
@@ -29,7 +29,7 @@ def generate(
     """
     generator = torch.Generator().manual_seed(seed)
     x = sample_prior(count, config.event_shape, T=config.T, generator=generator)
-    with progress_bar(console, "Sampling", 1.0) as update:
+    with threads(config.threads), progress_bar(console, "Sampling", 1.0) as update:
         return sample(
             network,
             x,

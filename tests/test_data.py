@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Are data sets read as they were written, and damaged files refused without executing anything?"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pfgm_kernels.training import data
+from pfgm_kernels.training.data import read_cifar_batch, read_idx
+
+PIXELS = np.arange(10_000 * 3072, dtype=np.uint32).astype(np.uint8)
+LABELS = [i * 7 % 10 for i in range(10_000)]
+
+
+def idx(magic: int, values: np.ndarray) -> bytes:
+    return struct.pack(f">{1 + values.ndim}I", magic, *values.shape) + values.tobytes()
+
+
+def write_mnist(folder: Path, counts: tuple[int, int] = (7, 5)) -> dict[str, np.ndarray]:
+    written = {}
+    rng = np.random.default_rng(0)
+    for stem, count in zip(("train", "t10k"), counts, strict=True):
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = rng.integers(0, 10, count, dtype=np.uint8)
+        (folder / "mnist").mkdir(exist_ok=True)
+        for name, magic, values in (
+            (f"{stem}-images-idx3-ubyte.gz", 0x803, images),
+            (f"{stem}-labels-idx1-ubyte.gz", 0x801, labels),
+        ):
+            (folder / "mnist" / name).write_bytes(gzip.compress(idx(magic, values)))
+            written[name] = values
+    return written
+
+
+def cifar_batch(pixels: bytes = PIXELS.tobytes(), labels: list[int] = LABELS) -> bytes:
+    """A batch as Python 2 pickled it: byte strings, small integers in one list."""
+    numbers = b"".join(b"K" + bytes([label]) for label in labels)
+    return (
+        b"\x80\x02}q\x01(U\x0bbatch_labelq\x02U\x15training batch 1 of 5q\x03U\x06labelsq\x04]q\x05("
+        + numbers
+        + b"eU\x04dataq\x06T"
+        + struct.pack("<I", len(pixels))
+        + pixels
+        + b"q\x07U\x09filenamesq\x08]q\x09(U\x05a.pngq\x0aeu."
+    )
+
+
+def test_digits_are_split_once_and_for_all() -> None:
+    from sklearn.datasets import load_digits
+
+    digits = data.load("digits")
+    assert digits.train.shape == (1437, 8, 8)
+    assert digits.held_out.shape == (360, 8, 8)
+    assert digits.train.dtype == torch.uint8
+    assert torch.equal(digits.train, data.load("digits").train)
+    both = digits.decode(torch.cat([digits.train, digits.held_out]))
+    original = torch.from_numpy(load_digits().images).float() / 8 - 1
+    assert set(map(bytes, (both * 8 + 8).round().byte().flatten(1).numpy())) == set(
+        map(bytes, (original * 8 + 8).byte().flatten(1).numpy())
+    )
+    assert digits.held_out_labels is not None
+    assert digits.held_out_labels.bincount().min() >= 34
+    assert len(digits.references()) == 1437
+
+
+def test_decoding_is_that_of_the_references() -> None:
+    digits = data.load("digits")
+    levels = digits.decode(torch.arange(256, dtype=torch.uint8))
+    expected = torch.tensor([-1 + 2 * u / 255 for u in range(256)], dtype=torch.float64).float()
+    assert torch.equal(levels, expected)
+    assert digits.references().event_shape == (8, 8)
+
+
+@pytest.mark.parametrize("name", ["two_moons", "swiss_roll", "eight_gaussians"])
+def test_toy_sets(name: str) -> None:
+    toy = data.load(name)
+    assert toy.train.shape == (2000, 2)
+    assert toy.held_out.shape == (500, 2)
+    assert toy.train.dtype == torch.float32
+    both = torch.cat([toy.train, toy.held_out])
+    assert both.abs().max() == pytest.approx(1)
+    assert both.mean(dim=0).abs().max() < 1e-5
+    assert torch.equal(toy.train, data.load(name).train)
+    assert toy.references().event_shape == (2,)
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'imagenet'; expected one of digits, .*cifar10"):
+        data.load("imagenet")
+
+
+def test_folder_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("PFGM_DATA", raising=False)
+    with pytest.raises(ValueError, match="PFGM_DATA"):
+        data.load("mnist")
+    monkeypatch.setenv("PFGM_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="cifar10/ or cifar-10-batches-py/"):
+        data.load("cifar10")
+    (tmp_path / "mnist").mkdir()
+    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte"):
+        data.load("mnist")
+
+
+def test_mnist_reads_as_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PFGM_DATA", str(tmp_path))
+    written = write_mnist(tmp_path)
+    mnist = data.load("mnist")
+    assert np.array_equal(mnist.train.numpy(), written["train-images-idx3-ubyte.gz"])
+    assert np.array_equal(mnist.held_out.numpy(), written["t10k-images-idx3-ubyte.gz"])
+    assert mnist.train_labels is not None
+    assert np.array_equal(mnist.train_labels.numpy(), written["train-labels-idx1-ubyte.gz"])
+
+
+def test_mnist_with_too_few_labels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PFGM_DATA", str(tmp_path))
+    write_mnist(tmp_path)
+    labels = np.zeros(6, np.uint8)
+    path = tmp_path / "mnist" / "train-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(idx(0x801, labels)))
+    with pytest.raises(ValueError, match="got 6 labels and 7 images"):
+        data.load("mnist")
+
+
+IMAGES = np.zeros((3, 28, 28), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(idx(0x801, IMAGES)), "magic number 0x0803, got 0x0801"),
+        (gzip.compress(idx(0x803, IMAGES)[:-1]), "2368 bytes for shape .*, got 2367 bytes"),
+        (gzip.compress(idx(0x803, IMAGES) + b"x"), "2368 bytes for shape .*, got 2369 bytes"),
+        (gzip.compress(b"\0\0\x08\x03\0"), "a header of 16 bytes, got 5 bytes"),
+        (gzip.compress(idx(0x803, IMAGES))[:-9], "a whole compressed file"),
+        (idx(0x803, IMAGES), "a whole compressed file"),
+        (b"", "a header of 16 bytes, got 0 bytes"),
+    ],
+)
+def test_damaged_idx(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "images.gz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path}: expected {message}"):
+        read_idx(path, data.IDX_IMAGES)
+
+
+def test_cifar_batch_of_python_2_in_xz(tmp_path: Path) -> None:
+    path = tmp_path / "data_batch_1.xz"
+    path.write_bytes(lzma.compress(cifar_batch(), preset=0))
+    images, labels = read_cifar_batch(path)
+    assert images.shape == (10_000, 3, 32, 32)
+    assert np.array_equal(images.numpy().ravel(), PIXELS)
+    assert labels.tolist() == LABELS
+
+
+def test_cifar_batch_of_python_3(tmp_path: Path) -> None:
+    path = tmp_path / "data_batch_1"
+    content = {b"labels": LABELS, b"data": PIXELS.reshape(10_000, 3072), b"filenames": [b"7.png"]}
+    path.write_bytes(pickle.dumps(content, protocol=4))
+    images, labels = read_cifar_batch(path)
+    assert np.array_equal(images.numpy().ravel(), PIXELS)
+    assert labels.tolist() == LABELS
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (cifar_batch()[:1_000_000], "a whole pickle, got one of 1000000 bytes"),
+        (cifar_batch(PIXELS.tobytes()[:-1]), "10000 rows of 3072 bytes, got no such block"),
+        (cifar_batch(labels=LABELS[:-1]), "10000 labels of 0 ... 9, got 9999 labels"),
+        (cifar_batch(labels=[*LABELS[:-1], 10]), "labels of 0 ... 9, got 10000 labels of 0 ... 10"),
+        (b"", "a whole pickle, got one of 0 bytes"),
+    ],
+    ids=["truncated", "short block", "label missing", "label of 10", "empty"],
+)
+def test_damaged_cifar_batch(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "data_batch_1"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path}: expected .*{message}"):
+        read_cifar_batch(path)
+
+
+def test_truncated_xz(tmp_path: Path) -> None:
+    path = tmp_path / "data_batch_1.xz"
+    path.write_bytes(lzma.compress(cifar_batch(), preset=0)[:-20])
+    with pytest.raises(ValueError, match=rf"{path}: expected a whole compressed file"):
+        read_cifar_batch(path)
+
+
+class _Malicious:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_no_pickle_is_executed(tmp_path: Path) -> None:
+    marker, path = tmp_path / "executed", tmp_path / "data_batch_1"
+    content = pickle.dumps({b"data": _Malicious(marker), b"labels": LABELS})
+    pickle.loads(content)
+    marker.rmdir()  # it was created: this pickle does something when executed
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="no such block"):
+        read_cifar_batch(path)
+    assert not marker.exists()
+
+
+@pytest.mark.skipif("PFGM_DATA" not in os.environ, reason="PFGM_DATA is not set")
+@pytest.mark.parametrize(
+    ("name", "train", "held_out", "mean"),
+    [("mnist", (60000, 28, 28), 10000, 33.318), ("cifar10", (50000, 3, 32, 32), 10000, 120.707)],
+)
+def test_real_images(name: str, train: tuple[int, ...], held_out: int, mean: float) -> None:
+    images = data.load(name)
+    assert images.train.shape == train
+    assert len(images.held_out) == held_out
+    assert images.train_labels is not None
+    assert images.train_labels.bincount().sum() == train[0]
+    assert images.train.numpy().mean() == pytest.approx(mean, abs=1e-3)  # published statistics
