@@ -145,6 +145,8 @@ def _expand_t(t: Tensor | float, x: Tensor, D: float) -> Tensor:
     """t as a contiguous float64 tensor (B,) on the device of x."""
     if not isinstance(t, Tensor):
         number = _scalar("t", t)
+        if math.isinf(number):
+            raise ValueError(f"t expects a finite number, got {number}")
         if number == 0 and math.isinf(D):
             raise ValueError("t expects a number other than 0 where D is infinite, got 0")
         return torch.full(x.shape[:1], number, dtype=torch.float64, device=x.device)
@@ -156,7 +158,8 @@ def _expand_t(t: Tensor | float, x: Tensor, D: float) -> Tensor:
         raise ValueError(
             f"t expects a number, a 0-dim tensor or shape ({x.shape[0]},), got {tuple(t.shape)}"
         )
-    return t.to(x.device, torch.float64).expand(x.shape[0]).contiguous()
+    t = t.to(x.device, torch.float64)
+    return torch.where(t.isfinite(), t, torch.nan).expand(x.shape[0]).contiguous()
 
 
 def _scalar(name: str, value: object) -> float:

@@ -21,6 +21,7 @@ x is float32 or float64, t float64, values (N, d) float32, float64 or uint8 code
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -100,6 +101,7 @@ def _field_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     module = BACKENDS[backend]
     sizes = module.chunk_shape(x.shape[0], *values.shape, workspace)
+    anchor_x0 = decode(values[anchor], table)
     dx = -grad_displacement
     dt = torch.zeros_like(t)
     dvalues = torch.empty_like(values) if values_grad else values.new_empty(0)
@@ -114,7 +116,7 @@ def _field_backward(
                     table,
                     k,
                     displacement[queries],
-                    decode(values[anchor[queries]], table),
+                    anchor_x0[queries],
                     anchor_log_weight[queries],
                     grad_displacement[queries],
                     grad_log_mass[queries],
@@ -126,6 +128,8 @@ def _field_backward(
                     total = dvalues_part if total is None else total.add_(dvalues_part)
             if total is not None:
                 dvalues[references] = total
+    if math.isfinite(k):  # the singular point, t = 0 on a reference, has zero gradients
+        dx.masked_fill_(((t == 0) & (anchor_x0 == x).all(1))[:, None], 0.0)
     return dx, dt, dvalues
 
 

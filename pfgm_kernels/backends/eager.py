@@ -76,6 +76,7 @@ def backward(
     x, rows = x.double(), decode(values, table)
     offset = anchor_x0 - x
     s = _squared_distances(x, rows)
+    coincident = s == 0
     nearest = offset.square().sum(1)
     if math.isfinite(k):
         s += (t * t)[:, None]
@@ -98,6 +99,8 @@ def backward(
     else:
         coefficients /= (2 * t * t)[:, None]
         dt = 2 / t * (coefficients * s).sum(1)
+    # A reference on the query itself pulls on nothing, but its coefficient may be huge.
+    coefficients.masked_fill_(coincident, 0.0)
     x_shifted = x - shift
     total = coefficients.sum(1, keepdim=True)
     dx = 2 * (coefficients @ rows - total * x_shifted)
