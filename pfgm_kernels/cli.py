@@ -62,10 +62,11 @@ def train(
     from pfgm_kernels.training import data as data_sets
     from pfgm_kernels.training import trainer
 
-    options = {"data": data, "steps": steps, "seed": seed, "checkpoint_every": checkpoint_every}
+    options = {"steps": steps, "seed": seed, "checkpoint_every": checkpoint_every}
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     if resume:
-        config = replace(trainer.TrainConfig.read(out), **given)
+        stored = trainer.TrainConfig.read(out)
+        config = replace(stored, data=data or stored.data, **given)
         points = data_sets.load(config.data)
     else:
         if data is None:

@@ -65,7 +65,7 @@ def test_not_a_checkpoint(path: Path, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="expected checksum in its metadata, got"):
         read(path)
-    with pytest.raises(FileNotFoundError, match="other.safetensors; it does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"other\.safetensors; it does not exist"):
         read(tmp_path / "other.safetensors")
 
 
@@ -80,7 +80,7 @@ def test_another_network(path: Path) -> None:
         match(path, expected, nn.Linear(3, 4, bias=False).state_dict())
     with pytest.raises(ValueError, match=r"expected extra nothing, got float32 of shape \(1,\)"):
         match(path, expected, dict(expected, extra=torch.zeros(1)))
-    with pytest.raises(ValueError, match="expected bias float32 .*, got float64"):
+    with pytest.raises(ValueError, match=r"expected bias float32 .*, got float64"):
         match(path, expected, nn.Linear(3, 4).double().state_dict())
 
 

@@ -45,7 +45,8 @@ def cifar_batch(pixels: bytes = PIXELS.tobytes(), labels: list[int] = LABELS) ->
     """A batch as Python 2 pickled it: byte strings, small integers in one list."""
     numbers = b"".join(b"K" + bytes([label]) for label in labels)
     return (
-        b"\x80\x02}q\x01(U\x0bbatch_labelq\x02U\x15training batch 1 of 5q\x03U\x06labelsq\x04]q\x05("
+        b"\x80\x02}q\x01(U\x0bbatch_labelq\x02U\x15training batch 1 of 5q\x03"
+        + b"U\x06labelsq\x04]q\x05("
         + numbers
         + b"eU\x04dataq\x06T"
         + struct.pack("<I", len(pixels))
@@ -94,7 +95,7 @@ def test_toy_sets(name: str) -> None:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'imagenet'; expected one of digits, .*cifar10"):
+    with pytest.raises(ValueError, match=r"'imagenet'; expected one of digits, .*cifar10"):
         data.load("imagenet")
 
 

@@ -241,7 +241,7 @@ def train(
                     speed = len(losses) / (time.monotonic() - began)
                     mean = sum(losses[-LOG_EVERY:]) / len(losses[-LOG_EVERY:])
                     update(
-                        step, f"step {step}/{config.steps}  loss {mean:.4f}  {speed:.1f} steps/s"
+                        step, f"step {step}/{config.steps}  loss {mean:.3g}  {speed:.1f} steps/s"
                     )
                     curve({"loss": mean, "gradient_norm": norm, "steps_per_second": speed}, step)
         if training.step % config.checkpoint_every and losses:

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does the command line do what it says, and answer bad input with one sentence?"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+import pfgm_kernels
+from pfgm_kernels.cli import app
+from pfgm_kernels.training.checkpoint import read
+
+
+def pfgm(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def assert_refused(result: Result, *expected: str) -> None:
+    """Exit code 2, and one sentence on the standard error that says what is expected."""
+    assert result.exit_code == 2
+    assert result.stderr.startswith("pfgm: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.output
+    for words in expected:
+        assert words in result.stderr
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps on the digits."""
+    folder = tmp_path_factory.mktemp("digits")
+    result = pfgm("train", "--data", "digits", "--out", folder, "--steps", 3, "--seed", 4)
+    assert result.exit_code == 0, result.output
+    assert str(folder / "model.safetensors") in result.stdout.replace("\n", "")
+    return folder
+
+
+def test_report() -> None:
+    result = pfgm("report")
+    assert result.exit_code == 0
+    assert result.stdout == f"{pfgm_kernels.report()}\n"
+    assert "eager" in result.stdout
+
+
+def test_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "pfgm_kernels.cli", "report"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == f"{pfgm_kernels.report()}\n"
+
+
+def test_train_leaves_a_whole_run(digits: Path) -> None:
+    config = json.loads((digits / "config.json").read_text())
+    assert (config["data"], config["steps"], config["seed"]) == ("digits", 3, 4)
+    assert config["event_shape"] == [8, 8]
+    assert [path.name for path in (digits / "checkpoints").iterdir()] == [
+        "step_00000003.safetensors"
+    ]
+    weights, _ = read(digits / "model.safetensors")
+    checkpoint, state = read(digits / "checkpoints" / "step_00000003.safetensors")
+    assert state["step"] == 3
+    for name, weight in weights.items():
+        assert torch.equal(weight, checkpoint[f"average.module.{name}"])
+    assert list((digits / "tensorboard").iterdir())
+
+
+def test_resume_keeps_what_is_not_given(tmp_path: Path) -> None:
+    start = ("train", "--data", "two_moons", "--out", tmp_path, "--seed", 5)
+    assert pfgm(*start, "--steps", 2, "--checkpoint-every", 1).exit_code == 0
+    result = pfgm("train", "--out", tmp_path, "--steps", 4, "--resume")
+    assert result.exit_code == 0, result.output
+    assert "Resuming after step 2" in result.stdout
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["seed"], config["steps"], config["checkpoint_every"]) == (5, 4, 1)
+    assert_refused(
+        pfgm("train", "--data", "swiss_roll", "--out", tmp_path, "--resume"),
+        "another run: expected data = 'two_moons', got 'swiss_roll'",
+    )
+    assert_refused(
+        pfgm("train", "--out", tmp_path, "--seed", 6, "--resume"), "expected seed = 5, got 6"
+    )
+
+
+def test_train_refuses(digits: Path, tmp_path: Path) -> None:
+    assert_refused(pfgm("train", "--data", "digits", "--out", digits), "already holds a run")
+    unknown = pfgm("train", "--data", "digit", "--out", tmp_path)
+    assert_refused(unknown, "'digit'", "expected one of digits, two_moons")
+    assert_refused(pfgm("train", "--out", tmp_path), "expected --data with one of digits")
+    assert_refused(pfgm("train", "--out", tmp_path, "--resume"), f"{tmp_path} holds no run")
+    zero = pfgm("train", "--data", "digits", "--out", tmp_path, "--steps", 0)
+    assert_refused(zero, "steps expects an integer ≥ 1, got 0")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "rk45"])
+def test_sample_draws_a_picture(digits: Path, tmp_path: Path, solver: str) -> None:
+    out = tmp_path / "new" / "samples.png"
+    options = ("--count", 6, "--solver", solver, "--steps", 4, "--out", out)
+    result = pfgm("sample", "--model", digits, *options)
+    assert result.exit_code == 0, result.output
+    assert "6 samples" in result.stdout
+    evaluations = int(result.stdout.split("6 samples, ")[1].split()[0])
+    assert evaluations == {"euler": 5, "heun": 9}.get(solver, evaluations) > 0
+    with Image.open(out) as picture:
+        assert picture.size[0] > 300
+
+
+def test_sample_depends_on_its_seed_alone(digits: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        options = ("--count", 4, "--steps", 3, "--seed", seed, "--out", tmp_path / f"{name}.png")
+        assert pfgm("sample", "--model", digits, *options).exit_code == 0
+    first, second, other = (Image.open(tmp_path / f"{name}.png") for name in "abc")
+    assert first.tobytes() == second.tobytes()
+    assert first.tobytes() != other.tobytes()
+
+
+def test_sample_of_points(tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "points.png"
+    assert pfgm("train", "--data", "two_moons", "--out", run, "--steps", 2).exit_code == 0
+    assert pfgm("sample", "--model", run, "--steps", 3, "--out", out).exit_code == 0
+    assert out.stat().st_size > 1000
+
+
+def test_sample_refuses(digits: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "samples.png")
+    assert_refused(pfgm("sample", "--model", tmp_path, *out), f"{tmp_path} holds no run")
+    wrong_solver = pfgm("sample", "--model", digits, "--solver", "huen", *out)
+    assert_refused(wrong_solver, "euler, heun, rk45", "'huen'")
+    assert_refused(pfgm("sample", "--model", digits, "--count", 0, *out), "got 0")
+    assert_refused(pfgm("sample", "--model", digits, "--steps", 0, *out), "got 0")
+    wrong_name = pfgm("sample", "--model", digits, "--out", tmp_path / "samples.gif")
+    assert_refused(wrong_name, "ends in .png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_run_is_refused(digits: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((digits / name).read_bytes())
+    options = ("sample", "--model", tmp_path, "--out", tmp_path / "samples.png")
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[:1000])
+    refused = f"damaged checkpoint {tmp_path / 'model.safetensors'}: expected a whole"
+    assert_refused(pfgm(*options), refused, "got one of 1000 bytes")
+    (tmp_path / "config.json").write_text('{"data": "digits"}')
+    assert_refused(pfgm(*options), f"damaged file {tmp_path / 'config.json'}", "expected the keys")
+    (tmp_path / "config.json").write_text("{")
+    assert_refused(pfgm(*options), "expected JSON")
+
+
+def test_wrong_usage_is_explained() -> None:
+    assert pfgm("train").exit_code == 2
+    assert "--out" in pfgm("train").stderr
+    assert "report" in pfgm("--help").stdout
+    assert pfgm("trian").exit_code == 2

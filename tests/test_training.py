@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does training learn, depend on its seed alone, and lose nothing when it is interrupted?"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pfgm_kernels import poisson_displacement
+from pfgm_kernels.training import checkpoint, data
+from pfgm_kernels.training.checkpoint import Checkpoints
+from pfgm_kernels.training.data import DataSet
+from pfgm_kernels.training.network import FieldNetwork
+from pfgm_kernels.training.trainer import TrainConfig, load_model, train
+
+TINY = {"width": 8, "depth": 1, "batch_size": 16, "warmup": 4, "checkpoint_every": 5}
+
+
+@pytest.fixture(scope="module")
+def moons() -> DataSet:
+    return data.load("two_moons")
+
+
+def newest(folder: Path) -> tuple[dict[str, Tensor], dict]:
+    found = Checkpoints(folder / "checkpoints").newest()
+    assert found is not None
+    return found[1:]
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    """Every tensor and every other value of the newest checkpoints, bit for bit."""
+    (tensors, state), (other_tensors, other_state) = newest(first), newest(second)
+    assert state == other_state
+    assert tensors.keys() == other_tensors.keys()
+    assert any(name.startswith("optimizer.") for name in tensors)
+    for name in tensors:
+        assert torch.equal(tensors[name], other_tensors[name]), name
+
+
+def test_resume_is_bit_exact(moons: DataSet, tmp_path: Path) -> None:
+    """Through the warm-up, and not at a multiple of checkpoint_every."""
+    config = TrainConfig.for_data(moons, steps=23, **TINY)
+    whole = train(config, moons, tmp_path / "whole")
+    parts = [
+        train(replace(config, steps=steps), moons, tmp_path / "parts", resume=steps > 3)
+        for steps in (3, 14, 23)
+    ]
+    assert [run.first_step for run in parts] == [0, 3, 14]
+    assert whole.losses == [loss for run in parts for loss in run.losses]
+    assert_same_state(tmp_path / "whole", tmp_path / "parts")
+    names = ["config.json", "model.safetensors"]
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_seed_alone_decides(moons: DataSet, tmp_path: Path) -> None:
+    config = TrainConfig.for_data(moons, steps=5, **TINY)
+    torch.manual_seed(1)
+    first = train(config, moons, tmp_path / "a")
+    torch.manual_seed(2)
+    assert train(config, moons, tmp_path / "b").losses == first.losses
+    assert_same_state(tmp_path / "a", tmp_path / "b")
+    other = train(replace(config, seed=1), moons, tmp_path / "c")
+    assert other.losses[0] != first.losses[0]
+
+
+def test_training_learns_the_field(moons: DataSet, tmp_path: Path) -> None:
+    """The averaged network's posterior mean comes near the exact one, from the data to far out."""
+    config = TrainConfig.for_data(
+        moons, steps=400, width=64, depth=2, warmup=20, ema_decay=0.98, checkpoint_every=400
+    )
+    run = train(config, moons, tmp_path)
+    assert run.finished
+    assert sum(run.losses[-20:]) < 0.1 * sum(run.losses[:20])
+    network, _ = load_model(tmp_path)
+    generator = torch.Generator().manual_seed(5)
+    for noise in (0.05, 0.3, 1.0):
+        x = moons.held_out + noise * torch.randn(500, 2, generator=generator)
+        t = noise * torch.randn(500, generator=generator).abs()
+        v, _ = poisson_displacement(x, t, moons.references())
+        with torch.no_grad():
+            field = network(x, t)
+        predicted = -field[:, :-1] / field[:, -1:] * t[:, None]
+        error = (predicted - v).square().mean().sqrt()
+        stay, collapse = v, moons.train.mean(0) - x - v  # what no training at all would predict
+        trivial = min(stay.square().mean().sqrt(), collapse.square().mean().sqrt())
+        assert error < 0.5 * trivial, noise
+
+
+def test_network_is_a_field() -> None:
+    """Its t-component and its norm follow from the displacement, as Eq. (12) has them."""
+    torch.manual_seed(0)
+    network = FieldNetwork((2, 3), width=16, depth=2, gamma=0.7)
+    x, t = torch.randn(50, 2, 3), torch.rand(50) * 10 + 1e-3
+    with torch.no_grad():
+        field = network(x, t).double()
+    v = -field[:, :-1] / field[:, -1:] * t.double()[:, None]
+    radius = torch.cat([v, t.double()[:, None]], dim=1).norm(dim=1)
+    assert field.shape == (50, 7)
+    assert (field[:, -1] < 0).all()
+    expected = math.sqrt(6) * radius / (radius + 0.7)
+    torch.testing.assert_close(field.norm(dim=1), expected, rtol=1e-5, atol=0)
+    assert torch.isfinite(network(1e6 * x, torch.zeros(50))).all()
+
+
+def test_published_rule() -> None:
+    """A mean norm of 30 in 3,072 dimensions gives M = 287 and T = 38.57 (Xu et al. 2022)."""
+    points = torch.full((4, 3072), 30 / math.sqrt(3072))
+    config = TrainConfig.for_data(DataSet("grey", points, points, None, None))
+    assert config.M == 287
+    assert pytest.approx(38.57, abs=0.005) == config.T
+
+
+def test_config_comes_back(moons: DataSet, tmp_path: Path) -> None:
+    config = TrainConfig.for_data(moons, seed=7, **TINY)
+    config.write(tmp_path)
+    assert TrainConfig.read(tmp_path) == config
+    values = asdict(config) | {"event_shape": [2]}
+    assert json.loads((tmp_path / "config.json").read_text()) == values
+    with pytest.raises(ValueError, match="batch_size expects an integer ≥ 1, got 0"):
+        replace(config, batch_size=0)
+
+
+def test_another_run_is_refused(moons: DataSet, tmp_path: Path) -> None:
+    config = TrainConfig.for_data(moons, steps=5, **TINY)
+    with pytest.raises(ValueError, match="nothing to resume"):
+        train(config, moons, tmp_path, resume=True)
+    train(config, moons, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(config, moons, tmp_path)
+    with pytest.raises(ValueError, match="another run: expected seed = 0, got 3"):
+        train(replace(config, seed=3), moons, tmp_path, resume=True)
+    with pytest.raises(ValueError, match="another run: expected width = 8, got 16"):
+        train(replace(config, width=16), moons, tmp_path, resume=True)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_checkpoint_of_another_network(moons: DataSet, tmp_path: Path) -> None:
+    for name, width in (("narrow", 8), ("wide", 16)):
+        config = TrainConfig.for_data(moons, steps=5, **(TINY | {"width": width}))
+        train(config, moons, tmp_path / name)
+    for file in ("checkpoints/step_00000005.safetensors", "model.safetensors"):
+        (tmp_path / "wide" / file).write_bytes((tmp_path / "narrow" / file).read_bytes())
+    message = r"is of another network: expected .* of shape \(16.*, got .* of shape \(8"
+    with pytest.raises(ValueError, match=message):
+        train(replace(config, steps=6), moons, tmp_path / "wide", resume=True)
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path / "wide")
+
+
+def test_damaged_checkpoint_is_passed_over(moons: DataSet, tmp_path: Path) -> None:
+    """Training goes on from the one before it, and comes to the same end."""
+    config = TrainConfig.for_data(moons, steps=10, **TINY)
+    train(config, moons, tmp_path / "whole")
+    train(config, moons, tmp_path / "damaged")
+    last = tmp_path / "damaged" / "checkpoints" / "step_00000010.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="damaged checkpoint"):
+        run = train(config, moons, tmp_path / "damaged", resume=True)
+    assert run.first_step == 5
+    assert_same_state(tmp_path / "whole", tmp_path / "damaged")
+
+
+ENDLESS = """
+import sys
+from pathlib import Path
+from pfgm_kernels.training import data
+from pfgm_kernels.training.trainer import TrainConfig, train
+moons = data.load("two_moons")
+options = {options} | {{"checkpoint_every": 1}}
+run = train(TrainConfig.for_data(moons, steps=10**6, **options), moons, Path({folder!r}))
+sys.exit(0 if run.finished else 130)
+"""
+
+
+def start_endless(folder: Path) -> subprocess.Popen[str]:
+    """Training in a process of its own that saves at every step; returns once it has done some."""
+    script = ENDLESS.format(options=TINY, folder=str(folder))
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "step_00000004.safetensors").exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"training did not start: {process.communicate()[0]}")
+        time.sleep(0.01)
+    return process
+
+
+def test_killed_at_any_moment(moons: DataSet, tmp_path: Path) -> None:
+    """Killed while it does little but save: the newest checkpoint is whole and goes on exactly."""
+    process = start_endless(tmp_path / "killed")
+    time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    step = newest(tmp_path / "killed")[1]["step"]
+    config = TrainConfig.for_data(moons, steps=step + 3, **TINY)
+    run = train(config, moons, tmp_path / "killed", resume=True)
+    assert run.first_step == step
+    train(config, moons, tmp_path / "whole")
+    assert_same_state(tmp_path / "whole", tmp_path / "killed")
+    assert not list((tmp_path / "killed").rglob("*.partial"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(tmp_path: Path, number: signal.Signals) -> None:
+    """One signal: the step ends, a checkpoint is saved, a sentence says how to go on."""
+    process = start_endless(tmp_path)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    step = newest(tmp_path)[1]["step"]
+    assert f"Stopped after step {step} of 1000000; a checkpoint is saved" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "model.safetensors").exists()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors; it does not exist"):
+        load_model(tmp_path)
+
+
+def test_full_disk_loses_no_checkpoint(
+    moons: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig.for_data(moons, steps=20, **TINY)
+    replace_file, calls = os.replace, []
+
+    def replace_twice(source: str, target: Path) -> None:
+        calls.append(target)
+        if len(calls) > 3:  # config.json and the checkpoints of steps 5 and 10
+            raise OSError(28, "No space left on device")
+        replace_file(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", replace_twice)
+    with pytest.raises(OSError, match="No space left"):
+        train(config, moons, tmp_path)
+    assert newest(tmp_path)[1]["step"] == 10
+    assert not list(tmp_path.rglob("*.partial"))
