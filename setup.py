@@ -8,72 +8,63 @@ PFGM_CUDA_ARCHS lists the architectures, "80;90;100;120" by default (those that 
 import os
 import platform
 import shutil
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
+from subprocess import check_call, check_output
 
 import ninja
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent.resolve()
+SOURCES = Path(__file__).parent.resolve() / "csrc"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fopenmp -Wall -Wextra -Wno-psabi"
+CUDA_FLAGS = "-std=c++17 -O3 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 ISA_FLAGS = {"portable": ""}
 if platform.machine() == "x86_64":
-    ISA_FLAGS["avx2"] = "-mavx2 -mfma"
-    ISA_FLAGS["avx512"] = "-mavx512f -mavx512dq -mavx512vl -mfma"
+    ISA_FLAGS |= {"avx2": "-mavx2 -mfma", "avx512": "-mavx512f -mavx512dq -mavx512vl -mfma"}
 
 
 def find_nvcc() -> str | None:
-    wanted = os.environ.get("PFGM_CUDA", "")
-    if wanted == "0":
+    if (wanted := os.environ.get("PFGM_CUDA")) == "0":
         return None
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
     if wanted == "1" and nvcc is None:
-        sys.exit("PFGM_CUDA=1 asks for the CUDA part, but nvcc is not on PATH nor in CUDA_HOME/bin")
+        raise SystemExit("PFGM_CUDA=1 asks for CUDA, but nvcc is not on PATH nor in CUDA_HOME/bin")
     return nvcc
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    if "PFGM_CUDA_ARCHS" in os.environ:
-        return os.environ["PFGM_CUDA_ARCHS"].replace(",", ";").split(";")
-    known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split()
-    return [arch for arch in ("80", "90", "100", "120") if f"compute_{arch}" in known]
+    known = check_output([nvcc, "--list-gpu-arch"], text=True).split()
+    default = ";".join(arch for arch in ("80", "90", "100", "120") if f"compute_{arch}" in known)
+    return (os.environ.get("PFGM_CUDA_ARCHS") or default).replace(",", ";").split(";")
 
 
 def ninja_file(output: Path) -> str:
-    include = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
-    compiler = subprocess.check_output([CXX, "-dumpfullversion"], text=True).strip()
-    defines = f"-DPFGM_COMPILER='\"{Path(CXX).name} {compiler}\"'"
     edges = {}  # object: (rule, source, flags)
+    nvcc, link, defines = find_nvcc(), f"{CXX} -shared -fopenmp", ""
+    if nvcc:
+        archs = cuda_archs(nvcc)
+        version = check_output([nvcc, "--version"], text=True).split("release ")[1].split(",")[0]
+        code = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        code += [f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"]  # PTX
+        edges["field_forward_cuda.o"] = ("nvcc", "cuda/field_forward.cu", " ".join(code))
+        defines = f"-DPFGM_CUDA_VERSION='\"{version}\"' -DPFGM_CUDA_ARCHS='\"{';'.join(archs)}\"'"
+        link = f"{nvcc} -shared -cudart static -Xcompiler -fopenmp"
     for isa, flags in ISA_FLAGS.items():
         for name in ("field_forward", "field_backward"):
             edges[f"{name}_{isa}.o"] = ("cxx", f"cpu/{name}.cpp", f"-O3 -DPFGM_ISA={isa} {flags}")
     edges["dispatch.o"] = ("cxx", "cpu/dispatch.cpp", "-O2")
-    nvcc, link = find_nvcc(), f"{CXX} -shared -fopenmp"
-    if nvcc:
-        archs = cuda_archs(nvcc)
-        version = subprocess.check_output([nvcc, "--version"], text=True)
-        version = version.split("release ")[1].split(",")[0]
-        code = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
-        code += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
-        edges["field_forward_cuda.o"] = ("nvcc", "cuda/field_forward.cu", f"-O3 {code}")
-        defines += f" -DPFGM_CUDA_VERSION='\"{version}\"' -DPFGM_CUDA_ARCHS='\"{';'.join(archs)}\"'"
-        link = f"{nvcc} -shared -cudart static -Xcompiler -fopenmp"
+    include = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
     edges["bindings.o"] = ("cxx", "bindings.cpp", f"-O1 {include} {defines}")
-    depends = "deps = gcc\n  depfile = $out.d"
-    lines = [
-        f"rule cxx\n  command = {CXX} {FLAGS} $flags -MD -MF $out.d -c $in -o $out\n  {depends}",
-        f"rule nvcc\n  command = {nvcc} -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
-        f" $flags -MD -MF $out.d -c $in -o $out\n  {depends}",
-        f"rule link\n  command = {link} $in -o $out",
-    ]
+    compile_ = "$flags -MD -MF $out.d -c $in -o $out\n  deps = gcc\n  depfile = $out.d"
+    lines = [f"rule cxx\n  command = {CXX} {FLAGS} {compile_}"]
+    lines += [f"rule nvcc\n  command = {nvcc} {CUDA_FLAGS} {compile_}"]
+    lines += [f"rule link\n  command = {link} $in -o $out"]
     for target, (rule, source, flags) in edges.items():
-        lines.append(f"build {target}: {rule} {ROOT / 'csrc' / source}\n  flags = {flags}")
+        lines += [f"build {target}: {rule} {SOURCES / source}\n  flags = {flags}"]
     return "\n".join([*lines, f"build {output}: link {' '.join(edges)}", ""])
 
 
@@ -83,7 +74,7 @@ class NinjaBuild(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         work.mkdir(parents=True, exist_ok=True)
         (work / "build.ninja").write_text(ninja_file(output))
-        subprocess.check_call([Path(ninja.BIN_DIR) / "ninja", "-C", work])
+        check_call([Path(ninja.BIN_DIR) / "ninja", "-C", work])
 
 
 setup(ext_modules=[Extension("pfgm_kernels._C", [])], cmdclass={"build_ext": NinjaBuild})

@@ -38,10 +38,10 @@ pfgm::FieldParams parse(const py::kwargs& arguments) {
   pfgm::FieldParams p{};
   for (const auto& [key, value] : arguments) {
     const auto name = key.cast<std::string>();
-#define PFGM_FIELD(field)  \
-  if (name == #field) {    \
-    set(value, p.field);   \
-    continue;              \
+#define PFGM_FIELD(field) \
+  if (name == #field) {   \
+    set(value, p.field);  \
+    continue;             \
   }
     PFGM_FIELD(batch)
     PFGM_FIELD(count)
@@ -52,6 +52,7 @@ pfgm::FieldParams parse(const py::kwargs& arguments) {
     PFGM_FIELD(values)
     PFGM_FIELD(table)
     PFGM_FIELD(value_type)
+    PFGM_FIELD(weight_type)
     PFGM_FIELD(num_splits)
     PFGM_FIELD(displacement)
     PFGM_FIELD(nearest)
@@ -95,10 +96,15 @@ PYBIND11_MODULE(_C, module) {
   module.def("use_instruction_set", pfgm::use_instruction_set);
 #ifdef PFGM_CUDA_ARCHS
   define<pfgm::field_forward_cuda>(module, "field_forward_cuda");
+  module.def("cuda_unavailable", pfgm::cuda_unavailable);
 #endif
   module.def("build_info", [] {
     py::dict info;
-    info["compiler"] = PFGM_COMPILER;
+#ifdef __clang__
+    info["compiler"] = __VERSION__;
+#else
+    info["compiler"] = "g++ " __VERSION__;
+#endif
     info["instruction set"] = pfgm::instruction_set();
 #ifdef PFGM_CUDA_ARCHS
     info["CUDA"] = PFGM_CUDA_VERSION;

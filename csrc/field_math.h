@@ -10,14 +10,35 @@
 
 #include <cmath>
 
+#include "poisson_field.h"
+
 #if defined(__CUDACC__)
 #define PFGM_HOST_DEVICE __host__ __device__ __forceinline__
 #else
 #define PFGM_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
+// Arrays that live in registers need every index known.
+#if defined(__CUDA_ARCH__)
+#define PFGM_UNROLL _Pragma("unroll")
+#else
+#define PFGM_UNROLL
+#endif
+
 namespace pfgm {
 namespace {
+
+// Element `index` of the stored references.
+PFGM_HOST_DEVICE double decode(const FieldParams& p, int64_t index) {
+  switch (p.value_type) {
+    case ValueType::kFloat32:
+      return static_cast<const float*>(p.values)[index];
+    case ValueType::kFloat64:
+      return static_cast<const double*>(p.values)[index];
+    default:
+      return p.table[static_cast<const uint8_t*>(p.values)[index]];
+  }
+}
 
 // log(s / nearest) and exp for scalars; the CPU kernels have a vector twin (cpu/simd.h).
 struct ScalarMath {
@@ -42,8 +63,11 @@ struct RadialKernel {
   PFGM_HOST_DEVICE RadialKernel(Real half_k, Real t)
       : half_k(half_k), inverse_two_t2(Real(0.5) / (t * t)), gaussian(half_k == Real(INFINITY)) {}
 
-  // What t adds to ‖x − x0‖² in s.
-  PFGM_HOST_DEVICE Real s_offset(Real t) const { return gaussian ? Real(0) : t * t; }
+  // What t adds to ‖x − x0‖² in s. For the Gaussian kernel that is nothing, or NaN where t is zero
+  // or not finite.
+  PFGM_HOST_DEVICE Real s_offset(Real t) const {
+    return gaussian ? (t - t) * inverse_two_t2 : t * t;
+  }
 
   // Logit of a reference at s minus that of one at nearest > 0. Value is Real or a vector of it.
   template <class Math, class Value>
@@ -78,6 +102,102 @@ struct OnlineState {
     nearest = s;
     sum *= factor;
     return factor;
+  }
+
+  // Adds the state of other references. What was accumulated so far scales by `own`, what was
+  // accumulated beside `other` by `theirs`.
+  struct Factors {
+    Real own, theirs;
+  };
+  PFGM_HOST_DEVICE Factors merge(const OnlineState& other, const RadialKernel<Real>& kernel) {
+    if (other.sum == Real(0)) return {Real(1), Real(0)};  // no reference was admitted there
+    const Real own = update(other.nearest, kernel);
+    const Real theirs = kernel.relative_weight(other.nearest, nearest);
+    sum += theirs * other.sum;
+    return {own, theirs};
+  }
+};
+
+// One query's running sums over references by direct differences, for small d: what one thread of
+// the CUDA kernel does. Columns beyond d are zero up to kDim.
+//
+// Distances and sums are in double. They carry the accuracy: the logit's error is k/2 times the
+// relative error of s, so that s in float would miss the contract from D ≈ 20 on, and log_mass
+// everywhere. The weights themselves need only the precision of their dtype, Real.
+template <class Real, int kDim>
+struct DirectSum {
+  // References that are weighed together, for instruction-level parallelism while registers last.
+  static constexpr int kGroup = kDim <= 2 ? 4 : kDim <= 8 ? 2 : 1;
+  // Doubles from one reference to the next: threads that read different ones avoid bank conflicts.
+  static constexpr int kStride = kDim < 4 ? kDim : kDim + 2;
+
+  RadialKernel<double> kernel;
+  OnlineState<double> state;
+  double offset;  // what t adds to s
+  double rate;    // the weights depend on (s − nearest) · rate: 1/nearest, Gaussian 1/(2t²)
+  int64_t anchor = 0;
+  double x[kDim] = {};
+  double displacement[kDim] = {};
+
+  PFGM_HOST_DEVICE DirectSum(double half_k, double t)
+      : kernel(half_k, t),
+        offset(kernel.s_offset(t)),
+        rate(kernel.gaussian ? kernel.inverse_two_t2 : 0) {}
+
+  // Adds every shares-th group of a tile of `count` references, starting with group `share`.
+  // `first` is the index of the tile's first reference.
+  PFGM_HOST_DEVICE void add_tile(const double* tile, int count, int64_t first, int share,
+                                 int shares) {
+    int row = share * kGroup;
+    for (; row + kGroup <= count; row += shares * kGroup) {
+      add<kGroup>(tile + row * kStride, first + row);
+    }
+    const int end = row + kGroup < count ? row + kGroup : count;
+    for (; row < end; ++row) add<1>(tile + row * kStride, first + row);
+  }
+
+ private:
+  template <int kRows>
+  PFGM_HOST_DEVICE void add(const double* rows, int64_t index) {
+    double s[kRows];
+    double smallest = state.nearest;
+    int nearest_row = -1;
+    PFGM_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      s[r] = offset;
+      PFGM_UNROLL
+      for (int c = 0; c < kDim; ++c) {
+        const double difference = rows[r * kStride + c] - x[c];
+        s[r] += difference * difference;
+      }
+      s[r] += s[r] - s[r];  // an infinite s becomes NaN: it must not pass for a small weight
+      if (s[r] < smallest) {
+        smallest = s[r];
+        nearest_row = r;
+      }
+    }
+    if (nearest_row >= 0) move_to(smallest, index + nearest_row);
+    PFGM_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const double w = weight(s[r]);
+      state.sum += w;
+      PFGM_UNROLL
+      for (int c = 0; c < kDim; ++c) displacement[c] += w * (rows[r * kStride + c] - x[c]);
+    }
+  }
+
+  PFGM_HOST_DEVICE void move_to(double nearest, int64_t index) {
+    const double factor = state.update(nearest, kernel);
+    anchor = index;
+    if (!kernel.gaussian) rate = 1 / nearest;
+    PFGM_UNROLL
+    for (int c = 0; c < kDim; ++c) displacement[c] *= factor;
+  }
+
+  // exp(relative_logit(s, nearest)), 1 for the nearest itself, also where rate is infinite.
+  PFGM_HOST_DEVICE Real weight(double s) const {
+    const Real u = s == state.nearest ? Real(0) : static_cast<Real>((s - state.nearest) * rate);
+    return std::exp(kernel.gaussian ? -u : static_cast<Real>(-kernel.half_k) * std::log1p(u));
   }
 };
 

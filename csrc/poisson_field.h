@@ -12,12 +12,13 @@ enum class ValueType : int { kFloat32, kFloat64, kUint8 };
 // multiple of 8 for the CPU kernels (columns beyond d are zero) and d for CUDA.
 struct FieldParams {
   int64_t batch, count, dim;
-  double half_k;           // (d + D)/2; infinity selects the Gaussian kernel
-  const double* x;         // (B, ld)
-  const double* t;         // (B,)
-  const void* values;      // (N, d) of value_type
-  const float* table;      // (256,) what 8-bit codes stand for; null for floating-point values
+  double half_k;       // (d + D)/2; infinity selects the Gaussian kernel
+  const double* x;     // (B, ld)
+  const double* t;     // (B,)
+  const void* values;  // (N, d) of value_type
+  const float* table;  // (256,) what 8-bit codes stand for; null for floating-point values
   ValueType value_type;
+  ValueType weight_type;  // CUDA: kFloat32 or kFloat64, what a pair's log and exp are evaluated in
 
   // Forward: partial sums over num_splits contiguous parts of the references, combined into part 0.
   int num_splits;
@@ -49,6 +50,10 @@ int64_t scratch_size(int64_t dim);
 void field_forward_cpu(const FieldParams& params);
 void field_backward_queries_cpu(const FieldParams& params);
 void field_backward_references_cpu(const FieldParams& params);
+void field_forward_cuda(const FieldParams& params);
+
+// Why the CUDA runtime of the extension cannot run here (no device, an old driver), or null.
+const char* cuda_unavailable();
 
 // The instruction set that the CPU kernels run with: the best of this processor, or the one that a
 // test asked for.

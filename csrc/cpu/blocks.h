@@ -13,7 +13,7 @@
 //   scatter      grad_r[c] += weights[r] g[c] + 2 coefficients[r] (x[c] − row_r[c])
 #pragma once
 
-#include "../poisson_field.h"
+#include "../field_math.h"
 #include "simd.h"
 
 namespace pfgm {
@@ -36,17 +36,6 @@ inline int64_t round_up(int64_t n, int64_t multiple) {
 
 inline int clamp_size(int64_t left, int64_t most) {
   return static_cast<int>(left < most ? left : most);
-}
-
-inline double decode(const FieldParams& p, int64_t index) {
-  switch (p.value_type) {
-    case ValueType::kFloat32:
-      return static_cast<const float*>(p.values)[index];
-    case ValueType::kFloat64:
-      return static_cast<const double*>(p.values)[index];
-    default:
-      return p.table[static_cast<const uint8_t*>(p.values)[index]];
-  }
 }
 
 inline void encode_gradient(const FieldParams& p, int64_t index, double value) {
