@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How it is measured: correctness first, then memory, then time, the providers alternating."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.problems import Problem
+from benchmarks.providers import Field, Provider, RefusedError
+
+DIRECTIONS = ("forward", "gradient")
+"""The field, or the field and its gradients for x and t together, as a training step needs them."""
+SECONDS, PATIENCE = 1.5, 5.0
+MIN_ROUNDS, MAX_ROUNDS = 3, 50
+"""A provider plays for SECONDS and MIN_ROUNDS, but not beyond PATIENCE seconds or MAX_ROUNDS."""
+WHOLE_BYTES = 2 << 30
+"""A provider that needs more for all queries at once is run on the checked queries alone."""
+
+Call = Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass
+class Result:
+    """One provider on one problem. status: "timed", "wrong" (not timed) or "refused".
+
+    queries: how many of the problem's B were run; `seconds` are scaled by B / queries.
+    """
+
+    provider: str
+    ours: bool
+    tolerance: float
+    status: str = "timed"
+    note: str = ""
+    queries: int = 0
+    error: float | None = None
+    peak_bytes: int | None = None
+    seconds: list[float] = field(default_factory=list)
+
+
+def race(problem: Problem, direction: str, providers: Sequence[Provider]) -> list[Result]:
+    """Checks every provider, then times those that passed, in rounds of shuffled order, so that
+    whatever else the machine does hits all of them alike.
+    """
+    results, entries = [], []
+    for provider in providers:
+        result, call = qualify(problem, direction, provider)
+        results.append(result)
+        if call is not None:
+            entries.append((result, call))
+    order = random.Random(0)
+    gc.collect()
+    while entries := [entry for entry in entries if not _done(entry[0].seconds)]:
+        order.shuffle(entries)
+        for result, call in entries:
+            result.seconds.append(_timed(call, problem.x.device))
+    for result in results:
+        result.seconds = [s * len(problem.x) / result.queries for s in result.seconds]
+    return results
+
+
+def _done(seconds: list[float]) -> bool:
+    enough = sum(seconds) >= SECONDS and len(seconds) >= MIN_ROUNDS
+    return enough or sum(seconds) >= PATIENCE or len(seconds) >= MAX_ROUNDS
+
+
+def qualify(problem: Problem, direction: str, provider: Provider) -> tuple[Result, Call | None]:
+    """Prepares a provider, runs it once, and checks that run's values and peak memory.
+
+    Returns the result so far, and the call to time: None where it was refused or is wrong.
+    """
+    gradient = direction == "gradient"
+    result = Result(provider.name, provider.ours, provider.tolerances[gradient])
+    exact, device = problem.exact, problem.x.device
+    try:
+        queries, chunk, result.note = _portion(problem, gradient, provider)
+        result.queries = len(queries)
+        prepared = provider.prepare(problem, gradient)
+        # One query first: libraries loaded, code generated and threads started are not temporaries.
+        _call(problem, gradient, prepared, queries[:1], 1)()
+        call = _call(problem, gradient, prepared, queries, chunk)
+        outputs, result.peak_bytes = peak_extra_bytes(call, device)
+    except (RefusedError, torch.OutOfMemoryError) as refusal:
+        result.status, result.note = "refused", str(refusal).splitlines()[0]
+        return result, None
+    if len(queries) == len(problem.x):
+        outputs = tuple(output[exact.rows] for output in outputs)
+    result.error = exact.gradient_error(*outputs) if gradient else exact.forward_error(*outputs)
+    if not result.error <= result.tolerance:
+        result.status = "wrong"
+        return result, None
+    return result, call
+
+
+def _portion(problem: Problem, gradient: bool, provider: Provider) -> tuple[Tensor, int, str]:
+    """The queries that the provider is run on, how many at a time, and a note if not all."""
+    batch, device = len(problem.x), problem.x.device
+    everything = torch.arange(batch, device=device)
+    if provider.temporaries is None:
+        return everything, batch, ""
+    per_query = provider.temporaries(problem, gradient)
+    whole = f"all at once: {batch * per_query / 2**30:.1f} GiB"
+    free = _free_bytes(device) // 2
+    if batch * per_query <= min(WHOLE_BYTES, free):
+        return everything, batch, ""
+    if per_query > free:
+        raise RefusedError(f"out of memory: {per_query / 2**30:.1f} GiB a query, {whole}")
+    rows = problem.exact.rows
+    chunk = min(len(rows), max(1, min(WHOLE_BYTES, free) // per_query))
+    return rows, chunk, f"{len(rows)} of {batch} queries, scaled; {whole}"
+
+
+def _call(problem: Problem, gradient: bool, prepared: Field, queries: Tensor, chunk: int) -> Call:
+    """The computation as one function: (the field (b, d + 1),), or the gradients (b, d), (b,)."""
+    inputs = (problem.x[queries], problem.t[queries], problem.cotangent[queries])
+    parts = list(zip(*(tensor.split(chunk) for tensor in inputs), strict=True))
+
+    def forward() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (_joined([prepared(x, t) for x, t, _ in parts]),)
+
+    def gradients() -> tuple[Tensor, ...]:
+        pairs = []
+        for x, t, cotangent in parts:
+            leaves = (x.detach().requires_grad_(), t.detach().requires_grad_())
+            pairs.append(torch.autograd.grad(prepared(*leaves), leaves, cotangent))
+        return tuple(_joined(column) for column in zip(*pairs, strict=True))
+
+    return gradients if gradient else forward
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _timed(call: Call, device: torch.device) -> float:
+    """Seconds of one call; whatever came before has been waited for."""
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:
+    """What the call returns, and the most memory that it held beyond what was held before.
+
+    On the CPU the kernel's own high-water mark of the process's resident memory, which misses no
+    spike; None where the kernel does not let it be reset. Results count as extra memory.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        output = call()
+        torch.cuda.synchronize(device)
+        return output, torch.cuda.max_memory_allocated(device) - before
+    # Freed memory that the allocator still holds would hide what the call takes.
+    ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return call(), None
+    before = _status_bytes("VmRSS")
+    output = call()
+    return output, max(0, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key + ":"))
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))

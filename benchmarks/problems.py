@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is computed: the shapes, their data, and the exact answer for a few of their queries."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pfgm_kernels import ReferenceSet
+from pfgm_kernels.flow import perturb
+from pfgm_kernels.training import data
+from tests import oracle
+
+GAMMA = 5.0
+"""Added to the norm of the field, and its factor is √d: the target that PFGM trains on."""
+CHECKED_ROWS = 24
+"""Queries of each problem, evenly spread, whose exact answer is computed."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B queries and N references in d dimensions.
+
+    source: "normal" (queries and references standard normal, t = |N(0, 1)|), "synthetic" (images
+    with a 1/f spectrum) or the name of a data set of images; queries around images follow Eq. (11).
+    """
+
+    B: int
+    N: int
+    d: int
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.B}x{self.N}-d{self.d}-{self.source}"
+
+    def problem(self, device: torch.device | str = "cpu") -> Problem:
+        generator = torch.Generator().manual_seed(0)
+        images = None
+        if self.source == "normal":
+            x0 = torch.randn(self.N, self.d, generator=generator)
+            x = torch.randn(self.B, self.d, generator=generator)
+            t = torch.randn(self.B, generator=generator).abs()
+        else:
+            if self.source == "synthetic":
+                images = synthetic_images(self.N, self.d, generator)
+            else:
+                images = data.load(self.source).train[: self.N].flatten(1)
+            # float32 on the grid that the 8-bit set stands for: both forms are the same data.
+            x0 = (-1 + 2 * images.double() / 255).float()
+            x, t = perturb(x0[: self.B], generator=generator)
+        cotangent = torch.randn(self.B, self.d + 1, generator=generator)
+        if (len(x0), x0.shape[1]) != (self.N, self.d):
+            raise ValueError(f"{self} expects {self.N} references, got shape {tuple(x0.shape)}")
+        return Problem(
+            x.to(device),
+            t.to(device),
+            x0.to(device),
+            cotangent.to(device),
+            None if images is None else images.to(device),
+        )
+
+
+def shapes() -> list[Shape]:
+    """The shapes of a run; real images take part where PFGM_DATA names their folder."""
+    normal = [Shape(1024, 16384, 2, "normal"), Shape(512, 8192, 64, "normal")]
+    images = [Shape(512, 8192, 784, "synthetic"), Shape(128, 4096, 3072, "synthetic")]
+    if os.environ.get("PFGM_DATA"):
+        images += [Shape(512, 8192, 784, "mnist"), Shape(128, 4096, 3072, "cifar10")]
+    return normal + images
+
+
+def synthetic_images(count: int, d: int, generator: torch.Generator) -> Tensor:
+    """8-bit images (count, d) of 1 or 3 square channels whose amplitudes fall as 1/f, like
+    photographs: most of the variance is in smooth structures that the channels share.
+    """
+    channels = 3 if d % 3 == 0 else 1
+    size = math.isqrt(d // channels)
+    if channels * size * size != d:
+        raise ValueError(f"synthetic images expect d = size² or 3·size², got {d}")
+    frequency = torch.hypot(
+        torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]
+    ).clamp_min(1 / size)
+    grey = torch.randn(count, 1, size, size, generator=generator)
+    colour = torch.randn(count, channels, size, size, generator=generator)
+    smooth = torch.fft.irfft2(torch.fft.rfft2(grey + 0.3 * colour) / frequency, s=(size, size))
+    pixels = 127.5 + 60 * smooth / smooth.std()
+    return pixels.round().clamp(0, 255).to(torch.uint8).flatten(1)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Queries x (B, d), t (B,), references x0 (N, d), all float32, and a cotangent (B, d + 1) of
+    the field for the backward pass; `images` (N, d) are x0 in 8 bits where x0 is images.
+    """
+
+    x: Tensor
+    t: Tensor
+    x0: Tensor
+    cotangent: Tensor
+    images: Tensor | None = None
+
+    @property
+    def scale(self) -> float:
+        return math.sqrt(self.x0.shape[1])
+
+    def reference_set(self) -> ReferenceSet:
+        if self.images is None:
+            return ReferenceSet(self.x0)
+        return ReferenceSet.from_images(self.images)
+
+    def normalise(self, v: Tensor, t: Tensor) -> Tensor:
+        """scale · (v, −t) / (‖(v, −t)‖ + GAMMA) for displacements v (B, d) and t (B,)."""
+        field = torch.cat([v, -t[:, None]], 1)
+        return field * (self.scale / (field.norm(dim=1, keepdim=True) + GAMMA))
+
+    @cached_property
+    def exact(self) -> Exact:
+        rows = torch.linspace(0, len(self.x) - 1, min(CHECKED_ROWS, len(self.x))).long()
+        x, t, x0 = self.x[rows].cpu(), self.t[rows].cpu(), self.x0.cpu()
+        truth = oracle.solve(x, t, x0)
+        leaves = (truth.v.clone().requires_grad_(), truth.t.clone().requires_grad_())
+        cotangent = self.cotangent[rows].cpu().double()
+        g_v, g_t = torch.autograd.grad(self.normalise(*leaves), leaves, cotangent)
+        gradients = oracle.differentiate(truth, x, x0, g_v, torch.zeros_like(g_t))
+        return Exact(
+            rows.to(self.x.device),
+            truth.field(GAMMA, self.scale),
+            truth.term_norm / truth.norm,
+            gradients.dx,
+            gradients.dt + g_t,
+            gradients.dx_terms.norm(dim=1),
+            gradients.dt_terms + g_t.abs(),
+        )
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Float64 direct differences for some rows: the field and its condition number κ, the gradients
+    of ⟨cotangent, field⟩ for x and t, and the sums of the absolute values of their terms.
+    """
+
+    rows: Tensor
+    field: Tensor
+    kappa: Tensor
+    dx: Tensor
+    dt: Tensor
+    dx_terms: Tensor
+    dt_terms: Tensor
+
+    def forward_error(self, field: Tensor) -> float:
+        """Worst row of ‖field − exact‖ / (κ ‖exact‖), for a field of the checked queries."""
+        off = (field.double().cpu() - self.field).norm(dim=1)
+        return _worst(off / (self.kappa * self.field.norm(dim=1)))
+
+    def gradient_error(self, dx: Tensor, dt: Tensor) -> float:
+        """Worst row of either gradient's error, relative to the absolute sum of its terms."""
+        off_x = (dx.double().cpu() - self.dx).norm(dim=1) / self.dx_terms
+        off_t = (dt.double().cpu() - self.dt).abs() / self.dt_terms
+        return max(_worst(off_x), _worst(off_t))
+
+
+def _worst(errors: Tensor) -> float:
+    return float(errors.nan_to_num(nan=math.inf).max())

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of a run: `python -m benchmarks.report benchmarks/results/FILE.json`, in Markdown."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+
+SOURCES = {"normal": "standard normal", "synthetic": "synthetic images, queries of Eq. 11"}
+TITLES = {"forward": "field", "gradient": "field and its gradients for x and t"}
+COLUMNS = (
+    "provider",
+    "median ms",
+    "p20–p80",
+    "rounds",
+    "speed-up",
+    "worst error",
+    "extra MiB",
+    "note",
+)
+
+
+def rows(run: dict[str, Any]) -> list[Row]:
+    """Each provider on each problem, timed or not, with its `seconds` (rounds,)."""
+    timed = [{**b["extra_info"], "seconds": b["stats"]["data"]} for b in run["benchmarks"]]
+    return timed + run["not_timed"]
+
+
+def table(run: dict[str, Any]) -> str:
+    """The whole run as Markdown: how it was made, then one table for each problem."""
+    problems: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows(run):
+        problems[tuple(row["shape"].values()), row["direction"]].append(row)
+    return "\n\n".join([_header(run), *(_problem(group) for group in problems.values())])
+
+
+def _header(run: dict[str, Any]) -> str:
+    machine, commit = run["machine_info"], run["commit_info"]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    dirty = " with uncommitted changes" if commit["dirty"] else ""
+    return (
+        f"{machine['device']}, {machine['threads']} threads, {machine['simd']}; {versions}; "
+        f"revision {commit['id'][:12]}{dirty}; {run['datetime'][:16].replace('T', ' ')} UTC\n\n"
+        "Speed-up: how many times faster than the fastest peer of the same run. Worst error: of a "
+        "row against float64 direct differences, relative, divided by its condition number (for "
+        "gradients: relative to the absolute sum of its terms)."
+    )
+
+
+def _problem(group: list[Row]) -> str:
+    shape, direction = group[0]["shape"], group[0]["direction"]
+    data = SOURCES.get(shape["source"], f"{shape['source']}, queries of Eq. 11")
+    title = f"### {shape['B']} × {shape['N']}, d = {shape['d']}, {data}: {TITLES[direction]}"
+    peers = [row for row in group if row["status"] == "timed" and not row["ours"]]
+    fastest = min(peers, key=lambda row: median(row["seconds"]), default=None)
+    lines = [COLUMNS, *(_cells(row, fastest) for row in group)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
+    rule = "|".join(["", *("-" * (width + 2) for width in widths), ""])
+    winner = "none was timed" if fastest is None else fastest["provider"]
+    return "\n".join([title, "", f"Fastest peer: {winner}.", "", text[0], rule, *text[1:]])
+
+
+def _cells(row: Row, fastest: Row | None) -> tuple[str, ...]:
+    error = "–" if row["error"] is None else f"{row['error']:.1e}"
+    memory = "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.1f}"
+    if row["status"] != "timed":
+        note = f"{row['status']}, not timed: expected at most {row['tolerance']:.0e}"
+        note = note if row["status"] == "wrong" else f"refused: {row['note']}"
+        return (row["provider"], "–", "–", "–", "–", error, memory, note)
+    milliseconds = 1e3 * np.asarray(row["seconds"])
+    middle = float(np.median(milliseconds))
+    low, high = np.quantile(milliseconds, [0.2, 0.8])
+    ratio = "–" if fastest is None else _figures(1e3 * median(fastest["seconds"]) / middle)
+    return (
+        row["provider"],
+        _figures(middle),
+        f"{_figures(low)}–{_figures(high)}" if len(milliseconds) > 2 else "–",
+        str(len(milliseconds)),
+        ratio,
+        error,
+        memory,
+        row["note"],
+    )
+
+
+def _figures(value: float) -> str:
+    """Three significant figures, without an exponent."""
+    return f"{value:,.{max(0, 2 - int(np.floor(np.log10(value))))}f}"
+
+
+if __name__ == "__main__":
+    print(table(json.loads(Path(sys.argv[1]).read_text())))

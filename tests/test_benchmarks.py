@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do the benchmarks measure what they say, and refuse to time what is wrong?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark")
+
+from benchmarks import measure
+from benchmarks.measure import DIRECTIONS, peak_extra_bytes, race
+from benchmarks.problems import GAMMA, Problem, Shape, synthetic_images
+from benchmarks.providers import Provider, RefusedError, composite, providers
+from benchmarks.report import table
+
+CPU = torch.device("cpu")
+ALL = providers(CPU)
+SHAPES = [Shape(5, 40, 3, "normal"), Shape(40, 60, 48, "synthetic")]
+
+
+@cache
+def problem_of(shape: Shape) -> Problem:
+    return shape.problem()
+
+
+@pytest.fixture(autouse=True)
+def short_races(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "SECONDS", 0.0)
+
+
+def by_name(name: str) -> Provider:
+    return next(provider for provider in ALL if provider.name == name)
+
+
+def exact_field(problem: Problem, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The field of queries x (b, d), t (b,) by float64 direct differences, differentiable."""
+    difference = problem.x0.double() - x[:, None]
+    s = difference.square().sum(2) + t.square()[:, None]
+    weights = torch.softmax(-(x.shape[1] + 1) / 2 * s.log(), 1)
+    v = (weights[:, :, None] * difference).sum(1)
+    field = torch.cat([v, -t[:, None]], 1)
+    return problem.scale * field / (field.norm(dim=1, keepdim=True) + GAMMA)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_exact_rows_are_the_field_and_its_gradients(shape: Shape) -> None:
+    problem = problem_of(shape)
+    exact = problem.exact
+    x = problem.x[exact.rows].double().requires_grad_()
+    t = problem.t[exact.rows].double().requires_grad_()
+    field = exact_field(problem, x, t)
+    dx, dt = torch.autograd.grad(field, (x, t), problem.cotangent[exact.rows].double())
+    assert len(exact.rows) == min(shape.B, 24)
+    assert exact.rows.unique().numel() == len(exact.rows)
+    torch.testing.assert_close(exact.field, field.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(exact.dx, dx, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(exact.dt, dt, rtol=1e-10, atol=1e-11)
+    assert (exact.kappa >= 1 - 1e-12).all()
+    assert exact.forward_error(field.detach()) < 1e-12
+    assert exact.forward_error(field.detach() * (1 + 1e-4)) > 0.9e-4 / float(exact.kappa.max())
+    assert exact.gradient_error(dx, dt) < 1e-10
+    assert exact.gradient_error(dx, dt * float("nan")) == float("inf")
+
+
+@pytest.mark.parametrize("provider", ALL, ids=str)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_provider_agrees_with_the_exact_rows(
+    shape: Shape, direction: str, provider: Provider
+) -> None:
+    (result,) = race(problem_of(shape), direction, [provider])
+    assert result.status == "timed", result
+    # On these shapes plain float32 is good to 1e-4; the tolerance is there for harder ones.
+    assert result.error is not None
+    assert result.error <= min(result.tolerance, 1e-4)
+    assert len(result.seconds) == measure.MIN_ROUNDS
+    assert all(seconds > 0 for seconds in result.seconds)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_wrong_provider_is_not_timed(direction: str) -> None:
+    calls = []
+
+    def prepare(problem: Problem, gradient: bool) -> Any:
+        right = composite(torch.float64)(problem, gradient)
+
+        def field(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            calls.append(len(x))
+            return right(x, t) * (1 + 1e-3)
+
+        return field
+
+    wrong = Provider("wrong", prepare, (1e-6, 1e-5), ours=True)
+    right = by_name("float64 composite")
+    rejected, timed = race(problem_of(SHAPES[0]), direction, [wrong, right])
+    assert rejected.status == "wrong"
+    assert rejected.error is not None
+    assert 1e-5 < rejected.error < 1e-2
+    assert rejected.seconds == []
+    assert calls == [1, SHAPES[0].B]
+    assert timed.status == "timed"
+
+
+def test_a_provider_that_cannot_run_is_refused_with_the_reason() -> None:
+    def unable(problem: Problem, gradient: bool) -> Any:
+        raise RefusedError("it has no arms")
+
+    greedy = dataclasses.replace(by_name("published formula"), temporaries=lambda *_: 1 << 60)
+    first, second = race(
+        problem_of(SHAPES[0]), "forward", [Provider("unable", unable, (1e-6, 1e-5)), greedy]
+    )
+    assert (first.status, first.note, first.seconds) == ("refused", "it has no arms", [])
+    assert second.status == "refused"
+    assert "out of memory" in second.note
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_provider_that_takes_too_much_at_once_runs_on_the_checked_queries(
+    direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = problem_of(SHAPES[1])
+    published = by_name("published formula")
+    assert published.temporaries is not None
+    per_query = published.temporaries(problem, direction == "gradient")
+    monkeypatch.setattr(measure, "WHOLE_BYTES", 7 * per_query)
+    sizes, clock = [], iter(range(10_000))
+
+    def prepare(problem: Problem, gradient: bool) -> Any:
+        right = published.prepare(problem, gradient)
+        return lambda x, t: sizes.append(len(x)) or right(x, t)
+
+    # Each reading of the clock is one second after the last, so each call takes one second.
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(clock)))
+    (result,) = race(problem, direction, [dataclasses.replace(published, prepare=prepare)])
+    assert sizes[:5] == [1, 7, 7, 7, 3]
+    assert result.queries == 24
+    assert result.seconds == [pytest.approx(40 / 24)] * 3
+    assert "24 of 40 queries, scaled" in result.note
+
+
+def test_peak_memory_sees_what_was_freed_again() -> None:
+    def call() -> float:
+        return float(torch.ones(32 << 20).sum())
+
+    value, peak = peak_extra_bytes(call, CPU)
+    assert value == 32 << 20
+    if peak is None:
+        pytest.skip("this kernel does not let the high-water mark be reset")
+    assert peak == pytest.approx(4 * 32 << 20, rel=0.1)
+
+
+def test_synthetic_images_have_the_spectrum_of_photographs() -> None:
+    images = synthetic_images(64, 3072, torch.Generator().manual_seed(0))
+    again = synthetic_images(64, 3072, torch.Generator().manual_seed(0))
+    assert images.shape == (64, 3072)
+    assert images.dtype == torch.uint8
+    assert torch.equal(images, again)
+    assert images.float().std() > 40
+    power = torch.fft.rfft(images.float().view(64, 3, 32, 32), dim=3).abs().square().mean((0, 1, 2))
+    # Amplitudes that fall as 1/f in two dimensions leave rows with a power of about 1/f.
+    slope = torch.log(power[12] / power[3]) / torch.log(torch.tensor(12 / 3))
+    assert -2 < slope < -0.7
+    with pytest.raises(ValueError, match="got 50"):
+        synthetic_images(2, 50, torch.Generator())
+
+
+def run_json(**rows: dict[str, Any]) -> dict[str, Any]:
+    shape = {"B": 8, "N": 16, "d": 3072, "source": "cifar10"}
+    common = {
+        "shape": shape,
+        "direction": "forward",
+        "ours": False,
+        "tolerance": 1e-2,
+        "status": "timed",
+        "note": "",
+        "queries": 8,
+        "error": 2.5e-5,
+        "peak_bytes": 3 << 20,
+    }
+    made = [{**common, "provider": name, **row} for name, row in rows.items()]
+    timed = [row for row in made if row["status"] == "timed"]
+    return {
+        "machine_info": {
+            "device": "Some CPU",
+            "threads": 2,
+            "simd": "AVX2",
+            "versions": {"torch": "2.13.0", "python": "3.11.7"},
+        },
+        "commit_info": {"id": "0123456789abcdef", "dirty": True},
+        "datetime": "2026-01-02T03:04:05.6+00:00",
+        "benchmarks": [
+            {
+                "extra_info": {key: row[key] for key in row if key != "seconds"},
+                "stats": {"data": row["seconds"]},
+            }
+            for row in timed
+        ],
+        "not_timed": [row for row in made if row["status"] != "timed"],
+    }
+
+
+def test_the_report_shows_every_row_and_the_ratio_to_the_fastest_peer() -> None:
+    text = table(
+        run_json(
+            slow={"seconds": [0.4, 0.4, 0.4]},
+            fast={"seconds": [0.3, 0.1, 0.2]},
+            mine={"seconds": [0.05], "ours": True, "error": 3e-8},
+            bad={"status": "wrong", "seconds": [], "error": 0.5},
+            big={"status": "refused", "seconds": [], "error": None, "note": "out of memory"},
+        )
+    )
+    lines = text.splitlines()
+    cells = {
+        parts[1]: parts[2:-1]
+        for line in lines
+        if len(parts := [*map(str.strip, line.split("|"))]) > 2
+    }
+    assert "### 8 × 16, d = 3072, cifar10, queries of Eq. 11: field" in lines
+    assert "Fastest peer: fast." in lines
+    assert "revision 0123456789ab with uncommitted changes; 2026-01-02 03:04 UTC" in text
+    assert cells["slow"][:6] == ["400", "400–400", "3", "0.500", "2.5e-05", "3.0"]
+    assert cells["fast"][:4] == ["200", "140–260", "3", "1.00"]
+    assert cells["mine"][:5] == ["50.0", "–", "1", "4.00", "3.0e-08"]
+    assert cells["bad"][0] == "–"
+    assert "wrong" in cells["bad"][6]
+    assert cells["big"][6] == "refused: out of memory"
+
+
+def test_a_run_saves_what_the_report_needs(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    output = tmp_path / "run.json"
+    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", f"--benchmark-json={output}"]
+    selection = "d2 and forward and ReferenceSet"
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks", *options, "-k", selection],
+        cwd=root,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    run = json.loads(output.read_text())
+    names = [entry["extra_info"]["provider"] for entry in run["benchmarks"]]
+    expected = [provider.name for provider in ALL if "ReferenceSet" in provider.name]
+    assert names == expected
+    assert run["machine_info"]["versions"]["torch"] == torch.__version__
+    assert run["machine_info"]["threads"] >= 1
+    assert "node" not in run["machine_info"]
+    assert "id" in run["commit_info"]
+    for entry in run["benchmarks"]:
+        assert entry["extra_info"]["error"] <= entry["extra_info"]["tolerance"]
+        assert entry["stats"]["rounds"] == len(entry["stats"]["data"])
+    assert all(name in table(run) for name in expected)
