@@ -49,7 +49,7 @@ def run(out: Path) -> bool:
     console = Console()
     seconds: dict[str, float] = {}
     console.print("[bold]Backends[/bold]")
-    console.print(str(pfgm_kernels.report()), highlight=False)
+    console.print(str(pfgm_kernels.report()), highlight=False, soft_wrap=True)
     data = data_sets.load("digits")
     config = TrainConfig.for_data(data, seed=SEED)
     with _phase(console, seconds, "check", "The op against float64, and the published formula"):
@@ -81,9 +81,11 @@ def run(out: Path) -> bool:
     with _phase(console, seconds, "draw", "Drawing"):
         _draw(out, data, result, evaluation, training.losses)
     _write_metrics(out, evaluation, result.nfe, measurements, seconds, config)
-    console.print(_summary(evaluation, result.nfe, seconds))
+    console.print(_summary(evaluation, result.nfe))
+    spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    console.print(f"{spent}; in {out}:", highlight=False, soft_wrap=True)
     for path in sorted(path for path in out.iterdir() if path.is_file()):
-        console.print(f"  {path}", highlight=False, soft_wrap=True)
+        console.print(f"  {path.name}", highlight=False, soft_wrap=True)
     return True
 
 
@@ -128,10 +130,10 @@ def check_op(data: DataSet, config: TrainConfig) -> list[Measurement]:
     exact = exact_field(x, t, x0, config.gamma)
     scale = math.sqrt(x0[0].numel())
     contenders: dict[str, Callable[[], Tensor]] = {
-        "pfgm_kernels.poisson_field": lambda: pfgm_kernels.poisson_field(
+        "poisson_field": lambda: pfgm_kernels.poisson_field(
             x, t, references, gamma=config.gamma, scale=scale
         ),
-        "published formula, float32": lambda: published_field(x, t, x0, config.gamma),
+        "published formula": lambda: published_field(x, t, x0, config.gamma),
     }
     measurements = []
     for name, compute in contenders.items():
@@ -237,7 +239,7 @@ def _phase(console: Console, seconds: dict[str, float], name: str, title: str) -
 
 
 def _op_table(measurements: list[Measurement]) -> Table:
-    table = Table("", "time", "peak extra memory", "worst relative error")
+    table = Table("", "time", "peak memory", "worst error")
     for item in measurements:
         table.add_row(
             item.name,
@@ -248,7 +250,7 @@ def _op_table(measurements: list[Measurement]) -> Table:
     return table
 
 
-def _summary(evaluation: Evaluation, nfe: int, seconds: dict[str, float]) -> Table:
+def _summary(evaluation: Evaluation, nfe: int) -> Table:
     shares = evaluation.class_shares
     table = Table(
         "", "samples", "held-out digits", title=f"{evaluation.samples} samples, {nfe} NFE"
@@ -259,17 +261,12 @@ def _summary(evaluation: Evaluation, nfe: int, seconds: dict[str, float]) -> Tab
         f"{evaluation.held_out_top_probability:.3f}",
     )
     table.add_row(
-        "Fréchet distance to the training digits",
+        "Fréchet distance",
         f"{evaluation.sample_frechet_distance:.2f}",
         f"{evaluation.held_out_frechet_distance:.2f}",
     )
-    table.add_row(
-        "share of a class, least and most", f"{min(shares):.1%} ... {max(shares):.1%}", ""
-    )
-    table.add_row("copies of a training digit", f"{evaluation.copies_share:.1%}", "")
+    table.add_row("shares of the classes", f"{min(shares):.1%} … {max(shares):.1%}", "")
+    table.add_row("copies of training digits", f"{evaluation.copies_share:.1%}", "")
     accuracy = f"{evaluation.classifier_held_out_accuracy:.1%}"
     table.add_row("accuracy of the classifier", "", accuracy)
-    table.add_row(
-        "seconds", "  ".join(f"{name} {value:.0f}" for name, value in seconds.items()), ""
-    )
     return table

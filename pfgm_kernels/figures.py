@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -101,7 +101,7 @@ def _field_lines(figure: Figure, path: Tensor, times: list[float], points: Tenso
     states = torch.cat([path, t], dim=2)
     segments = torch.stack([states[:-1], states[1:]], dim=2).flatten(0, 1)
     segments = segments[(segments.abs() <= reach).all(dim=2).all(dim=1)]
-    axes = figure.add_axes((-0.12, -0.12, 1.24, 1.16), projection="3d")
+    axes: Any = figure.add_axes((-0.12, -0.12, 1.24, 1.16), projection="3d")
     lines = Line3DCollection(segments.numpy(), cmap="viridis_r", linewidths=0.6, alpha=0.75)
     lines.set_array(segments[:, 0, 2].numpy())
     axes.add_collection(lines)

@@ -63,7 +63,7 @@ def test_one_bit_wrong(path: Path, position: int) -> None:
 
 def test_not_a_checkpoint(path: Path, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match="expected checksum in its metadata, got"):
+    with pytest.raises(ValueError, match="is no checkpoint: expected the entry"):
         read(path)
     with pytest.raises(FileNotFoundError, match=r"other\.safetensors; it does not exist"):
         read(tmp_path / "other.safetensors")

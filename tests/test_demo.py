@@ -70,8 +70,5 @@ def test_demo_leaves_what_it_promises(tmp_path: Path, monkeypatch: pytest.Monkey
     assert metrics["classifier_held_out_accuracy"] >= 0.97
     assert metrics["sample_frechet_distance"] > metrics["held_out_frechet_distance"]
     assert sum(metrics["class_shares"]) == pytest.approx(1)
-    assert {item["name"] for item in metrics["op"]} == {
-        "pfgm_kernels.poisson_field",
-        "published formula, float32",
-    }
+    assert [item["name"] for item in metrics["op"]] == ["poisson_field", "published formula"]
     assert set(metrics["seconds"]) == {"check", "train", "sample", "evaluate", "draw"}

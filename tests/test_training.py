@@ -142,6 +142,8 @@ def test_another_run_is_refused(moons: DataSet, tmp_path: Path) -> None:
         train(config, moons, tmp_path)
     with pytest.raises(ValueError, match="another run: expected seed = 0, got 3"):
         train(replace(config, seed=3), moons, tmp_path, resume=True)
+    with pytest.raises(ValueError, match="steps expects at least the 5 that are done, got 4"):
+        train(replace(config, steps=4), moons, tmp_path, resume=True)
     with pytest.raises(ValueError, match="another run: expected width = 8, got 16"):
         train(replace(config, width=16), moons, tmp_path, resume=True)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -232,6 +234,13 @@ def test_interrupted(tmp_path: Path, number: signal.Signals) -> None:
     assert not (tmp_path / "model.safetensors").exists()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors; it does not exist"):
         load_model(tmp_path)
+
+
+def test_divergence_saves_nothing(moons: DataSet, tmp_path: Path) -> None:
+    config = TrainConfig.for_data(moons, steps=9, learning_rate=math.inf, **TINY)
+    with pytest.raises(FloatingPointError, match="loss of step 2 is nan"):
+        train(config, moons, tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_full_disk_loses_no_checkpoint(

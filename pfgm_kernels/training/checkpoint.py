@@ -21,13 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-_TEMPORARY = ".partial"
+TEMPORARY = ".partial"
+DIGITS = 64  # of a SHA-256 checksum
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Puts ``content`` at ``path`` in one step: readers see the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=_TEMPORARY, delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=TEMPORARY, delete=False) as file:
         try:
             file.write(content)
             file.flush()
@@ -47,7 +48,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -
     """Writes named tensors and a state of JSON values, with a checksum of both."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(state)
-    metadata = {"state": text, "sha256": _checksum(tensors, text)}
+    # One entry, as safetensors writes several in any order: equal contents, equal files.
+    metadata = {"pfgm_kernels": _checksum(tensors, text) + text}
     write_bytes(path, save(tensors, metadata))
 
 
@@ -69,7 +71,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"damaged checkpoint {path}: expected a whole safetensors file, "
             f"got one of {size} bytes ({error})"
         ) from error
-    expected, text = metadata.get("sha256", "in its metadata"), metadata.get("state", "")
+    if (entry := metadata.get("pfgm_kernels")) is None:
+        raise ValueError(f"{path} is no checkpoint: expected the entry 'pfgm_kernels', got none")
+    expected, text = entry[:DIGITS], entry[DIGITS:]
     found = _checksum(tensors, text)
     if found != expected:
         raise ValueError(f"damaged checkpoint {path}: expected checksum {expected}, got {found}")
@@ -100,7 +104,7 @@ class Checkpoints:
         """Writes the checkpoint of ``step``, then removes what is no longer kept."""
         path = self.folder / f"step_{step:08d}.safetensors"
         write(path, tensors, state)
-        for old in [*self.paths()[self.keep :], *self.folder.glob(f"*{_TEMPORARY}")]:
+        for old in [*self.paths()[self.keep :], *self.folder.glob(f"*{TEMPORARY}")]:
             old.unlink(missing_ok=True)
         return path
 

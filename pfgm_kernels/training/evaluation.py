@@ -23,7 +23,7 @@ class Classifier:
         if data.train_labels is None:
             raise ValueError(f"expected a data set with labels, got {data.name!r} without")
         from sklearn.neural_network import MLPClassifier
-        from threadpoolctl import threadpool_limits
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
         self._model = MLPClassifier((width,), max_iter=passes, random_state=0)
         with threadpool_limits(1):  # products this small are slower on several threads

@@ -8,7 +8,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -219,34 +219,20 @@ def train(
     checkpoint and return; a second signal ends at once. Raises ValueError where the folder holds
     another run or, without ``resume``, any run.
     """
-    console = console or Console()
+    console, began = console or Console(), time.monotonic()
     _claim(folder, config, resume)
     training = Training(config, data)
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
     if resume and (newest := checkpoints.newest()) is not None:
         training.restore(*newest)
         console.print(f"Resuming after step {training.step}, from {newest[0]}.", soft_wrap=True)
+    first = training.step
+    if first > config.steps:
+        raise ValueError(f"steps expects at least the {first} that are done, got {config.steps}")
     config.write(folder)
-    first, began = training.step, time.monotonic()
-    losses: list[float] = []
     with threads(config.threads), _stop_on_signal() as stopped, _curves(folder, first) as curve:
-        with progress_bar(console, "Training", config.steps, first) as update:
-            while training.step < config.steps and not stopped.is_set():
-                loss, norm = training.advance()
-                losses.append(loss)
-                step = training.step
-                if step % config.checkpoint_every == 0:
-                    checkpoints.save(step, *training.state())
-                if step % LOG_EVERY == 0 or step == config.steps:
-                    speed = len(losses) / (time.monotonic() - began)
-                    mean = sum(losses[-LOG_EVERY:]) / len(losses[-LOG_EVERY:])
-                    update(
-                        step, f"step {step}/{config.steps}  loss {mean:.3g}  {speed:.1f} steps/s"
-                    )
-                    curve({"loss": mean, "gradient_norm": norm, "steps_per_second": speed}, step)
-        if training.step % config.checkpoint_every and losses:
-            checkpoints.save(training.step, *training.state())
-    finished = training.step >= config.steps
+        losses = _advance(training, checkpoints, stopped, curve, console)
+    finished = training.step == config.steps
     if finished:
         weights = training.average.module.state_dict()
         checkpoint.write(folder / "model.safetensors", weights, {"step": training.step})
@@ -257,6 +243,39 @@ def train(
             soft_wrap=True,
         )
     return Run(losses, first, finished, time.monotonic() - began)
+
+
+def _advance(
+    training: Training,
+    checkpoints: checkpoint.Checkpoints,
+    stopped: threading.Event,
+    curve: Callable[[dict[str, float], int], None],
+    console: Console,
+) -> list[float]:
+    """Trains to the last step or until ``stopped``, saving as it goes; the losses of the steps."""
+    config, first, began = training.config, training.step, time.monotonic()
+    losses: list[float] = []
+    with progress_bar(console, "Training", config.steps, first) as update:
+        while training.step < config.steps:
+            loss, norm = training.advance()
+            step = training.step
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"training diverged: the loss of step {step} is {loss}; "
+                    f"the checkpoints in {checkpoints.folder} are from before"
+                )
+            losses.append(loss)
+            last = step == config.steps or stopped.is_set()
+            if step % config.checkpoint_every == 0 or last:
+                checkpoints.save(step, *training.state())
+            if step % LOG_EVERY == 0 or last:
+                speed = len(losses) / (time.monotonic() - began)
+                mean = sum(losses[-LOG_EVERY:]) / len(losses[-LOG_EVERY:])
+                update(step, f"step {step}/{config.steps}  loss {mean:.3g}  {speed:.1f} steps/s")
+                curve({"loss": mean, "gradient_norm": norm, "steps_per_second": speed}, step)
+            if last:
+                break
+    return losses
 
 
 def load_model(folder: Path) -> tuple[FieldNetwork, TrainConfig]:
@@ -326,7 +345,7 @@ def _stop_on_signal() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _curves(folder: Path, step: int) -> Iterator[Any]:
+def _curves(folder: Path, step: int) -> Iterator[Callable[[dict[str, float], int], None]]:
     """Yields a function (values by name, step) that adds points to TensorBoard's curves."""
     from torch.utils.tensorboard import SummaryWriter
 
