@@ -158,7 +158,7 @@ def assert_displacement(v: Tensor, truth: Truth, tolerance: float) -> None:
     """
     distances = truth.distances
     scale = truth.term_norm.minimum((truth.weights * distances).sum(1) + distances.mean(1))
-    _assert_rows(v.flatten(1), truth.v, tolerance * scale, "displacement")
+    _assert_rows(v.reshape(truth.v.shape), truth.v, tolerance * scale, "displacement")
 
 
 def assert_field(
@@ -187,13 +187,13 @@ def assert_gradients(
     """
     if dx is not None:
         allowed = GRADIENT * truth.dx_terms.norm(dim=1)
-        _assert_rows(dx.flatten(1), truth.dx, allowed, "gradient of x")
+        _assert_rows(dx.reshape(truth.dx.shape), truth.dx, allowed, "gradient of x")
     if dt is not None:
         _assert_rows(dt[:, None], truth.dt[:, None], GRADIENT * truth.dt_terms, "gradient of t")
     if dx0 is not None:
         terms = truth.dx0_terms.norm(dim=1)
         allowed = GRADIENT * (terms + terms.mean())
-        _assert_rows(dx0.flatten(1), truth.dx0, allowed, "gradient of x0")
+        _assert_rows(dx0.reshape(truth.dx0.shape), truth.dx0, allowed, "gradient of x0")
 
 
 def _assert_rows(actual: Tensor, expected: Tensor, allowed: Tensor, name: str) -> None:
