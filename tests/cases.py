@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
-
 from oracle import Truth, solve
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def seeded(seed: int = 7) -> torch.Generator:
 
 
 def normal(d: int, count: int, batch: int, D: float = 1, dense: bool = True) -> Case:
-    """Normal references, queries among them; t from where the softmax is one-hot to where it is flat.
+    """Normal references, queries among them; t from a one-hot softmax to a flat one.
 
     s_j spreads by √(8d) around 2d + t², so the logits spread by about 1 at t² = (d + D) √(2d).
     """
@@ -112,7 +111,11 @@ def register(name: str, build: Callable[..., Case], *arguments: float, **options
 for d in (1, 2, 3, 16, 17, 63, 64, 65, 100, 512, 784, 3072):
     register(f"normal d={d}", normal, d, 777 if d < 512 else 333, 37 if d < 512 else 9)
 # Blocks of the CPU kernels hold 512 (d ≤ 16), 256 (d ≤ 32) and at most 64 references.
-for d, counts in {2: (2, 9, 511, 512, 513, 1025), 20: (256, 257), 64: (7, 8, 63, 64, 65, 129)}.items():
+for d, counts in {
+    2: (2, 9, 511, 512, 513, 1025),
+    20: (256, 257),
+    64: (7, 8, 63, 64, 65, 129),
+}.items():
     for count in counts:
         register(f"N={count} d={d}", normal, d, count, 5, dense=count > 7)
 for count in (15, 16, 17, 33):

@@ -8,7 +8,6 @@ from decimal import MIN_EMIN, Decimal, localcontext
 
 import pytest
 import torch
-
 from cases import CASES, build, truth
 from oracle import (
     FLOAT64,
@@ -89,7 +88,9 @@ def test_the_oracle_agrees_with_fifty_digits(D):
         context.prec, context.Emin = 50, MIN_EMIN
         rows = [[Decimal(c) for c in row] for row in x0.tolist()]
         for b, query in enumerate(x.tolist()):
-            differences = [[c - Decimal(q) for c, q in zip(row, query, strict=True)] for row in rows]
+            differences = [
+                [c - Decimal(q) for c, q in zip(row, query, strict=True)] for row in rows
+            ]
             squares = [sum(c * c for c in row) for row in differences]
             t2 = Decimal(t) ** 2
             if math.isinf(D):

@@ -8,16 +8,18 @@ import threading
 
 import pytest
 import torch
-from torch import Tensor
-
 from cases import seeded
 from oracle import assert_gradients, differentiate, solve
+from torch import Tensor
+
 from pfgm_kernels import ReferenceSet
 
 
 def inputs(event: tuple[int, ...], count: int = 7, batch: int = 3) -> list[Tensor]:
     generator = seeded()
-    x, x0 = (torch.randn(n, *event, dtype=torch.float64, generator=generator) for n in (batch, count))
+    x, x0 = (
+        torch.randn(n, *event, dtype=torch.float64, generator=generator) for n in (batch, count)
+    )
     t = 0.5 + math.prod(event) ** 0.75 * torch.rand(batch, dtype=torch.float64, generator=generator)
     return [tensor.requires_grad_() for tensor in (x, t, x0)]
 
@@ -27,7 +29,9 @@ def inputs(event: tuple[int, ...], count: int = 7, batch: int = 3) -> list[Tenso
 def test_gradcheck(backend, event, D):
     arguments = inputs(event)
     assert torch.autograd.gradcheck(
-        lambda x, t, x0: backend.displacement(x, t, x0, D=D), arguments, fast_mode=(event, D) != ((2,), 1)
+        lambda x, t, x0: backend.displacement(x, t, x0, D=D),
+        arguments,
+        fast_mode=(event, D) != ((2,), 1),
     )
     for gamma in (0.0, 5.0):
         assert torch.autograd.gradcheck(
@@ -75,7 +79,9 @@ def test_vmap_is_refused(backend):
     x, _, x0 = inputs((3,))
     for references in (x0, x0.detach()):  # with a graph and without
         with pytest.raises(NotImplementedError, match="does not support vmap"):
-            torch.func.vmap(lambda row, to=references: backend.field(row[None], 1.0, to))(x.detach())
+            torch.func.vmap(lambda row, to=references: backend.field(row[None], 1.0, to))(
+                x.detach()
+            )
 
 
 @pytest.mark.parametrize(("d", "count", "batch"), [(2, 1500, 130), (20, 700, 130), (100, 300, 130)])

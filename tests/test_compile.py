@@ -8,8 +8,6 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
-
 from cases import seeded
 from oracle import (
     FLOAT64,
@@ -19,6 +17,8 @@ from oracle import (
     differentiate,
     solve,
 )
+from torch import Tensor
+
 from pfgm_kernels import ReferenceSet, poisson_displacement, poisson_field
 
 STORED = {

@@ -11,8 +11,6 @@ from functools import cache
 
 import pytest
 import torch
-from torch import Tensor
-
 from cases import seeded
 from images import DUPLICATES, decode, eq_11_queries, real_images, synthetic_images
 from oracle import (
@@ -26,6 +24,8 @@ from oracle import (
     float32_contract,
     solve,
 )
+from torch import Tensor
+
 from pfgm_kernels import ReferenceSet
 
 LEVELS = (180, 190, 200, 225, 250, 260, 291)

@@ -8,8 +8,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
-
 from cases import seeded
 from oracle import (
     FLOAT64,
@@ -21,6 +19,8 @@ from oracle import (
     float32_contract,
     solve,
 )
+from torch import Tensor
+
 from pfgm_kernels import ReferenceSet
 
 HALF = (torch.float16, torch.bfloat16)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
 from cases import build, seeded, truth
 from images import decode, eq_11_queries, synthetic_images
 from oracle import (
@@ -19,6 +18,7 @@ from oracle import (
     float32_contract,
     solve,
 )
+
 from pfgm_kernels import ReferenceSet, poisson_displacement
 
 _C = pytest.importorskip("pfgm_kernels._C", reason="the extension is not built")

@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pfgm_kernels"
 FOLDERS = ("pfgm_kernels", "csrc", "tests", "benchmarks")
 SUFFIXES = {".py", ".cpp", ".cu", ".cuh", ".h"}
-SOURCES = sorted(f for folder in FOLDERS for f in (ROOT / folder).rglob("*") if f.suffix in SUFFIXES)
+SOURCES = sorted(
+    f for folder in FOLDERS for f in (ROOT / folder).rglob("*") if f.suffix in SUFFIXES
+)
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports run from higher layers to lower ones; within a layer, between modules of one package only.
@@ -32,7 +34,17 @@ LAYERS = [
     ("demo",),
     ("cli",),
 ]
-EXTRAS = "matplotlib rich safetensors scipy sklearn tensorboard torchdiffeq triton typer".split()
+EXTRAS = [
+    "matplotlib",
+    "rich",
+    "safetensors",
+    "scipy",
+    "sklearn",
+    "tensorboard",
+    "torchdiffeq",
+    "triton",
+    "typer",
+]
 
 
 def name_of(file: Path) -> str:

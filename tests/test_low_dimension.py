@@ -10,8 +10,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-
 from cases import seeded
 from oracle import (
     FLOAT64,
@@ -22,6 +20,7 @@ from oracle import (
     float32_contract,
     solve,
 )
+from torch import Tensor
 
 
 def spiral(d: int, offset: float, t: float) -> tuple[Tensor, Tensor]:

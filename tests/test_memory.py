@@ -56,7 +56,9 @@ def measure(backend: str, device: str, batch: int, count: int) -> None:
     images = torch.randint(0, 256, (count, 3072), dtype=torch.uint8).to(device)
     x, t = torch.randn(batch, 3072).to(device).requires_grad_(), torch.rand(batch).to(device)
     t.requires_grad_()
-    small = poisson_displacement(x[:2], t[:2], ReferenceSet.from_images(images[:64]), backend=backend)
+    small = poisson_displacement(
+        x[:2], t[:2], ReferenceSet.from_images(images[:64]), backend=backend
+    )
     (small[0].sum() + small[1].sum()).backward()
     references = ReferenceSet.from_images(images)
     with Peak(device) as known:

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-
 from cases import build, seeded, truth
 from oracle import (
     FLOAT64,
@@ -17,6 +16,7 @@ from oracle import (
     differentiate,
     solve,
 )
+
 from pfgm_kernels import ReferenceSet, merge
 from pfgm_kernels.backends import BACKENDS
 

@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-
 from cases import seeded
+
 from pfgm_kernels import ReferenceSet, poisson_displacement
 
 SHAPES = [(1, 600), (3, 600), (20, 300), (40, 70), (100, 33)]  # (d, N)

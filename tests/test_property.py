@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
 from oracle import (
     FLOAT64,
     assert_displacement,
@@ -21,6 +19,7 @@ from oracle import (
     float32_contract,
     solve,
 )
+from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -66,7 +65,9 @@ def problems(draw: st.DrawFn) -> Problem:
     for _ in range(copies):
         source, target = torch.randint(count, (2,), generator=generator)
         x0[target] = x0[source] * (1 + nudge)
-    x0 = laid_out(x0.to(x0_dtype), draw(st.sampled_from(["", "", "transposed", "strided", "one row"])))
+    x0 = laid_out(
+        x0.to(x0_dtype), draw(st.sampled_from(["", "", "transposed", "strided", "one row"]))
+    )
 
     # One t and one kind of query a row: on a reference, about t away, amid the data.
     exponents = draw(st.lists(st.floats(-5, 4), min_size=batch, max_size=batch))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from cases import seeded
 from oracle import (
     FLOAT64,
@@ -15,6 +14,7 @@ from oracle import (
     float32_contract,
     solve,
 )
+
 from pfgm_kernels import ReferenceSet, poisson_displacement
 
 
@@ -105,7 +105,7 @@ def test_a_non_contiguous_source(backend):
 
 def test_it_is_constant_under_autograd(backend):
     x0 = torch.randn(20, 3, requires_grad=True)
-    with pytest.raises(ValueError, match="requires? grad"):
+    with pytest.raises(ValueError, match="not require grad"):
         ReferenceSet(x0)
     v, log_mass = backend.displacement(torch.zeros(2, 3), 1.0, ReferenceSet(x0.detach()))
     assert not v.requires_grad
@@ -128,7 +128,11 @@ def test_inputs_are_not_written_to(backend):
     ("build", "error", "message"),
     [
         (lambda: ReferenceSet([[1.0]]), TypeError, "tensor.*list"),
-        (lambda: ReferenceSet(torch.ones(3, 2, dtype=torch.int64)), TypeError, "int64.*from_images"),
+        (
+            lambda: ReferenceSet(torch.ones(3, 2, dtype=torch.int64)),
+            TypeError,
+            "int64.*from_images",
+        ),
         (lambda: ReferenceSet(codes(3, 2)), TypeError, "uint8"),
         (lambda: ReferenceSet(torch.ones(2, 3, dtype=torch.complex64)), TypeError, "complex64"),
         (lambda: ReferenceSet(torch.ones(())), ValueError, r"N ≥ 1.*\(\)"),

@@ -88,7 +88,9 @@ def test_merge(partials, message):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_backend_that_cannot_run_says_why(monkeypatch, name):
-    monkeypatch.setattr(BACKENDS[name], "unsupported_reason", lambda *_: "it lacks a flux capacitor")
+    monkeypatch.setattr(
+        BACKENDS[name], "unsupported_reason", lambda *_: "it lacks a flux capacitor"
+    )
     with pytest.raises(RuntimeError, match=f"{name}.*lacks a flux capacitor"):
         poisson_field(X, 1.0, X0, backend=name)
     assert report()[name] == "it lacks a flux capacitor"
@@ -100,7 +102,7 @@ def test_without_the_extension_another_backend_is_chosen(monkeypatch):
     expected = poisson_field(X, 1.0, X0)
     monkeypatch.setattr(_native, "missing_reason", "the extension is not built")
     assert "not built" in report()["cpu"]
-    with pytest.raises(RuntimeError, match="cpu.*not built"):
+    with pytest.raises(RuntimeError, match=r"cpu.*not built"):
         poisson_field(X, 1.0, X0, backend="cpu")
     torch.testing.assert_close(poisson_field(X, 1.0, X0), expected)
 
@@ -108,7 +110,7 @@ def test_without_the_extension_another_backend_is_chosen(monkeypatch):
 def test_no_backend_at_all(monkeypatch):
     for module in BACKENDS.values():
         monkeypatch.setattr(module, "unsupported_reason", lambda *_: "out of order")
-    with pytest.raises(RuntimeError, match="no backend.*out of order"):
+    with pytest.raises(RuntimeError, match=r"no backend.*out of order"):
         poisson_field(X, 1.0, X0)
 
 
