@@ -16,13 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 from pfgm_kernels import poisson_displacement
+from pfgm_kernels.cli import app
 from pfgm_kernels.training import checkpoint, data
 from pfgm_kernels.training.checkpoint import Checkpoints
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.network import FieldNetwork
-from pfgm_kernels.training.trainer import TrainConfig, load_model, train
+from pfgm_kernels.training.trainer import TrainConfig, Training, load_model, train
 
 TINY = {"width": 8, "depth": 1, "batch_size": 16, "warmup": 4, "checkpoint_every": 5}
 
@@ -222,18 +224,31 @@ def test_killed_at_any_moment(moons: DataSet, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted(tmp_path: Path, number: signal.Signals) -> None:
-    """One signal: the step ends, a checkpoint is saved, a sentence says how to go on."""
-    process = start_endless(tmp_path)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    step = newest(tmp_path)[1]["step"]
-    assert f"Stopped after step {step} of 1000000; a checkpoint is saved" in output
-    assert "Traceback" not in output
-    assert not (tmp_path / "model.safetensors").exists()
+def test_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """The step ends, a checkpoint is saved, a sentence says how to go on, and it does go on."""
+    before = signal.getsignal(number)
+    advance = Training.advance
+
+    def advance_and_interrupt(training: Training) -> tuple[float, float]:
+        if training.step == 6:
+            signal.raise_signal(number)
+        return advance(training)
+
+    arguments = ["train", "--data", "two_moons", "--out", str(tmp_path), "--steps", "9"]
+    with monkeypatch.context() as context:
+        context.setattr(Training, "advance", advance_and_interrupt)
+        result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 130
+    assert "Stopped after step 7 of 9; a checkpoint is saved, --resume continues" in result.stdout
+    assert signal.getsignal(number) is before
+    assert newest(tmp_path)[1]["step"] == 7
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors; it does not exist"):
         load_model(tmp_path)
+    assert CliRunner().invoke(app, [*arguments, "--resume"]).exit_code == 0
+    assert newest(tmp_path)[1]["step"] == 9
+    load_model(tmp_path)
 
 
 def test_divergence_saves_nothing(moons: DataSet, tmp_path: Path) -> None:
