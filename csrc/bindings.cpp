@@ -52,7 +52,6 @@ pfgm::FieldParams parse(const py::kwargs& arguments) {
     PFGM_FIELD(values)
     PFGM_FIELD(table)
     PFGM_FIELD(value_type)
-    PFGM_FIELD(weight_type)
     PFGM_FIELD(num_splits)
     PFGM_FIELD(displacement)
     PFGM_FIELD(nearest)

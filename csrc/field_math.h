@@ -40,6 +40,14 @@ PFGM_HOST_DEVICE double decode(const FieldParams& p, int64_t index) {
   }
 }
 
+PFGM_HOST_DEVICE double reciprocal_root(double v) {
+#if defined(__CUDA_ARCH__)
+  return ::rsqrt(v);
+#else
+  return 1 / ::sqrt(v);
+#endif
+}
+
 // log(s / nearest) and exp for scalars; the CPU kernels have a vector twin (cpu/simd.h).
 struct ScalarMath {
   template <class Real>
@@ -119,12 +127,13 @@ struct OnlineState {
 };
 
 // One query's running sums over references by direct differences, for small d: what one thread of
-// the CUDA kernel does. Columns beyond d are zero up to kDim.
+// the CUDA kernel does. Columns beyond d are zero up to kDim. kPower: k is an integer, and the
+// weights are powers, (nearest / s)^(k/2), which cost less than a logarithm and an exponential.
 //
-// Distances and sums are in double. They carry the accuracy: the logit's error is k/2 times the
-// relative error of s, so that s in float would miss the contract from D ≈ 20 on, and log_mass
-// everywhere. The weights themselves need only the precision of their dtype, Real.
-template <class Real, int kDim>
+// Everything is in double. A logit's error is k/2 times the relative error of s; and float logits
+// near −log N, where a crowd of references outweighs the nearest one, are off by up to 1e-6 each,
+// all in the same direction where the references are equal.
+template <int kDim, bool kPower>
 struct DirectSum {
   // References that are weighed together, for instruction-level parallelism while registers last.
   static constexpr int kGroup = kDim <= 2 ? 4 : kDim <= 8 ? 2 : 1;
@@ -134,7 +143,7 @@ struct DirectSum {
   RadialKernel<double> kernel;
   OnlineState<double> state;
   double offset;  // what t adds to s
-  double rate;    // the weights depend on (s − nearest) · rate: 1/nearest, Gaussian 1/(2t²)
+  double scale;   // kPower: √nearest; otherwise 1/nearest, and 1/(2t²) for the Gaussian kernel
   int64_t anchor = 0;
   double x[kDim] = {};
   double displacement[kDim] = {};
@@ -142,7 +151,7 @@ struct DirectSum {
   PFGM_HOST_DEVICE DirectSum(double half_k, double t)
       : kernel(half_k, t),
         offset(kernel.s_offset(t)),
-        rate(kernel.gaussian ? kernel.inverse_two_t2 : 0) {}
+        scale(kernel.gaussian ? kernel.inverse_two_t2 : 0) {}
 
   // Adds every shares-th group of a tile of `count` references, starting with group `share`.
   // `first` is the index of the tile's first reference.
@@ -159,7 +168,7 @@ struct DirectSum {
  private:
   template <int kRows>
   PFGM_HOST_DEVICE void add(const double* rows, int64_t index) {
-    double s[kRows];
+    double s[kRows], weights[kRows];
     double smallest = state.nearest;
     int nearest_row = -1;
     PFGM_UNROLL
@@ -177,27 +186,48 @@ struct DirectSum {
       }
     }
     if (nearest_row >= 0) move_to(smallest, index + nearest_row);
+    weigh(s, weights);
     PFGM_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const double w = weight(s[r]);
-      state.sum += w;
+      state.sum += weights[r];
       PFGM_UNROLL
-      for (int c = 0; c < kDim; ++c) displacement[c] += w * (rows[r * kStride + c] - x[c]);
+      for (int c = 0; c < kDim; ++c) displacement[c] += weights[r] * (rows[r * kStride + c] - x[c]);
     }
   }
 
   PFGM_HOST_DEVICE void move_to(double nearest, int64_t index) {
     const double factor = state.update(nearest, kernel);
     anchor = index;
-    if (!kernel.gaussian) rate = 1 / nearest;
+    if (!kernel.gaussian) scale = kPower ? ::sqrt(nearest) : 1 / nearest;
     PFGM_UNROLL
     for (int c = 0; c < kDim; ++c) displacement[c] *= factor;
   }
 
-  // exp(relative_logit(s, nearest)), 1 for the nearest itself, also where rate is infinite.
-  PFGM_HOST_DEVICE Real weight(double s) const {
-    const Real u = s == state.nearest ? Real(0) : static_cast<Real>((s - state.nearest) * rate);
-    return std::exp(kernel.gaussian ? -u : static_cast<Real>(-kernel.half_k) * std::log1p(u));
+  // Weights relative to the nearest: 1 for the nearest itself, also where it coincides with the
+  // query.
+  template <int kRows>
+  PFGM_HOST_DEVICE void weigh(const double (&s)[kRows], double (&weights)[kRows]) const {
+    if constexpr (kPower) {
+      double power[kRows];  // (nearest / s)^(n/2) for n = 1, 2, 4, …
+      PFGM_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        weights[r] = 1;
+        power[r] = s[r] == state.nearest ? 1 : scale * reciprocal_root(s[r]);
+      }
+      for (int k = static_cast<int>(2 * kernel.half_k); k > 0; k /= 2) {
+        PFGM_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          if (k % 2 == 1) weights[r] *= power[r];
+          power[r] *= power[r];
+        }
+      }
+    } else {
+      PFGM_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const double u = s[r] == state.nearest ? 0 : (s[r] - state.nearest) * scale;
+        weights[r] = ::exp(kernel.gaussian ? -u : -kernel.half_k * ::log1p(u));
+      }
+    }
   }
 };
 

@@ -18,7 +18,6 @@ struct FieldParams {
   const void* values;  // (N, d) of value_type
   const float* table;  // (256,) what 8-bit codes stand for; null for floating-point values
   ValueType value_type;
-  ValueType weight_type;  // CUDA: kFloat32 or kFloat64, what a pair's log and exp are evaluated in
 
   // Forward: partial sums over num_splits contiguous parts of the references, combined into part 0.
   int num_splits;

@@ -8,6 +8,7 @@
 // shares out the references in num_splits contiguous parts. combine_kernel: a warp per query adds
 // up the parts.
 #include <algorithm>
+#include <cmath>
 
 #include "../field_math.h"
 #include "launch.cuh"
@@ -18,6 +19,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kMinBlocks = 2;  // per multiprocessor: for more, the compiler would spill registers
 constexpr int kWarp = 32;
+constexpr double kMaxPower = 4096;  // of k: beyond, multiplying up the weights costs accuracy
 
 __device__ int64_t query_of_thread() {
   return static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -45,10 +47,10 @@ __device__ void reduce_shares(OnlineState<double>& state, int64_t& anchor,
 }
 
 // Grid (queries, splits), block (shares, queries): shares is a power of two up to a warp.
-template <class Real, int kDim>
+template <int kDim, bool kPower>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     field_forward_kernel(const __grid_constant__ FieldParams p) {
-  using Sum = DirectSum<Real, kDim>;
+  using Sum = DirectSum<kDim, kPower>;
   constexpr int kTileRows = kDim <= 8 ? 256 : 2048 / kDim;
   alignas(16) __shared__ double tile[kTileRows * Sum::kStride];
 
@@ -128,8 +130,9 @@ void forward(const FieldParams& p) {
   int shares = 1;
   while (shares < kWarp && p.batch * shares * 2 <= kThreads) shares *= 2;
   const int queries = kThreads / shares;
-  const auto kernel = p.weight_type == ValueType::kFloat64 ? field_forward_kernel<double, kDim>
-                                                           : field_forward_kernel<float, kDim>;
+  const double k = 2 * p.half_k;
+  const bool power = k <= kMaxPower && k == std::floor(k);
+  const auto kernel = power ? field_forward_kernel<kDim, true> : field_forward_kernel<kDim, false>;
   launch(kernel, grid_of(p.batch, queries, p.num_splits), dim3(shares, queries), p);
   launch(combine_kernel<kDim>, grid_of(p.batch, kThreads / kWarp, 1), dim3(kWarp, kThreads / kWarp),
          p);

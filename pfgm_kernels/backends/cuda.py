@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA C++ kernel: forward only, direct differences up to d = 32, no (B, N) matrix.
 
-Distances and sums are in float64, which data-centre GPUs run at half the rate of float32 (others
-at 1/64); the weights are evaluated in the dtype of the queries. There is no `backward` here:
-`unsupported_reason` refuses what requires grad.
+Everything is computed in float64, which A100, H100, H200 and B200 run at half the rate of float32
+and other GPUs at 1/32 to 1/64. There is no `backward` here: `unsupported_reason` refuses inputs
+that require grad.
 """
 
 from __future__ import annotations
@@ -85,8 +85,7 @@ def forward(
         t=t.contiguous(),
         values=values.contiguous(),
         table=table.contiguous(),
-        value_type=_type_name(values),
-        weight_type=_type_name(x),
+        value_type=str(values.dtype).removeprefix("torch."),
         num_splits=splits,
         displacement=displacement,
         nearest=nearest,
@@ -103,7 +102,3 @@ def _num_splits(batch: int, count: int) -> int:
     """Parts that the references are shared out in, so that few queries fill the GPU too."""
     blocks = max(1, -(-batch // BLOCK_QUERIES))
     return max(1, min(-(-BLOCKS // blocks), count // MIN_SPLIT))
-
-
-def _type_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

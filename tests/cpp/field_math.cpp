@@ -3,7 +3,7 @@
 //
 //   field_math CASE RESULT
 //
-// CASE: int64 batch, count, dim, value type, weight type, num_splits; double half_k, x (B, d),
+// CASE: int64 batch, count, dim, value type, num_splits; double half_k, x (B, d),
 // t (B,); values (N, d); float table (256,) for 8-bit values.
 // RESULT: double displacement (B, d), log_mass (B,), anchor_log_weight (B,); int64 anchor
 // (B,).
@@ -26,14 +26,13 @@ std::vector<T> read(std::ifstream& file, int64_t count) {
 
 void run(const char* input, const char* output) {
   std::ifstream file(input, std::ios::binary);
-  const auto header = read<int64_t>(file, 6);
+  const auto header = read<int64_t>(file, 5);
   pfgm::FieldParams p{};
   p.batch = header[0];
   p.count = header[1];
   p.dim = header[2];
   p.value_type = static_cast<pfgm::ValueType>(header[3]);
-  p.weight_type = static_cast<pfgm::ValueType>(header[4]);
-  p.num_splits = static_cast<int>(header[5]);
+  p.num_splits = static_cast<int>(header[4]);
   p.half_k = read<double>(file, 1)[0];
   const auto x = read<double>(file, p.batch * p.dim), t = read<double>(file, p.batch);
   constexpr int64_t kBytes[] = {4, 8, 1};  // per value of each type
