@@ -87,3 +87,6 @@ def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: object, output_json: dict[str, Any]
 ) -> None:
     output_json["not_timed"] = config.stash[NOT_TIMED]
+    for entry in output_json["benchmarks"]:
+        # pytest-benchmark's own settings, which the race does not use, and our objects as text.
+        del entry["options"], entry["params"]

@@ -20,7 +20,7 @@ from benchmarks.providers import Field, Provider, RefusedError
 
 DIRECTIONS = ("forward", "gradient")
 """The field, or the field and its gradients for x and t together, as a training step needs them."""
-SECONDS, PATIENCE = 1.5, 5.0
+SECONDS, PATIENCE = 1.5, 3.0
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
 """A provider plays for SECONDS and MIN_ROUNDS, but not beyond PATIENCE seconds or MAX_ROUNDS."""
 WHOLE_BYTES = 2 << 30

@@ -51,7 +51,7 @@ def _header(run: dict[str, Any]) -> str:
         f"revision {commit['id'][:12]}{dirty}; {run['datetime'][:16].replace('T', ' ')} UTC\n\n"
         "Speed-up: how many times faster than the fastest peer of the same run. Worst error: of a "
         "row against float64 direct differences, relative, divided by its condition number (for "
-        "gradients: relative to the absolute sum of its terms)."
+        "gradients: relative to the sum of the sizes of its terms)."
     )
 
 
