@@ -13,7 +13,6 @@ from torch import Tensor
 
 from pfgm_kernels import ReferenceSet
 from pfgm_kernels.flow import perturb
-from pfgm_kernels.training import data
 from tests import oracle
 
 GAMMA = 5.0
@@ -49,6 +48,8 @@ class Shape:
             if self.source == "synthetic":
                 images = synthetic_images(self.N, self.d, generator)
             else:
+                from pfgm_kernels.training import data  # needs the extra `train`
+
                 images = data.load(self.source).train[: self.N].flatten(1)
             # float32 on the grid that the 8-bit set stands for: both forms are the same data.
             x0 = (-1 + 2 * images.double() / 255).float()
