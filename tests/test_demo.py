@@ -6,10 +6,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from pfgm_kernels import demo, poisson_field
+from pfgm_kernels import demo, figures, poisson_field
 from pfgm_kernels.demo import check_op, exact_field, peak_extra_memory, published_field
 from pfgm_kernels.flow import perturb
 from pfgm_kernels.training import data
@@ -72,3 +73,17 @@ def test_demo_leaves_what_it_promises(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sum(metrics["class_shares"]) == pytest.approx(1)
     assert [item["name"] for item in metrics["op"]] == ["poisson_field", "published formula"]
     assert set(metrics["seconds"]) == {"check", "train", "sample", "evaluate", "draw"}
+
+
+def test_tile_puts_images_in_rows() -> None:
+    """Three grey images in two columns: ink is dark, the fourth place is blank."""
+    images = torch.stack([torch.full((2, 3), value) for value in (1.0, -1.0, 0.0)])
+    size, border = figures.PIXELS_PER_PIXEL, 3
+    picture = figures.tile(images, columns=2)
+    height, width = 2 * size + 2 * border, 3 * size + 2 * border
+    assert picture.shape == (2 * height, 2 * width, 3)
+    centers = picture[height // 2 :: height, width // 2 :: width]
+    assert (centers == np.array([[0.0, 1.0], [0.5, 1.0]])[:, :, None]).all()
+    assert (picture[:border] == 1).all()
+    with pytest.raises(ValueError, match=r"got \(4, 2\)"):
+        figures.tile(torch.zeros(4, 2), columns=2)

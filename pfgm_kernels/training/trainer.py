@@ -84,8 +84,9 @@ class TrainConfig:
         """
         sigma, tau = changes.get("sigma", cls.sigma), changes.get("tau", cls.tau)
         d = math.prod(data.event_shape)
-        norm = data.decode(data.train).flatten(1).norm(dim=1).mean().item()
-        exponent = math.log(norm**2 / (2 * math.sqrt(d) * sigma**2)) / math.log(1 + tau)
+        exponent = math.log(data.moments().norm ** 2 / (2 * math.sqrt(d) * sigma**2)) / math.log(
+            1 + tau
+        )
         M = int(0.75 * exponent) + 1
         T = math.sqrt(2 / math.pi) * sigma * (1 + tau) ** M
         return cls(**{"data": data.name, "event_shape": data.event_shape, "M": M, "T": T} | changes)
@@ -94,9 +95,8 @@ class TrainConfig:
         """A new network, its weights drawn by the seed, normalised for ``data`` if given."""
         known: dict[str, Any] = {}
         if data is not None:
-            points = data.decode(data.train)
-            center = points.mean(dim=0)
-            known = {"center": center, "spread": (points - center).square().mean().sqrt().item()}
+            moments = data.moments()
+            known = {"center": moments.center, "spread": moments.spread}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return FieldNetwork(
@@ -141,7 +141,7 @@ class Training:
 
     def __init__(self, config: TrainConfig, data: DataSet) -> None:
         self.config = config
-        self.points = data.decode(data.train)
+        self.data = data
         self.loss = FieldLoss(
             data.references(),
             gamma=config.gamma,
@@ -163,8 +163,10 @@ class Training:
 
     def advance(self) -> tuple[float, float]:
         """One step; the loss and the norm of its gradient."""
-        rows = torch.randint(len(self.points), (self.config.batch_size,), generator=self.generator)
-        loss = self.loss(self.network, self.points[rows], generator=self.generator)
+        train = self.data.train
+        rows = torch.randint(len(train), (self.config.batch_size,), generator=self.generator)
+        batch = self.data.decode(train[rows])
+        loss = self.loss(self.network, batch, generator=self.generator)
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
