@@ -13,6 +13,7 @@ import math
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def emulation(executable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """The cuda backend launches the program instead of a kernel."""
     case, result = tmp_path / "case", tmp_path / "result"
 
-    def launch(entry: str, **p) -> None:
+    def launch(entry: str, **p: Any) -> None:
         assert entry == "field_forward_cuda"
         types = ["float32", "float64", "uint8"]
         header = [p[name] for name in ("batch", "count", "dim")]
