@@ -3,7 +3,8 @@
 
 Everything is computed in float64, which A100, H100, H200 and B200 run at half the rate of float32
 and other GPUs at 1/32 to 1/64. There is no `backward` here: `unsupported_reason` refuses inputs
-that require grad.
+that require grad. So far the kernel has been compiled, and run through a shim on the CPU
+(tests/test_field_math.py), but not on a GPU.
 """
 
 from __future__ import annotations
