@@ -50,34 +50,29 @@ PFGM_HOST_DEVICE double reciprocal_root(double v) {
 
 // log(s / nearest) and exp for scalars; the CPU kernels have a vector twin (cpu/simd.h).
 struct ScalarMath {
-  template <class Real>
-  PFGM_HOST_DEVICE static Real log_ratio(Real s, Real nearest) {
+  PFGM_HOST_DEVICE static double log_ratio(double s, double nearest) {
     return ::log1p((s - nearest) / nearest);
   }
-  template <class Real>
-  PFGM_HOST_DEVICE static Real exp(Real v) {
-    return ::exp(v);
-  }
+  PFGM_HOST_DEVICE static double exp(double v) { return ::exp(v); }
 };
 
 // The radial kernel of one query.
-template <class Real>
 struct RadialKernel {
-  Real half_k;
-  Real inverse_two_t2;  // 1/(2t²), Gaussian kernel only
+  double half_k;
+  double inverse_two_t2;  // 1/(2t²), Gaussian kernel only
   bool gaussian;
 
   RadialKernel() = default;
-  PFGM_HOST_DEVICE RadialKernel(Real half_k, Real t)
-      : half_k(half_k), inverse_two_t2(Real(0.5) / (t * t)), gaussian(half_k == Real(INFINITY)) {}
+  PFGM_HOST_DEVICE RadialKernel(double half_k, double t)
+      : half_k(half_k), inverse_two_t2(0.5 / (t * t)), gaussian(half_k == INFINITY) {}
 
   // What t adds to ‖x − x0‖² in s. For the Gaussian kernel that is nothing, or NaN where t is zero
   // or not finite.
-  PFGM_HOST_DEVICE Real s_offset(Real t) const {
+  PFGM_HOST_DEVICE double s_offset(double t) const {
     return gaussian ? (t - t) * inverse_two_t2 : t * t;
   }
 
-  // Logit of a reference at s minus that of one at nearest > 0. Value is Real or a vector of it.
+  // Logit of a reference at s minus that of one at nearest > 0. Value is double or a vector of it.
   template <class Math, class Value>
   PFGM_HOST_DEVICE Value relative_logit(Value s, Value nearest) const {
     return gaussian ? (nearest - s) * inverse_two_t2 : Math::log_ratio(s, nearest) * -half_k;
@@ -85,28 +80,27 @@ struct RadialKernel {
 
   // exp(relative_logit) for scalars, with the singular point: references that coincide with the
   // query (nearest = 0) share all the weight.
-  PFGM_HOST_DEVICE Real relative_weight(Real s, Real nearest) const {
-    if (!gaussian && nearest == Real(0)) return s == Real(0) ? Real(1) : s - s;
+  PFGM_HOST_DEVICE double relative_weight(double s, double nearest) const {
+    if (!gaussian && nearest == 0.0) return s == 0.0 ? 1.0 : s - s;
     return ScalarMath::exp(relative_logit<ScalarMath>(s, nearest));
   }
 
   PFGM_HOST_DEVICE double logit(double s) const {
-    return gaussian ? -s * double(inverse_two_t2) : -double(half_k) * ::log(s);
+    return gaussian ? -s * inverse_two_t2 : -half_k * ::log(s);
   }
 };
 
 // Running state of the sum over references: the nearest s so far, and the sum of the weights
 // relative to it. The accumulated displacements live beside it and scale by the same factors.
-template <class Real>
 struct OnlineState {
-  Real nearest = Real(INFINITY);
-  Real sum = Real(0);
+  double nearest = INFINITY;
+  double sum = 0.0;
 
   // Admits references whose smallest s is `s`. Returns the factor that takes what was accumulated
   // so far to the new nearest (1 where it stays).
-  PFGM_HOST_DEVICE Real update(Real s, const RadialKernel<Real>& kernel) {
-    if (!(s < nearest)) return Real(1);
-    const Real factor = sum == Real(0) ? Real(0) : kernel.relative_weight(nearest, s);
+  PFGM_HOST_DEVICE double update(double s, const RadialKernel& kernel) {
+    if (!(s < nearest)) return 1.0;
+    const double factor = sum == 0.0 ? 0.0 : kernel.relative_weight(nearest, s);
     nearest = s;
     sum *= factor;
     return factor;
@@ -115,12 +109,12 @@ struct OnlineState {
   // Adds the state of other references. What was accumulated so far scales by `own`, what was
   // accumulated beside `other` by `theirs`.
   struct Factors {
-    Real own, theirs;
+    double own, theirs;
   };
-  PFGM_HOST_DEVICE Factors merge(const OnlineState& other, const RadialKernel<Real>& kernel) {
-    if (other.sum == Real(0)) return {Real(1), Real(0)};  // no reference was admitted there
-    const Real own = update(other.nearest, kernel);
-    const Real theirs = kernel.relative_weight(other.nearest, nearest);
+  PFGM_HOST_DEVICE Factors merge(const OnlineState& other, const RadialKernel& kernel) {
+    if (other.sum == 0.0) return {1, 0};  // no reference was admitted there
+    const double own = update(other.nearest, kernel);
+    const double theirs = kernel.relative_weight(other.nearest, nearest);
     sum += theirs * other.sum;
     return {own, theirs};
   }
@@ -140,8 +134,8 @@ struct DirectSum {
   // Doubles from one reference to the next: threads that read different ones avoid bank conflicts.
   static constexpr int kStride = kDim < 4 ? kDim : kDim + 2;
 
-  RadialKernel<double> kernel;
-  OnlineState<double> state;
+  RadialKernel kernel;
+  OnlineState state;
   double offset;  // what t adds to s
   double scale;   // kPower: √nearest; otherwise 1/nearest, and 1/(2t²) for the Gaussian kernel
   int64_t anchor = 0;

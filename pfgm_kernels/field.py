@@ -61,9 +61,9 @@ def poisson_field(
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
     gamma, scale = _scalar("gamma", gamma), _scalar("scale", scale)
-    if not (gamma >= 0 and math.isfinite(gamma)):
+    if not 0 <= gamma < math.inf:
         raise ValueError(f"gamma expects a finite number ≥ 0, got {gamma}")
-    if not math.isfinite(scale):
+    if not abs(scale) < math.inf:
         raise ValueError(f"scale expects a finite number, got {scale}")
     v, _, t64, dtype = _displacement(x, t, x0, D, backend)
     field = torch.cat([v, -t64[:, None]], 1)
@@ -145,9 +145,9 @@ def _expand_t(t: Tensor | float, x: Tensor, D: float) -> Tensor:
     """t as a contiguous float64 tensor (B,) on the device of x."""
     if not isinstance(t, Tensor):
         number = _scalar("t", t)
-        if math.isinf(number):
+        if abs(number) == math.inf:
             raise ValueError(f"t expects a finite number, got {number}")
-        if number == 0 and math.isinf(D):
+        if number == 0 and math.inf == D:
             raise ValueError("t expects a number other than 0 where D is infinite, got 0")
         return torch.full(x.shape[:1], number, dtype=torch.float64, device=x.device)
     if t.dtype == torch.bool or t.is_complex():
@@ -165,9 +165,10 @@ def _expand_t(t: Tensor | float, x: Tensor, D: float) -> Tensor:
 def _scalar(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} expects a real number, got {type(value).__name__}")
-    if math.isnan(value):
+    # Comparisons, not math.isnan: torch.compile traces numbers that change as symbols.
+    if value != value:
         raise ValueError(f"{name} expects a real number, got NaN")
-    return float(value)
+    return value
 
 
 class _FieldFunction(torch.autograd.Function):

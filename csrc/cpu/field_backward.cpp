@@ -15,14 +15,14 @@ namespace pfgm {
 namespace {
 
 struct Query {
-  RadialKernel<double> kernel;
+  RadialKernel kernel;
   double half_k, t, offset, nearest, anchor_log_weight, projection, grad_log_mass, cutoff;
   const double *x, *g;
   bool singular;  // on a reference at t = 0: zero gradients
 
   void start(const FieldParams& p, int64_t b) {
     const int64_t ld = round_up(p.dim, kPad);
-    kernel = RadialKernel<double>(p.half_k, p.t[b]);
+    kernel = RadialKernel(p.half_k, p.t[b]);
     half_k = p.half_k;
     t = p.t[b];
     offset = kernel.s_offset(t);

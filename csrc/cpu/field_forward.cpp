@@ -14,8 +14,8 @@ namespace {
 
 // One query's running sum over the references of its split.
 struct Query {
-  RadialKernel<double> kernel;
-  OnlineState<double> state;
+  RadialKernel kernel;
+  OnlineState state;
   double offset;                      // what t adds to s
   double cutoff_ratio, cutoff_shift;  // no weight where s > cutoff_ratio · nearest + cutoff_shift
   int64_t anchor;
@@ -24,8 +24,8 @@ struct Query {
 
   void start(const FieldParams& p, int64_t b, int split) {
     const int64_t ld = round_up(p.dim, kPad);
-    kernel = RadialKernel<double>(p.half_k, p.t[b]);
-    state = OnlineState<double>();
+    kernel = RadialKernel(p.half_k, p.t[b]);
+    state = OnlineState();
     offset = kernel.s_offset(p.t[b]);
     const double depth = kCutoff + ::log(static_cast<double>(p.count));
     cutoff_ratio = kernel.gaussian ? 1.0 : ::exp(depth / p.half_k);
@@ -115,19 +115,21 @@ void forward_tile(const FieldParams& p, int64_t b, int size, int split, double* 
 // Combines the states of the splits of query b into split 0 and normalises.
 void combine(const FieldParams& p, int64_t b) {
   const int64_t ld = round_up(p.dim, kPad);
-  const RadialKernel<double> kernel(p.half_k, p.t[b]);
-  OnlineState<double> state;
+  const RadialKernel kernel(p.half_k, p.t[b]);
+  OnlineState state;
   state.nearest = p.nearest[b];
   state.sum = p.sum[b];
   double* displacement = p.displacement + b * ld;
   for (int split = 1; split < p.num_splits; ++split) {
     const int64_t part = split * p.batch + b;
-    if (p.nearest[part] < state.nearest) p.anchor[b] = p.anchor[part];
-    const double factor = state.update(p.nearest[part], kernel);
-    const double weight = kernel.relative_weight(p.nearest[part], state.nearest);
-    state.sum += weight * p.sum[part];
+    OnlineState other;
+    other.nearest = p.nearest[part];
+    other.sum = p.sum[part];
+    if (other.nearest < state.nearest) p.anchor[b] = p.anchor[part];
+    const auto factors = state.merge(other, kernel);
     for (int64_t c = 0; c < ld; ++c) {
-      displacement[c] = factor * displacement[c] + weight * p.displacement[part * ld + c];
+      displacement[c] =
+          factors.own * displacement[c] + factors.theirs * p.displacement[part * ld + c];
     }
   }
   for (int64_t c = 0; c < ld; ++c) displacement[c] /= state.sum;

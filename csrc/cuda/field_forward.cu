@@ -28,11 +28,11 @@ __device__ int64_t query_of_thread() {
 // Adds up the sums of the blockDim.x threads that share a query: the first of them ends up with
 // the total. Every thread of the warp takes part.
 template <int kDim>
-__device__ void reduce_shares(OnlineState<double>& state, int64_t& anchor,
-                              double (&displacement)[kDim], const RadialKernel<double>& kernel) {
+__device__ void reduce_shares(OnlineState& state, int64_t& anchor, double (&displacement)[kDim],
+                              const RadialKernel& kernel) {
   constexpr unsigned kAll = 0xffffffff;
   for (int mask = blockDim.x / 2; mask > 0; mask /= 2) {
-    OnlineState<double> other;
+    OnlineState other;
     other.nearest = __shfl_xor_sync(kAll, state.nearest, mask);
     other.sum = __shfl_xor_sync(kAll, state.sum, mask);
     const int64_t other_anchor = __shfl_xor_sync(kAll, anchor, mask);
@@ -93,13 +93,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     combine_kernel(const __grid_constant__ FieldParams p) {
   const int64_t b = query_of_thread();
   if (b >= p.batch) return;  // the whole warp
-  const RadialKernel<double> kernel(p.half_k, p.t[b]);
-  OnlineState<double> state;
+  const RadialKernel kernel(p.half_k, p.t[b]);
+  OnlineState state;
   int64_t anchor = 0;
   double displacement[kDim] = {};
   for (int split = threadIdx.x; split < p.num_splits; split += kWarp) {
     const int64_t part = split * p.batch + b;
-    OnlineState<double> other;
+    OnlineState other;
     other.nearest = p.nearest[part];
     other.sum = p.sum[part];
     if (other.nearest < state.nearest) anchor = p.anchor[part];
