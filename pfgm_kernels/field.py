@@ -147,7 +147,7 @@ def _expand_t(t: Tensor | float, x: Tensor, D: float) -> Tensor:
         number = _scalar("t", t)
         if abs(number) == math.inf:
             raise ValueError(f"t expects a finite number, got {number}")
-        if number == 0 and math.inf == D:
+        if number == 0 and abs(D) == math.inf:
             raise ValueError("t expects a number other than 0 where D is infinite, got 0")
         return torch.full(x.shape[:1], number, dtype=torch.float64, device=x.device)
     if t.dtype == torch.bool or t.is_complex():
