@@ -1,7 +1,8 @@
 # make demo       the whole job on real digits: train, sample, measure        (out/demo)
 # make test       every test; real images too where PFGM_DATA names their folder
 # make lint       formatting, style and types
-# make benchmark  the op against plain PyTorch, side by side
+# make benchmark  the op against plain PyTorch, side by side                  (benchmarks/results)
+# make pictures   the pictures of the README, from the demo                   (docs)
 #
 # Each sets up .venv first, once. TORCH is what pip installs for torch: for a CUDA or CPU build of
 # your own choice, override it, e.g. make test TORCH="torch==2.11.0"
@@ -13,7 +14,7 @@ BIN := .venv/bin
 CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 READY := .venv/.ready
 
-.PHONY: setup demo test lint format benchmark clean
+.PHONY: setup demo test lint format benchmark pictures clean
 
 setup: $(READY)
 
@@ -42,6 +43,10 @@ format: $(READY)
 
 benchmark: $(READY)
 	$(BIN)/python -m benchmarks
+
+pictures: demo
+	mkdir -p docs
+	cp out/demo/samples.png out/demo/trajectories.png docs
 
 clean:
 	rm -rf .venv build out *.egg-info pfgm_kernels/*.so
