@@ -18,6 +18,7 @@ from oracle import (
     Truth,
     assert_displacement,
     assert_field,
+    assert_gradient_of_x,
     assert_gradients,
     assert_log_mass,
     differentiate,
@@ -77,7 +78,9 @@ def test_gradients(backend, source, m):
     g_m = torch.randn(len(x), dtype=torch.float64, generator=seeded())
     expected = differentiate(truth, x, x0, g_v, g_m)
     outputs = backend.displacement(x, t, ReferenceSet.from_images(stored))
-    assert_gradients(expected, *torch.autograd.grad(outputs, [x, t], [g_v, g_m]))
+    dx, dt = torch.autograd.grad(outputs, [x, t], [g_v, g_m])
+    assert_gradients(expected, dx, dt)
+    assert_gradient_of_x(expected, dx)
     outputs = backend.displacement(x, t, x0)
     assert_gradients(expected, *torch.autograd.grad(outputs, [x, t, x0], [g_v, g_m]))
 
