@@ -40,7 +40,7 @@ class Measurement:
 
     name: str
     seconds: float
-    peak_extra_mib: float
+    peak_extra_mib: float | None
     worst_relative_error: float
 
 
@@ -139,9 +139,7 @@ def check_op(data: DataSet, config: TrainConfig) -> list[Measurement]:
     for name, compute in contenders.items():
         peak = peak_extra_memory(compute)
         error = (compute().double() - exact).norm(dim=1) / exact.norm(dim=1)
-        measurements.append(
-            Measurement(name, _median_seconds(compute), peak / 2**20, error.max().item())
-        )
+        measurements.append(Measurement(name, _median_seconds(compute), peak, error.max().item()))
     if measurements[0].worst_relative_error > 1e-6:
         raise RuntimeError(
             "the op is wrong on this machine: expected a relative error under 1e-6, "
@@ -150,12 +148,18 @@ def check_op(data: DataSet, config: TrainConfig) -> list[Measurement]:
     return measurements
 
 
-def peak_extra_memory(compute: Callable[[], object]) -> int:
-    """Bytes by which the resident memory of this process grows, at its peak, while computing."""
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+def peak_extra_memory(compute: Callable[[], object]) -> float | None:
+    """MiB by which the resident memory of this process grows, at its peak, while computing.
+
+    None where the system does not let a process start its peak anew.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
     before = _status_bytes("VmRSS")
     compute()
-    return max(0, _status_bytes("VmHWM") - before)
+    return max(0, _status_bytes("VmHWM") - before) / 2**20
 
 
 def _status_bytes(name: str) -> int:
@@ -244,7 +248,7 @@ def _op_table(measurements: list[Measurement]) -> Table:
         table.add_row(
             item.name,
             f"{item.seconds * 1e3:.1f} ms",
-            f"{item.peak_extra_mib:.0f} MiB",
+            "not known" if item.peak_extra_mib is None else f"{item.peak_extra_mib:.0f} MiB",
             f"{item.worst_relative_error:.1e}",
         )
     return table

@@ -46,10 +46,14 @@ def test_wrong_op_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_peak_memory_is_seen() -> None:
     """A hundred MiB that are gone again when the call returns."""
-    size = 100 << 20
-    peak = peak_extra_memory(lambda: bytearray(b"x") * size)
-    assert 0.95 * size < peak < 1.3 * size
-    assert peak_extra_memory(lambda: None) < 0.1 * size
+    peak, nothing = (
+        peak_extra_memory(lambda: bytearray(b"x") * (100 << 20)),
+        peak_extra_memory(lambda: None),
+    )
+    if peak is None or nothing is None:
+        pytest.skip("this system does not let a process start its peak memory anew")
+    assert 95 < peak < 130
+    assert nothing < 10
 
 
 def test_demo_leaves_what_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
