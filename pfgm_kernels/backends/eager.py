@@ -33,7 +33,7 @@ def chunk_shape(batch: int, count: int, d: int, workspace: int) -> tuple[int, in
 def forward(
     x: Tensor, t: Tensor, values: Tensor, table: Tensor, k: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Displacement and log mass of one chunk: Eqs. (3) and (12), see design of `ops`."""
+    """Displacement and log mass of one chunk: Eqs. (3) and (12), as `ops` says."""
     x, rows = x.double(), decode(values, table)
     s = _squared_distances(x, rows)
     if math.isfinite(k):
@@ -88,7 +88,7 @@ def backward(
     # a_j = g·(x0_j − x − v) = g·(x0_j − x0_a) − g·(v − (x0_a − x))
     shift = rows[0].clone()
     rows = rows - shift
-    projection = (grad_displacement * (anchor_x0 - shift + displacement - offset)).sum(1)
+    projection = (grad_displacement * (anchor_x0 - shift + (displacement - offset))).sum(1)
     coefficients = grad_displacement @ rows.T
     coefficients += (grad_log_mass - projection)[:, None]
     coefficients *= weights
