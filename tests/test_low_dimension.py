@@ -24,30 +24,30 @@ from torch import Tensor
 
 
 def spiral(d: int, offset: float, t: float) -> tuple[Tensor, Tensor]:
-    """2,000 float32 points along a curve in d dimensions, and 20 queries about t away from it."""
-    angle = torch.linspace(0, 12, 2000)
+    """1,500 float32 points along a curve in d dimensions, and 20 queries about t away from it."""
+    angle = torch.linspace(0, 12, 1500)
     rates = torch.linspace(0.5, 1.5, d)
     x0 = offset + angle[:, None] / 12 * torch.cos(angle[:, None] * rates)
     generator = seeded(d)
-    index = torch.randint(2000, (20,), generator=generator)
+    index = torch.randint(1500, (20,), generator=generator)
     return x0[index] + t / math.sqrt(d) * torch.randn(20, d, generator=generator), x0
 
 
-@pytest.mark.parametrize("t", [1e-5, 1e-3, 0.03, 1.0])
+@pytest.mark.parametrize("height", [1e-5, 1e-3, 0.03, 1.0])
 @pytest.mark.parametrize("offset", [0, 10, 1000])
 @pytest.mark.parametrize("d", [1, 2, 3, 16])
-def test_a_curve(backend, d, offset, t):
-    x, x0 = spiral(d, offset, t)
+def test_a_curve(backend, d, offset, height):
+    x, x0 = spiral(d, offset, height)
+    x, t = x.requires_grad_(), torch.full((20,), height, requires_grad=True)
     truth = solve(x, t, x0)
-    if t == 0.03:
+    if height == 0.03:
         assert truth.effective_sample_size.max() > 2
-    x, t = x.requires_grad_(), torch.full((20,), t, requires_grad=True)
     v, log_mass = backend.displacement(x, t, x0)
     tolerance = float32_contract(backend.name)
-    assert_displacement(v, solve(x, t, x0), tolerance)
-    assert_field(backend.field(x, t, x0), solve(x, t, x0), tolerance)
+    assert_displacement(v, truth, tolerance)
+    assert_field(backend.field(x, t, x0), truth, tolerance)
     g_v, g_m = torch.randn(20, d, generator=seeded()), torch.ones(20, dtype=torch.float64)
-    expected = differentiate(solve(x, t, x0), x, x0, g_v, g_m)
+    expected = differentiate(truth, x, x0, g_v, g_m)
     assert_gradients(expected, *torch.autograd.grad([v, log_mass], [x, t], [g_v, g_m]))
 
 
