@@ -19,8 +19,9 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = Path(__file__).parent.resolve() / "csrc"
 CXX = os.environ.get("CXX", "g++")
-FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fopenmp -Wall -Wextra -Wno-psabi"
+FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -Wall -Wextra -Wno-psabi"
 CUDA_FLAGS = "-std=c++17 -O3 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
+CPU_SOURCES = ("router", "exact_forward", "exact_backward")
 ISA_FLAGS = {"portable": ""}
 if platform.machine() == "x86_64":
     ISA_FLAGS |= {"avx2": "-mavx2 -mfma", "avx512": "-mavx512f -mavx512dq -mavx512vl -mfma"}
@@ -54,7 +55,7 @@ def ninja_file(output: Path) -> str:
         defines = f"-DPFGM_CUDA_VERSION='\"{version}\"' -DPFGM_CUDA_ARCHS='\"{';'.join(archs)}\"'"
         link = f"{nvcc} -shared -cudart static -Xcompiler -fopenmp"
     for isa, flags in ISA_FLAGS.items():
-        for name in ("field_forward", "field_backward"):
+        for name in CPU_SOURCES:
             edges[f"{name}_{isa}.o"] = ("cxx", f"cpu/{name}.cpp", f"-O3 -DPFGM_ISA={isa} {flags}")
     edges["dispatch.o"] = ("cxx", "cpu/dispatch.cpp", "-O2")
     include = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"

@@ -52,6 +52,11 @@ pfgm::FieldParams parse(const py::kwargs& arguments) {
     PFGM_FIELD(values)
     PFGM_FIELD(table)
     PFGM_FIELD(value_type)
+    PFGM_FIELD(single)
+    PFGM_FIELD(norms)
+    PFGM_FIELD(codes)
+    PFGM_FIELD(grid)
+    PFGM_FIELD(workspace)
     PFGM_FIELD(num_splits)
     PFGM_FIELD(displacement)
     PFGM_FIELD(nearest)
@@ -66,7 +71,6 @@ pfgm::FieldParams parse(const py::kwargs& arguments) {
     PFGM_FIELD(dx)
     PFGM_FIELD(dt)
     PFGM_FIELD(dvalues)
-    PFGM_FIELD(scratch)
     PFGM_FIELD(num_threads)
     PFGM_FIELD(device)
     PFGM_FIELD(stream)
@@ -91,7 +95,6 @@ PYBIND11_MODULE(_C, module) {
   define<pfgm::field_forward_cpu>(module, "field_forward_cpu");
   define<pfgm::field_backward_queries_cpu>(module, "field_backward_queries_cpu");
   define<pfgm::field_backward_references_cpu>(module, "field_backward_references_cpu");
-  module.def("scratch_size", pfgm::scratch_size);
   module.def("use_instruction_set", pfgm::use_instruction_set);
 #ifdef PFGM_CUDA_ARCHS
   define<pfgm::field_forward_cuda>(module, "field_forward_cuda");

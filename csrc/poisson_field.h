@@ -19,14 +19,25 @@ struct FieldParams {
   const float* table;  // (256,) what 8-bit codes stand for; null for floating-point values
   ValueType value_type;
 
-  // Forward: partial sums over num_splits contiguous parts of the references, combined into part 0.
-  int num_splits;
-  double* displacement;       // (num_splits, B, ld)
-  double* nearest;            // (num_splits, B) smallest s; work area
-  double* sum;                // (num_splits, B) of the weights relative to the nearest; work area
-  int64_t* anchor;            // (num_splits, B)
+  // CPU: whether the queries are float32, so that the kernels need not compute in double
+  // throughout.
+  bool single;
+  // What prepare_references wrote, or null (cpu/operands.h).
+  double* norms;      // (N,)
+  uint8_t* codes;     // (N, d)
+  double* grid;       // (2 + d,)
+  int64_t workspace;  // bytes of temporaries that grow with B · N or with N · d
+
+  // Forward.
+  double* displacement;       // (B, ld)
+  int64_t* anchor;            // (B,)
   double* log_mass;           // (B,)
   double* anchor_log_weight;  // (B,) output of the forward pass, input of the backward pass
+  // CUDA: displacement and anchor hold num_splits partial results, over as many contiguous parts of
+  // the references, which are combined into the first.
+  int num_splits;
+  double* nearest;  // (num_splits, B) smallest s; work area
+  double* sum;      // (num_splits, B) of the weights relative to the nearest; work area
 
   // Backward.
   const double* anchor_s;           // (B,) s of the anchor
@@ -37,14 +48,10 @@ struct FieldParams {
   double* dt;                       // (B,)
   void* dvalues;                    // (N, d) of value_type, or null
 
-  double* scratch;  // (num_threads, scratch_size(d))
   int num_threads;
   int device;    // CUDA only
   void* stream;  // CUDA only
 };
-
-// Doubles of scratch that one thread of a CPU kernel needs.
-int64_t scratch_size(int64_t dim);
 
 void field_forward_cpu(const FieldParams& params);
 void field_backward_queries_cpu(const FieldParams& params);

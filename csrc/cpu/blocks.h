@@ -23,6 +23,7 @@ constexpr int kGroup = 4;
 constexpr int kMaxRows = 512;                // references in a block
 constexpr int64_t kBlockElements = 1 << 16;  // of a RowBlock: 512 KiB, half of a usual L2 cache
 constexpr int64_t kMaxColumnDim = 32;
+constexpr int64_t kTile = 64;  // queries that share a decoded block of references
 
 // Weights below exp(−kCutoff)/N of the nearest's cannot be seen in a float64 sum.
 constexpr double kCutoff = 38;
@@ -255,6 +256,17 @@ struct RowBlock {
       store(sums + c + v * kLanes, pfgm::load(sums + c + v * kLanes) + sum[v]);
   }
 };
+
+// Queries per task: large enough to pay for decoding, small enough to balance the threads.
+inline int64_t tile_size(const FieldParams& p, int64_t num_rows) {
+  const int64_t fair = num_rows / (2 * p.num_threads) / 4 * 4;
+  return fair < kTile / 2 ? kTile / 2 : fair < kTile ? fair : kTile;
+}
+
+// Doubles that a block of references takes.
+inline int64_t block_size(int64_t dim) {
+  return dim <= kMaxColumnDim ? ColumnBlock::size(dim) : RowBlock::size(dim);
+}
 
 }  // namespace
 }  // namespace pfgm

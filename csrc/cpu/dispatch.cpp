@@ -4,7 +4,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "blocks.h"
 #include "kernels.h"
 
 PFGM_DECLARE_KERNELS(portable)
@@ -42,22 +41,16 @@ const Kernels* chosen = std::find_if(std::begin(kKernels), std::end(kKernels),
                                      [](const Kernels& k) { return k.runs_here(); });
 
 void check(const FieldParams& p) {
-  if (p.batch < 0 || p.count < 1 || p.dim < 1 || p.num_splits < 1 || p.num_splits > p.count ||
-      p.num_threads < 1 || !(p.half_k > 0)) {
+  if (p.batch < 0 || p.count < 1 || p.dim < 1 || p.num_threads < 1 || !(p.half_k > 0)) {
     throw std::invalid_argument("CPU kernel called with sizes out of range");
   }
   // An empty tensor has no address.
-  if ((p.batch > 0 && (!p.x || !p.t)) || !p.values || !p.scratch) {
+  if ((p.batch > 0 && (!p.x || !p.t)) || !p.values) {
     throw std::invalid_argument("CPU kernel called with a null pointer");
   }
 }
 
 }  // namespace
-
-int64_t scratch_size(int64_t dim) {
-  // A block of references and its gradient.
-  return 2 * (dim <= kMaxColumnDim ? ColumnBlock::size(dim) : RowBlock::size(dim));
-}
 
 const char* instruction_set() { return chosen->name; }
 

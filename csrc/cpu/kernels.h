@@ -3,9 +3,8 @@
 // (PFGM_ISA); dispatch.cpp chooses among them at run time.
 #pragma once
 
-#include <omp.h>
-
 #include "../poisson_field.h"
+#include "parallel.h"
 
 #define PFGM_DECLARE_KERNELS(isa)                     \
   namespace pfgm::isa {                               \
@@ -17,21 +16,19 @@
 #ifdef PFGM_ISA
 PFGM_DECLARE_KERNELS(PFGM_ISA)
 
-namespace pfgm {
-namespace {
+namespace pfgm::PFGM_ISA {
 
-constexpr int64_t kTile = 64;  // queries that share a decoded block of references
+// The queries that a kernel is asked for: `size` rows of the batch, all of them where index is
+// null.
+struct Rows {
+  const int64_t* index;
+  int64_t size;
+  int64_t operator[](int64_t i) const { return index ? index[i] : i; }
+};
 
-// Queries per task: large enough to pay for decoding, small enough to balance the threads.
-inline int64_t tile_size(const FieldParams& p) {
-  const int64_t fair = p.batch / (2 * p.num_threads) / 4 * 4;
-  return fair < kTile / 2 ? kTile / 2 : fair < kTile ? fair : kTile;
-}
+// Direct differences in double: every case, at the accuracy of float64 input.
+void exact_forward(const FieldParams&, Rows);
+void exact_backward_queries(const FieldParams&, Rows);
 
-inline double* thread_scratch(const FieldParams& p) {
-  return p.scratch + omp_get_thread_num() * scratch_size(p.dim);
-}
-
-}  // namespace
-}  // namespace pfgm
+}  // namespace pfgm::PFGM_ISA
 #endif

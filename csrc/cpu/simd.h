@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of doubles by the compiler's vector extensions, as wide as the instruction set that the
-// translation unit is compiled for. Everything has internal linkage: the same source is compiled
-// once per instruction set, and no function may be shared between them.
+// Vectors of doubles and floats by the compiler's vector extensions, as wide as the instruction set
+// that the translation unit is compiled for. Everything has internal linkage: the same source is
+// compiled once per instruction set, and no function may be shared between them.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace pfgm {
 namespace {
@@ -18,13 +23,33 @@ constexpr int kLanes = 2;
 #endif
 constexpr int kPad = 8;  // rows are padded to this many columns whatever the instruction set
 
+// A VecF has two Vecs' worth of lanes.
 typedef double Vec __attribute__((vector_size(8 * kLanes)));
 typedef int64_t VecInt __attribute__((vector_size(8 * kLanes)));
 typedef double VecUnaligned __attribute__((vector_size(8 * kLanes), aligned(8), may_alias));
 
+constexpr int kFloatLanes = 2 * kLanes;
+typedef float VecF __attribute__((vector_size(8 * kLanes)));
+typedef int32_t VecFInt __attribute__((vector_size(8 * kLanes)));
+typedef float VecFUnaligned __attribute__((vector_size(8 * kLanes), aligned(4), may_alias));
+typedef float HalfF __attribute__((vector_size(4 * kLanes)));
+typedef float HalfFUnaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
 inline Vec load(const double* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
 inline void store(double* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
 inline Vec broadcast(double v) { return v - Vec{}; }
+
+inline VecF load(const float* p) { return *reinterpret_cast<const VecFUnaligned*>(p); }
+inline void store(float* p, VecF v) { *reinterpret_cast<VecFUnaligned*>(p) = v; }
+inline VecF broadcast(float v) { return v - VecF{}; }
+
+// kLanes floats as doubles, and back.
+inline Vec widen(const float* p) {
+  return __builtin_convertvector(*reinterpret_cast<const HalfFUnaligned*>(p), Vec);
+}
+inline void narrow(float* p, Vec v) {
+  *reinterpret_cast<HalfFUnaligned*>(p) = __builtin_convertvector(v, HalfF);
+}
 
 inline double reduce_add(Vec v) {
   double sum = 0;
@@ -78,6 +103,58 @@ inline Vec exp(Vec v) {
   const VecInt scale = ((VecInt)shifted - (VecInt)broadcast(kRoundMagic)) << 52;
   const Vec result = v < -708.0 ? Vec{} : (Vec)((VecInt)series + scale);
   return v != v ? v : result;
+}
+
+// log(1 + u) of u > −1 to about one unit in the last place of the result, also for small u; NaN
+// stays NaN, infinity becomes NaN. w = 1 + u loses u − (w − 1), which is put back after the
+// exponent is taken off: log(1 + f) = f − f²/2 + f³ P(f) on [√½ − 1, √2 − 1], P fitted to 6e-9.
+inline VecF log1p(VecF u) {
+  const VecF w = 1.0f + u;
+  const VecF lost = u - (w - 1.0f);
+  const VecFInt bits = (VecFInt)w;
+  const VecFInt exponent = (bits - 0x3f3504f3) >> 23;
+  const VecF m = (VecF)(bits - (exponent << 23));
+  const VecF unit = (VecF)(0x3f800000 - (exponent << 23));  // 2^−exponent
+  const VecF f = (m - 1.0f) + lost * unit;
+  const VecF e = __builtin_convertvector(exponent, VecF);
+  constexpr float kLog[] = {0.33333331197f, -0.25000837961f, 0.20001292692f, -0.16622764905f,
+                            0.14199695852f, -0.13164186427f, 0.12779113629f, -0.07646101489f};
+  VecF series = broadcast(kLog[7]);
+#pragma GCC unroll 7
+  for (int i = 6; i >= 0; --i) series = series * f + kLog[i];
+  const VecF f2 = f * f;
+  const VecF result = e * 0.693359375f + (f + (f2 * (f * series - 0.5f) + e * -2.12194440e-4f));
+  return u - u == 0.0f ? result : u - u;
+}
+
+// exp of v ≤ ~88 to about one unit in the last place, 0 below −87; NaN stays NaN. v = n ln 2 + r,
+// |r| ≤ 0.347, and exp r = 1 + r + r² Q(r), Q fitted to 3e-9.
+inline VecF exp(VecF v) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer
+  const VecF shifted = v * 1.44269504f + kMagic;
+  const VecF n = shifted - kMagic;
+  const VecF r = (v - n * 0.693359375f) - n * -2.12194440e-4f;
+  constexpr float kExp[] = {0.49999993440f, 0.16666520522f, 0.04166838934f, 0.00836873020f,
+                            0.00138145708f};
+  VecF series = broadcast(kExp[4]);
+#pragma GCC unroll 4
+  for (int i = 3; i >= 0; --i) series = series * r + kExp[i];
+  const VecF power = 1.0f + (r + r * r * series);
+  const VecFInt scale = ((VecFInt)shifted - (VecFInt)broadcast(kMagic)) << 23;
+  const VecF result = v < -87.0f ? VecF{} : (VecF)((VecFInt)power + scale);
+  return v != v ? v : result;
+}
+
+// 1/√v of a positive, normal v to 2 units in the last place.
+inline VecF reciprocal_root(VecF v) {
+#if defined(__AVX512F__)
+  const VecF r = (VecF)_mm512_rsqrt14_ps((__m512)v);
+  return r + 0.5f * r * (1.0f - (v * r) * r);  // one Newton step
+#else
+  VecF root;
+  for (int i = 0; i < kFloatLanes; ++i) root[i] = __builtin_sqrtf(v[i]);
+  return 1.0f / root;
+#endif
 }
 
 struct VecMath {

@@ -45,8 +45,3 @@ def launch(entry: str, **arguments: Any) -> None:
 def cuda_unavailable() -> str | None:
     """Why the extension's CUDA runtime cannot run here (driver, device), or None."""
     return _C.cuda_unavailable()
-
-
-def scratch_size(d: int) -> int:
-    """Doubles of scratch memory that one thread of a CPU kernel needs."""
-    return _C.scratch_size(d)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def unsupported_reason(
 
 
 def chunk_shape(batch: int, count: int, d: int, workspace: int) -> tuple[int, int]:
-    """Everything at once: the kernels need a few MiB per thread whatever B and N."""
+    """Everything at once: the kernels bound their own memory."""
     return batch, count
 
 
@@ -30,26 +32,19 @@ def forward(
     x: Tensor, t: Tensor, values: Tensor, table: Tensor, k: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, d = x.shape
-    threads = torch.get_num_threads()
-    # Few queries leave threads idle unless they share out the references.
-    splits = max(1, min(-(-threads // max(1, -(-batch // 32))), values.shape[0]))
-    x = _padded(x)
-    displacement = x.new_empty(splits, *x.shape)
-    nearest = x.new_empty(splits, batch)
-    anchor = torch.empty(splits, batch, dtype=torch.int64)
-    log_mass, anchor_log_weight = x.new_empty(batch), x.new_empty(batch)
+    arguments = _common(x, t, values, table, k)
+    displacement = torch.empty_like(arguments["x"])
+    log_mass, anchor_log_weight = displacement.new_empty(batch), displacement.new_empty(batch)
+    anchor = torch.empty(batch, dtype=torch.int64)
     _native.launch(
         "field_forward_cpu",
-        **_common(x, t, values, table, k, d),
-        num_splits=splits,
+        **arguments,
         displacement=displacement,
-        nearest=nearest,
-        sum=torch.empty_like(nearest),
         anchor=anchor,
         log_mass=log_mass,
         anchor_log_weight=anchor_log_weight,
     )
-    return displacement[0, :, :d].contiguous(), log_mass, anchor[0].clone(), anchor_log_weight
+    return displacement[:, :d].contiguous(), log_mass, anchor, anchor_log_weight
 
 
 def backward(
@@ -69,16 +64,14 @@ def backward(
     anchor_s = (anchor_x0 - x).square().sum(1)
     if k != torch.inf:
         anchor_s += t * t
-    x = _padded(x)
-    arguments = _common(x, t, values, table, k, d) | {
-        "num_splits": 1,
+    arguments = _common(x, t, values, table, k) | {
         "anchor_s": anchor_s,
         "anchor_log_weight": anchor_log_weight,
         "grad_displacement": _padded(grad_displacement),
         "projection": (grad_displacement * displacement).sum(1),
         "grad_log_mass": grad_log_mass,
     }
-    dx, dt = torch.empty_like(x), torch.empty_like(t)
+    dx, dt = torch.empty_like(arguments["x"]), torch.empty_like(t)
     _native.launch("field_backward_queries_cpu", **arguments, dx=dx, dt=dt)
     dvalues = None
     if values_grad:
@@ -87,21 +80,18 @@ def backward(
     return dx[:, :d], dt, dvalues
 
 
-def _common(
-    x: Tensor, t: Tensor, values: Tensor, table: Tensor, k: float, d: int
-) -> dict[str, Tensor | float | str]:
-    scratch = torch.get_num_threads() * _native.scratch_size(d)
+def _common(x: Tensor, t: Tensor, values: Tensor, table: Tensor, k: float) -> dict[str, Any]:
     return {
         "batch": x.shape[0],
         "count": values.shape[0],
-        "dim": d,
+        "dim": x.shape[1],
         "half_k": k / 2,
-        "x": x,
+        "x": _padded(x),
         "t": t.contiguous(),
         "values": values.contiguous(),
         "table": table.contiguous(),
         "value_type": str(values.dtype).removeprefix("torch."),
-        "scratch": torch.empty(scratch, dtype=torch.float64),
+        "single": x.dtype == torch.float32,
     }
 
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradients of the displacement v and the log mass, with cotangents g and g_m:
+// Gradients of the displacement v and the log mass, with cotangents g and g_m, in double:
 //
 //   w_j = exp(logit_j − log_mass),  a_j = g·(x0_j − x − v),  c_j = (k/2) w_j (a_j + g_m) / s_j
 //   dx = −g − 2 Σ_j c_j (x − x0_j),  dt = −2 t Σ_j c_j
@@ -95,27 +95,30 @@ struct GroupWeights {
 };
 
 template <class Block>
-void queries_tile(const FieldParams& p, int64_t b, int size, double* scratch) {
-  const int64_t ld = round_up(p.dim, kPad), rows = Block::rows(p.dim);
+void queries_tile(const FieldParams& p, const int64_t* rows, int size, double* scratch) {
+  const int64_t ld = round_up(p.dim, kPad), step = Block::rows(p.dim);
   Query queries[kTile];
+  double dt[kTile] = {};
   for (int q = 0; q < size; ++q) {
-    queries[q].start(p, b + q);
-    p.dt[b + q] = 0;
-    for (int64_t c = 0; c < ld; ++c) p.dx[(b + q) * ld + c] = 0;
+    queries[q].start(p, rows[q]);
+    for (int64_t c = 0; c < ld; ++c) p.dx[rows[q] * ld + c] = 0;
   }
   Block block(scratch, p.dim);
   GroupWeights<Block> group;
-  for (int64_t first = 0; first < p.count; first += rows) {
-    block.load(p, first, clamp_size(p.count - first, rows));
+  for (int64_t first = 0; first < p.count; first += step) {
+    block.load(p, first, clamp_size(p.count - first, step));
     for (int start = 0; start < size; start += kGroup) {
       const int n = clamp_size(size - start, kGroup);
-      if (!group.compute(block, queries + start, n, p.dt + b + start)) continue;
+      if (!group.compute(block, queries + start, n, dt + start)) continue;
       for (int q = 0; q < n; ++q) {
-        block.gather(queries[start + q].x, group.coefficients[q], p.dx + (b + start + q) * ld);
+        block.gather(queries[start + q].x, group.coefficients[q], p.dx + rows[start + q] * ld);
       }
     }
   }
-  for (int64_t i = b * ld; i < (b + size) * ld; ++i) p.dx[i] *= 2;
+  for (int q = 0; q < size; ++q) {
+    p.dt[rows[q]] = dt[q];
+    for (int64_t c = 0; c < ld; ++c) p.dx[rows[q] * ld + c] *= 2;
+  }
 }
 
 template <class Block>
@@ -139,29 +142,28 @@ void references_block(const FieldParams& p, int64_t first, double* scratch) {
 
 }  // namespace
 
-void PFGM_ISA::field_backward_queries(const FieldParams& p) {
-  const int64_t tile = tile_size(p);
-#pragma omp parallel for schedule(dynamic) num_threads(p.num_threads)
-  for (int64_t b = 0; b < p.batch; b += tile) {
-    const int size = clamp_size(p.batch - b, tile);
-    if (p.dim <= kMaxColumnDim) {
-      queries_tile<ColumnBlock>(p, b, size, thread_scratch(p));
-    } else {
-      queries_tile<RowBlock>(p, b, size, thread_scratch(p));
-    }
-  }
+void PFGM_ISA::exact_backward_queries(const FieldParams& p, Rows rows) {
+  const int64_t tile = tile_size(p, rows.size), scratch_size = block_size(p.dim);
+  const Buffer<double> scratch(p.num_threads * scratch_size);
+  parallel_for(p.num_threads, (rows.size + tile - 1) / tile, [&](int64_t task, int thread) {
+    const int size = clamp_size(rows.size - task * tile, tile);
+    int64_t index[kTile];
+    for (int q = 0; q < size; ++q) index[q] = rows[task * tile + q];
+    (p.dim <= kMaxColumnDim
+         ? queries_tile<ColumnBlock>
+         : queries_tile<RowBlock>)(p, index, size, scratch.get() + thread * scratch_size);
+  });
 }
 
 void PFGM_ISA::field_backward_references(const FieldParams& p) {
-  const int64_t rows = p.dim <= kMaxColumnDim ? ColumnBlock::rows(p.dim) : RowBlock::rows(p.dim);
-#pragma omp parallel for schedule(dynamic) num_threads(p.num_threads)
-  for (int64_t first = 0; first < p.count; first += rows) {
-    if (p.dim <= kMaxColumnDim) {
-      references_block<ColumnBlock>(p, first, thread_scratch(p));
-    } else {
-      references_block<RowBlock>(p, first, thread_scratch(p));
-    }
-  }
+  const bool columns = p.dim <= kMaxColumnDim;
+  const int64_t step = columns ? ColumnBlock::rows(p.dim) : RowBlock::rows(p.dim);
+  const int64_t scratch_size = 2 * block_size(p.dim);  // a block and its gradient
+  const Buffer<double> scratch(p.num_threads * scratch_size);
+  parallel_for(p.num_threads, (p.count + step - 1) / step, [&](int64_t task, int thread) {
+    (columns ? references_block<ColumnBlock>
+             : references_block<RowBlock>)(p, task * step, scratch.get() + thread * scratch_size);
+  });
 }
 
 }  // namespace pfgm

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Displacement and log mass, Eqs. (3) and (12), in one pass over the references:
+// Displacement and log mass, Eqs. (3) and (12), by direct differences in double and in one pass:
 //
 //   v = Σ_j w_j (x0_j − x),  w = softmax_j(logit_j),  log_mass = logsumexp_j(logit_j)
 //
 // Threads take tiles of queries; where these are too few, the references are shared out as well,
-// in num_splits parts whose states are combined at the end.
+// in parts whose states are combined at the end.
 #include "../field_math.h"
 #include "blocks.h"
 #include "kernels.h"
@@ -22,7 +22,7 @@ struct Query {
   const double* x;
   double* displacement;
 
-  void start(const FieldParams& p, int64_t b, int split) {
+  void start(const FieldParams& p, int64_t b, double* sums) {
     const int64_t ld = round_up(p.dim, kPad);
     kernel = RadialKernel(p.half_k, p.t[b]);
     state = OnlineState();
@@ -32,14 +32,14 @@ struct Query {
     cutoff_shift = kernel.gaussian ? depth / kernel.inverse_two_t2 : 0.0;
     anchor = 0;
     x = p.x + b * ld;
-    displacement = p.displacement + (split * p.batch + b) * ld;
+    displacement = sums;
     for (int64_t c = 0; c < ld; ++c) displacement[c] = 0;
   }
 
   // Turns squared distances into s in place and admits the nearest of them.
   void admit(double* s, int64_t first, int count, int padded, int64_t ld) {
     for (int r = count; r < padded; ++r) s[r] = s[0];
-    Vec minima = broadcast(INFINITY);
+    Vec minima = broadcast(double{INFINITY});
     for (int r = 0; r < padded; r += kLanes) {
       Vec v = load(s + r) + offset;
       v += v - v;  // an infinite s becomes NaN: it must not pass for a small weight
@@ -80,17 +80,23 @@ struct Query {
   }
 };
 
+// A query's sums over one part of the references.
+struct Part {
+  OnlineState state;
+  int64_t anchor;
+};
+
 template <class Block>
-void forward_tile(const FieldParams& p, int64_t b, int size, int split, double* scratch) {
-  const int64_t ld = round_up(p.dim, kPad), rows = Block::rows(p.dim);
-  const int64_t begin = p.count * split / p.num_splits, end = p.count * (split + 1) / p.num_splits;
+void forward_tile(const FieldParams& p, const int64_t* rows, int size, int64_t begin, int64_t end,
+                  double* scratch, Part* parts, double* displacements) {
+  const int64_t ld = round_up(p.dim, kPad), step = Block::rows(p.dim);
   Query queries[kTile];
-  for (int q = 0; q < size; ++q) queries[q].start(p, b + q, split);
+  for (int q = 0; q < size; ++q) queries[q].start(p, rows[q], displacements + q * ld);
 
   Block block(scratch, p.dim);
   double s[kGroup][kMaxRows];
-  for (int64_t first = begin; first < end; first += rows) {
-    block.load(p, first, clamp_size(end - first, rows));
+  for (int64_t first = begin; first < end; first += step) {
+    block.load(p, first, clamp_size(end - first, step));
     for (int group = 0; group < size; group += kGroup) {
       const double* x[kGroup];
       for (int q = 0; q < kGroup; ++q) x[q] = queries[group + q < size ? group + q : group].x;
@@ -104,56 +110,59 @@ void forward_tile(const FieldParams& p, int64_t b, int size, int split, double* 
       }
     }
   }
-  for (int q = 0; q < size; ++q) {
-    const int64_t out = split * p.batch + b + q;
-    p.nearest[out] = queries[q].state.nearest;
-    p.sum[out] = queries[q].state.sum;
-    p.anchor[out] = queries[q].anchor;
-  }
+  for (int q = 0; q < size; ++q) parts[q] = {queries[q].state, queries[q].anchor};
 }
 
-// Combines the states of the splits of query b into split 0 and normalises.
-void combine(const FieldParams& p, int64_t b) {
+// Combines the parts of query b, `stride` apart, and normalises.
+void combine(const FieldParams& p, int64_t b, const Part* parts, const double* displacements,
+             int64_t stride, int num_splits) {
   const int64_t ld = round_up(p.dim, kPad);
   const RadialKernel kernel(p.half_k, p.t[b]);
-  OnlineState state;
-  state.nearest = p.nearest[b];
-  state.sum = p.sum[b];
+  OnlineState state = parts[0].state;
+  int64_t anchor = parts[0].anchor;
   double* displacement = p.displacement + b * ld;
-  for (int split = 1; split < p.num_splits; ++split) {
-    const int64_t part = split * p.batch + b;
-    OnlineState other;
-    other.nearest = p.nearest[part];
-    other.sum = p.sum[part];
-    if (other.nearest < state.nearest) p.anchor[b] = p.anchor[part];
-    const auto factors = state.merge(other, kernel);
+  for (int64_t c = 0; c < ld; ++c) displacement[c] = displacements[c];
+  for (int split = 1; split < num_splits; ++split) {
+    const Part& part = parts[split * stride];
+    const double* other = displacements + split * stride * ld;
+    if (part.state.nearest < state.nearest) anchor = part.anchor;
+    const auto factors = state.merge(part.state, kernel);
     for (int64_t c = 0; c < ld; ++c) {
-      displacement[c] =
-          factors.own * displacement[c] + factors.theirs * p.displacement[part * ld + c];
+      displacement[c] = factors.own * displacement[c] + factors.theirs * other[c];
     }
   }
   for (int64_t c = 0; c < ld; ++c) displacement[c] /= state.sum;
+  p.anchor[b] = anchor;
   p.log_mass[b] = kernel.logit(state.nearest) + ::log(state.sum);
   p.anchor_log_weight[b] = -::log(state.sum);
 }
 
 }  // namespace
 
-void PFGM_ISA::field_forward(const FieldParams& p) {
-  const int64_t tile = tile_size(p), tiles = (p.batch + tile - 1) / tile;
-#pragma omp parallel for schedule(dynamic) num_threads(p.num_threads)
-  for (int64_t task = 0; task < tiles * p.num_splits; ++task) {
-    const int64_t b = task % tiles * tile;
-    const int size = clamp_size(p.batch - b, tile);
-    const int split = static_cast<int>(task / tiles);
-    if (p.dim <= kMaxColumnDim) {
-      forward_tile<ColumnBlock>(p, b, size, split, thread_scratch(p));
-    } else {
-      forward_tile<RowBlock>(p, b, size, split, thread_scratch(p));
-    }
-  }
-#pragma omp parallel for num_threads(p.num_threads)
-  for (int64_t b = 0; b < p.batch; ++b) combine(p, b);
+void PFGM_ISA::exact_forward(const FieldParams& p, Rows rows) {
+  const int64_t tile = tile_size(p, rows.size), tiles = (rows.size + tile - 1) / tile;
+  if (tiles == 0) return;
+  const int num_splits = clamp_size(p.count, (p.num_threads + tiles - 1) / tiles);
+  const int64_t ld = round_up(p.dim, kPad), scratch_size = block_size(p.dim);
+  const Buffer<double> scratch(p.num_threads * scratch_size);
+  const Buffer<double> displacements(num_splits * rows.size * ld);
+  const Buffer<Part> parts(num_splits * rows.size);
+  parallel_for(p.num_threads, tiles * num_splits, [&](int64_t task, int thread) {
+    const int64_t start = task % tiles * tile, split = task / tiles;
+    const int size = clamp_size(rows.size - start, tile);
+    int64_t index[kTile];
+    for (int q = 0; q < size; ++q) index[q] = rows[start + q];
+    const int64_t out = split * rows.size + start;
+    (p.dim <= kMaxColumnDim ? forward_tile<ColumnBlock>
+                            : forward_tile<RowBlock>)(p, index, size, p.count * split / num_splits,
+                                                      p.count * (split + 1) / num_splits,
+                                                      scratch.get() + thread * scratch_size,
+                                                      parts.get() + out,
+                                                      displacements.get() + out * ld);
+  });
+  parallel_for(p.num_threads, rows.size, [&](int64_t i, int) {
+    combine(p, rows[i], parts.get() + i, displacements.get() + i * ld, rows.size, num_splits);
+  });
 }
 
 }  // namespace pfgm

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tasks shared out among threads, and the memory that they work in.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#if defined(PFGM_STD_THREADS)
+#include <atomic>
+#include <exception>
+#include <thread>
+#include <vector>
+#else
+#include <omp.h>
+#endif
+
+namespace pfgm {
+namespace {
+
+// Calls task(index, thread) for every index below count, each thread taking the next one when it
+// is done with one. A task must not throw. Results must not depend on which thread ran what.
+template <class Task>
+void parallel_for(int num_threads, int64_t count, const Task& task) {
+#if defined(PFGM_STD_THREADS)
+  // For ThreadSanitizer, which cannot see how OpenMP's runtime synchronises.
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int thread) {
+    for (int64_t i = next++; i < count; i = next++) task(i, thread);
+  };
+  std::vector<std::thread> threads;
+  for (int thread = 1; thread < num_threads && thread < count; ++thread) {
+    threads.emplace_back(work, thread);
+  }
+  work(0);
+  for (std::thread& thread : threads) thread.join();
+#else
+  const int most = count < num_threads ? static_cast<int>(count) : num_threads;
+#pragma omp parallel for schedule(dynamic) num_threads(most) if (most > 1)
+  for (int64_t i = 0; i < count; ++i) task(i, most > 1 ? omp_get_thread_num() : 0);
+#endif
+}
+
+// An uninitialised array on a cache line's boundary. Where the tests ask for it every byte is
+// 0xFF, NaN in a float, so that no kernel gets away with reading what it never wrote.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t size)
+      : data_(static_cast<T*>(::operator new(bytes(size), std::align_val_t{64}))) {
+#if defined(PFGM_POISON)
+    std::memset(static_cast<void*>(data_.get()), 0xFF, bytes(size));
+#endif
+  }
+  T* get() const { return data_.get(); }
+  T& operator[](int64_t i) const { return data_.get()[i]; }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  static size_t bytes(int64_t size) { return static_cast<size_t>(size) * sizeof(T) + 64; }
+
+  std::unique_ptr<T, Free> data_;
+};
+
+}  // namespace
+}  // namespace pfgm
