@@ -1,13 +1,44 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which kernel computes which queries.
+#include <vector>
+
 #include "kernels.h"
 
 namespace pfgm {
+namespace {
 
-void PFGM_ISA::field_forward(const FieldParams& p) { exact_forward(p, {nullptr, p.batch}); }
+// Below this many queries vectors over queries are mostly empty, and double costs nothing.
+constexpr int64_t kMinBatch = 8;
+
+typedef void (*Fast)(const FieldParams&, uint8_t* uncertified);
+typedef void (*Exact)(const FieldParams&, PFGM_ISA::Rows);
+
+// The fast kernel that computes in float, or null where there is none for this problem.
+Fast choose(const FieldParams& p, Fast direct) {
+  const bool single = p.single && p.value_type != ValueType::kFloat64 && p.batch >= kMinBatch;
+  return single && p.dim <= PFGM_ISA::kMaxDirectDim ? direct : nullptr;
+}
+
+// Runs the fast kernel, and the exact one for what it could not certify.
+void run(const FieldParams& p, Fast fast, Exact exact) {
+  if (!fast) return exact(p, {nullptr, p.batch});
+  const Buffer<uint8_t> uncertified(p.batch);
+  fast(p, uncertified.get());
+  std::vector<int64_t> rows;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    if (uncertified[b]) rows.push_back(b);
+  }
+  exact(p, {rows.data(), static_cast<int64_t>(rows.size())});
+}
+
+}  // namespace
+
+void PFGM_ISA::field_forward(const FieldParams& p) {
+  run(p, choose(p, direct_forward), exact_forward);
+}
 
 void PFGM_ISA::field_backward_queries(const FieldParams& p) {
-  exact_backward_queries(p, {nullptr, p.batch});
+  run(p, choose(p, direct_backward_queries), exact_backward_queries);
 }
 
 }  // namespace pfgm
