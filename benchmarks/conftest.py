@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.machine import fma_peak_gflops, sgemm_gflops
 from benchmarks.measure import Result, race
 from benchmarks.problems import Problem, Shape
 from benchmarks.providers import Provider
@@ -74,6 +75,8 @@ def pytest_benchmark_update_machine_info(
     )
     machine_info["threads"] = torch.get_num_threads()
     machine_info["simd"] = torch.backends.cpu.get_cpu_capability()
+    machine_info["fma_peak_gflops"] = None if cuda else fma_peak_gflops()
+    machine_info["sgemm_gflops"] = {} if cuda else sgemm_gflops()
     machine_info["backends"] = dict(report())
     machine_info["versions"] = {
         "pfgm_kernels": version("pfgm_kernels"),

@@ -15,16 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.peers import Field, RefusedError
 from benchmarks.problems import Problem
-from benchmarks.providers import Field, Provider, RefusedError
+from benchmarks.providers import Provider
 
 DIRECTIONS = ("forward", "gradient")
 """The field, or the field and its gradients for x and t together, as a training step needs them."""
-SECONDS, PATIENCE = 1.5, 3.0
+SECONDS, PATIENCE = 1.0, 2.0
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
 """A provider plays for SECONDS and MIN_ROUNDS, but not beyond PATIENCE seconds or MAX_ROUNDS."""
 WHOLE_BYTES = 2 << 30
-"""A provider that needs more for all queries at once is run on the checked queries alone."""
+WHOLE_SECONDS, LONGEST = 2.0, 6.0
+"""A provider that needs more for all queries at once is run on the checked queries alone; it is
+refused where these take longer than LONGEST.
+"""
 
 Call = Callable[[], tuple[Tensor, ...]]
 
@@ -82,11 +86,12 @@ def qualify(problem: Problem, direction: str, provider: Provider) -> tuple[Resul
     result = Result(provider.name, provider.ours, provider.tolerances[gradient])
     exact, device = problem.exact, problem.x.device
     try:
-        queries, chunk, result.note = _portion(problem, gradient, provider)
-        result.queries = len(queries)
         prepared = provider.prepare(problem, gradient)
+        queries, chunk, result.note = _portion(problem, gradient, provider, prepared)
+        result.queries = len(queries)
         # One query first: libraries loaded, code generated and threads started are not temporaries.
-        _call(problem, gradient, prepared, queries[:1], 1)()
+        first = queries if provider.one_batch_size else queries[:1]
+        _call(problem, gradient, prepared, first, len(first))()
         call = _call(problem, gradient, prepared, queries, chunk)
         outputs, result.peak_bytes = peak_extra_bytes(call, device)
     except (RefusedError, torch.OutOfMemoryError) as refusal:
@@ -101,20 +106,27 @@ def qualify(problem: Problem, direction: str, provider: Provider) -> tuple[Resul
     return result, call
 
 
-def _portion(problem: Problem, gradient: bool, provider: Provider) -> tuple[Tensor, int, str]:
+def _portion(
+    problem: Problem, gradient: bool, provider: Provider, prepared: Field
+) -> tuple[Tensor, int, str]:
     """The queries that the provider is run on, how many at a time, and a note if not all."""
     batch, device = len(problem.x), problem.x.device
-    everything = torch.arange(batch, device=device)
+    everything, rows = torch.arange(batch, device=device), problem.exact.rows
     if provider.temporaries is None:
         return everything, batch, ""
     per_query = provider.temporaries(problem, gradient)
     whole = f"all at once: {batch * per_query / 2**30:.1f} GiB"
     free = _free_bytes(device) // 2
-    if batch * per_query <= min(WHOLE_BYTES, free):
-        return everything, batch, ""
     if per_query > free:
         raise RefusedError(f"out of memory: {per_query / 2**30:.1f} GiB a query, {whole}")
-    rows = problem.exact.rows
+    few = rows[: torch.get_num_threads()]
+    trial = _call(problem, gradient, prepared, few, 1)
+    trial()
+    seconds = _timed(trial, device) / len(few)
+    if len(rows) * seconds > LONGEST:
+        raise RefusedError(f"too slow: about {batch * seconds:,.0f} s a call")
+    if batch * per_query <= min(WHOLE_BYTES, free) and batch * seconds <= WHOLE_SECONDS:
+        return everything, batch, ""
     chunk = min(len(rows), max(1, min(WHOLE_BYTES, free) // per_query))
     return rows, chunk, f"{len(rows)} of {batch} queries, scaled; {whole}"
 

@@ -17,8 +17,10 @@ from tests import oracle
 
 GAMMA = 5.0
 """Added to the norm of the field, and its factor is √d: the target that PFGM trains on."""
-CHECKED_ROWS = 24
-"""Queries of each problem, evenly spread, whose exact answer is computed."""
+CHECKED_ROWS, CHECKED_ELEMENTS = 24, 1 << 30
+"""Queries of each problem, evenly spread, whose exact answer is computed: as many as given, fewer
+where they have more elements of differences than given.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Shape:
 
                 images = data.load(self.source).train[: self.N].flatten(1)
             # float32 on the grid that the 8-bit set stands for: both forms are the same data.
-            x0 = (-1 + 2 * images.double() / 255).float()
+            x0 = torch.cat([(-1 + 2 * i.double() / 255).float() for i in images.split(4096)])
             x, t = perturb(x0[: self.B], generator=generator)
         cotangent = torch.randn(self.B, self.d + 1, generator=generator)
         if (len(x0), x0.shape[1]) != (self.N, self.d):
@@ -68,10 +70,12 @@ class Shape:
 
 def shapes() -> list[Shape]:
     """The shapes of a run; real images take part where PFGM_DATA names their folder."""
-    normal = [Shape(1024, 16384, 2, "normal"), Shape(512, 8192, 64, "normal")]
+    sizes = (64, 1024, 2), (1024, 16384, 2), (1024, 16384, 16), (512, 8192, 64)
+    normal = [Shape(*size, "normal") for size in sizes]
     images = [Shape(512, 8192, 784, "synthetic"), Shape(128, 4096, 3072, "synthetic")]
     if os.environ.get("PFGM_DATA"):
         images += [Shape(512, 8192, 784, "mnist"), Shape(128, 4096, 3072, "cifar10")]
+        images += [Shape(128, 50000, 3072, "cifar10")]
     return normal + images
 
 
@@ -121,7 +125,8 @@ class Problem:
 
     @cached_property
     def exact(self) -> Exact:
-        rows = torch.linspace(0, len(self.x) - 1, min(CHECKED_ROWS, len(self.x))).long()
+        count = min(CHECKED_ROWS, len(self.x), max(1, CHECKED_ELEMENTS // self.x0.numel()))
+        rows = torch.linspace(0, len(self.x) - 1, count).long()
         x, t, x0 = (part.cpu().double() for part in (self.x[rows], self.t[rows], self.x0))
         truth = oracle.solve(x, t, x0)
         leaves = (truth.v.clone().requires_grad_(), truth.t.clone().requires_grad_())

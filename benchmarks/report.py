@@ -16,12 +16,17 @@ Row = dict[str, Any]
 
 SOURCES = {"normal": "standard normal", "synthetic": "synthetic images, queries of Eq. 11"}
 TITLES = {"forward": "field", "gradient": "field and its gradients for x and t"}
+FLOPS = {"forward": 4, "gradient": 10}
+"""Useful operations over B·N·d: 4 for distances and weighted sum; for the gradients also distances
+again, projections and sums, 2 each.
+"""
 COLUMNS = (
     "provider",
     "median ms",
     "p20–p80",
     "rounds",
     "speed-up",
+    "of FMA peak",
     "worst error",
     "extra MiB",
     "note",
@@ -39,29 +44,36 @@ def table(run: dict[str, Any]) -> str:
     problems: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows(run):
         problems[tuple(row["shape"].values()), row["direction"]].append(row)
-    return "\n\n".join([_header(run), *(_problem(group) for group in problems.values())])
+    peak = run["machine_info"]["fma_peak_gflops"]
+    return "\n\n".join([_header(run), *(_problem(group, peak) for group in problems.values())])
 
 
 def _header(run: dict[str, Any]) -> str:
     machine, commit = run["machine_info"], run["commit_info"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     dirty = " with uncommitted changes" if commit["dirty"] else ""
+    peak, products = machine["fma_peak_gflops"], machine["sgemm_gflops"]
+    speeds = {"fused multiply-add peak": peak} if peak else {}
+    speeds |= {f"float32 matrix product by {name}": value for name, value in products.items()}
+    measured = ", ".join(f"{name} {value:,.0f} GFLOP/s" for name, value in speeds.items())
     return (
         f"{machine['device']}, {machine['threads']} threads, {machine['simd']}; {versions}; "
         f"revision {commit['id'][:12]}{dirty}; {run['datetime'][:16].replace('T', ' ')} UTC\n\n"
+        f"Measured in the same run: {measured or 'no speeds of the processor'}.\n\n"
         "Speed-up: how many times faster than the fastest peer of the same run. Worst error: of a "
         "row against float64 direct differences, relative, divided by its condition number (for "
-        "gradients: relative to the sum of the sizes of its terms)."
+        "gradients: relative to the sum of the sizes of its terms). Of FMA peak: 4·B·N·d "
+        "operations (10·B·N·d with gradients) in the time, relative to the measured peak."
     )
 
 
-def _problem(group: list[Row]) -> str:
+def _problem(group: list[Row], peak: float | None) -> str:
     shape, direction = group[0]["shape"], group[0]["direction"]
     data = SOURCES.get(shape["source"], f"{shape['source']}, queries of Eq. 11")
     title = f"### {shape['B']} × {shape['N']}, d = {shape['d']}, {data}: {TITLES[direction]}"
     peers = [row for row in group if row["status"] == "timed" and not row["ours"]]
     fastest = min(peers, key=lambda row: median(row["seconds"]), default=None)
-    lines = [COLUMNS, *(_cells(row, fastest) for row in group)]
+    lines = [COLUMNS, *(_cells(row, fastest, peak) for row in group)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
     rule = "|".join(["", *("-" * (width + 2) for width in widths), ""])
@@ -69,13 +81,13 @@ def _problem(group: list[Row]) -> str:
     return "\n".join([title, "", f"Fastest peer: {winner}.", "", text[0], rule, *text[1:]])
 
 
-def _cells(row: Row, fastest: Row | None) -> tuple[str, ...]:
+def _cells(row: Row, fastest: Row | None, peak: float | None) -> tuple[str, ...]:
     error = "–" if row["error"] is None else f"{row['error']:.1e}"
     memory = "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.1f}"
     if row["status"] != "timed":
         note = f"{row['status']}, not timed: expected at most {row['tolerance']:.0e}"
         note = note if row["status"] == "wrong" else f"refused: {row['note']}"
-        return (row["provider"], "–", "–", "–", "–", error, memory, note)
+        return (row["provider"], "–", "–", "–", "–", "–", error, memory, note)
     milliseconds = 1e3 * np.asarray(row["seconds"])
     middle = float(np.median(milliseconds))
     low, high = np.quantile(milliseconds, [0.2, 0.8])
@@ -86,10 +98,17 @@ def _cells(row: Row, fastest: Row | None) -> tuple[str, ...]:
         f"{_figures(low)}–{_figures(high)}" if len(milliseconds) > 2 else "–",
         str(len(milliseconds)),
         ratio,
+        "–" if peak is None else f"{_gflops(row, middle / 1e3) / peak:.1%}",
         error,
         memory,
         row["note"],
     )
+
+
+def _gflops(row: Row, seconds: float) -> float:
+    """Useful operations a second, 10⁹."""
+    shape = row["shape"]
+    return FLOPS[row["direction"]] * shape["B"] * shape["N"] * shape["d"] / seconds / 1e9
 
 
 def _figures(value: float) -> str:
