@@ -115,18 +115,22 @@ def _portion(
     if provider.temporaries is None:
         return everything, batch, ""
     per_query = provider.temporaries(problem, gradient)
-    whole = f"all at once: {batch * per_query / 2**30:.1f} GiB"
+    gibibytes = f"{batch * per_query / 2**30:.1f} GiB"
     free = _free_bytes(device) // 2
     if per_query > free:
-        raise RefusedError(f"out of memory: {per_query / 2**30:.1f} GiB a query, {whole}")
+        raise RefusedError(
+            f"out of memory: {per_query / 2**30:.1f} GiB a query, {gibibytes} at once"
+        )
     few = rows[: torch.get_num_threads()]
     trial = _call(problem, gradient, prepared, few, 1)
     trial()
     seconds = _timed(trial, device) / len(few)
     if len(rows) * seconds > LONGEST:
         raise RefusedError(f"too slow: about {batch * seconds:,.0f} s a call")
-    if batch * per_query <= min(WHOLE_BYTES, free) and batch * seconds <= WHOLE_SECONDS:
+    fits = batch * per_query <= min(WHOLE_BYTES, free)
+    if fits and batch * seconds <= WHOLE_SECONDS:
         return everything, batch, ""
+    whole = f"all at once: {f'about {batch * seconds:,.0f} s' if fits else gibibytes}"
     chunk = min(len(rows), max(1, min(WHOLE_BYTES, free) // per_query))
     return rows, chunk, f"{len(rows)} of {batch} queries, scaled; {whole}"
 
