@@ -47,6 +47,10 @@ OUR_TOLERANCES = (1e-6, oracle.GRADIENT)
 """The accuracy contract."""
 
 
+EAGER_LARGEST = 1 << 33
+"""B·N·d beyond which the portable backend is refused: on two cores it takes minutes there."""
+
+
 def ours(backend: str, prepared: bool) -> Callable[[Problem, bool], Field]:
     """The op on a ReferenceSet (of 8-bit images where the data are images) or on a plain tensor."""
 
@@ -55,6 +59,8 @@ def ours(backend: str, prepared: bool) -> Callable[[Problem, bool], Field]:
         reason = BACKENDS[backend].unsupported_reason(problem.x0.device, d, gradient)
         if reason is not None:
             raise RefusedError(reason)
+        if backend == "eager" and len(problem.x) * problem.x0.numel() > EAGER_LARGEST:
+            raise RefusedError("too slow: the portable backend takes minutes for so many")
         references = problem.reference_set() if prepared else problem.x0
 
         def field(x: Tensor, t: Tensor) -> Tensor:
