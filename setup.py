@@ -21,10 +21,11 @@ SOURCES = Path(__file__).parent.resolve() / "csrc"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -Wall -Wextra -Wno-psabi"
 CUDA_FLAGS = "-std=c++17 -O3 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
-CPU_SOURCES = ("router", "exact_forward", "exact_backward")
+CPU_SOURCES = ("router", "operands", "exact_forward", "exact_backward", "two_pass_forward")
 ISA_FLAGS = {"portable": ""}
 if platform.machine() == "x86_64":
     ISA_FLAGS |= {"avx2": "-mavx2 -mfma", "avx512": "-mavx512f -mavx512dq -mavx512vl -mfma"}
+    ISA_FLAGS["avx512vnni"] = ISA_FLAGS["avx512"] + " -mavx512bw -mavx512vnni"
 
 
 def find_nvcc() -> str | None:

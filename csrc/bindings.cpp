@@ -95,6 +95,7 @@ PYBIND11_MODULE(_C, module) {
   define<pfgm::field_forward_cpu>(module, "field_forward_cpu");
   define<pfgm::field_backward_queries_cpu>(module, "field_backward_queries_cpu");
   define<pfgm::field_backward_references_cpu>(module, "field_backward_references_cpu");
+  define<pfgm::prepare_references_cpu>(module, "prepare_references_cpu");
   module.def("use_instruction_set", pfgm::use_instruction_set);
 #ifdef PFGM_CUDA_ARCHS
   define<pfgm::field_forward_cuda>(module, "field_forward_cuda");

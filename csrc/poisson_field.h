@@ -56,6 +56,7 @@ struct FieldParams {
 void field_forward_cpu(const FieldParams& params);
 void field_backward_queries_cpu(const FieldParams& params);
 void field_backward_references_cpu(const FieldParams& params);
+void prepare_references_cpu(const FieldParams& params);
 void field_forward_cuda(const FieldParams& params);
 
 // Why the CUDA runtime of the extension cannot run here (no device, an old driver), or null.

@@ -10,6 +10,7 @@ PFGM_DECLARE_KERNELS(portable)
 #if defined(__x86_64__)
 PFGM_DECLARE_KERNELS(avx2)
 PFGM_DECLARE_KERNELS(avx512)
+PFGM_DECLARE_KERNELS(avx512vnni)
 #endif
 
 namespace pfgm {
@@ -21,15 +22,20 @@ struct Kernels {
   void (*forward)(const FieldParams&);
   void (*backward_queries)(const FieldParams&);
   void (*backward_references)(const FieldParams&);
+  void (*prepare_references)(const FieldParams&);
 };
 
 #define PFGM_KERNELS(isa, condition)                                                      \
   {#isa, [] { return bool(condition); }, isa::field_forward, isa::field_backward_queries, \
-   isa::field_backward_references}
+   isa::field_backward_references, isa::prepare_references}
 
 // Best first.
 const Kernels kKernels[] = {
 #if defined(__x86_64__)
+    PFGM_KERNELS(avx512vnni,
+                 __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512vnni")),
     PFGM_KERNELS(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                              __builtin_cpu_supports("avx512vl")),
     PFGM_KERNELS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
@@ -78,6 +84,14 @@ void field_backward_queries_cpu(const FieldParams& p) {
 void field_backward_references_cpu(const FieldParams& p) {
   check(p);
   chosen->backward_references(p);
+}
+
+void prepare_references_cpu(const FieldParams& p) {
+  check(p);
+  if (!p.norms || !p.grid) {
+    throw std::invalid_argument("prepare_references called with a null pointer");
+  }
+  chosen->prepare_references(p);
 }
 
 }  // namespace pfgm

@@ -11,6 +11,7 @@
   void field_forward(const FieldParams&);             \
   void field_backward_queries(const FieldParams&);    \
   void field_backward_references(const FieldParams&); \
+  void prepare_references(const FieldParams&);        \
   }
 
 #ifdef PFGM_ISA
@@ -36,6 +37,9 @@ void exact_backward_queries(const FieldParams&, Rows);
 constexpr int64_t kMaxDirectDim = 32;
 void direct_forward(const FieldParams&, uint8_t* uncertified);
 void direct_backward_queries(const FieldParams&, uint8_t* uncertified);
+
+// Two passes of products, in float or in 8-bit integers, for any d.
+void two_pass_forward(const FieldParams&, uint8_t* uncertified);
 
 }  // namespace pfgm::PFGM_ISA
 #endif

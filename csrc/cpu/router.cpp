@@ -13,10 +13,10 @@ constexpr int64_t kMinBatch = 8;
 typedef void (*Fast)(const FieldParams&, uint8_t* uncertified);
 typedef void (*Exact)(const FieldParams&, PFGM_ISA::Rows);
 
-// The fast kernel that computes in float, or null where there is none for this problem.
-Fast choose(const FieldParams& p, Fast direct) {
-  const bool single = p.single && p.value_type != ValueType::kFloat64 && p.batch >= kMinBatch;
-  return single && p.dim <= PFGM_ISA::kMaxDirectDim ? direct : nullptr;
+// The kernel that computes in float, or null where double is called for.
+Fast choose(const FieldParams& p, Fast direct, Fast two_pass) {
+  if (!p.single || p.value_type == ValueType::kFloat64 || p.batch < kMinBatch) return nullptr;
+  return p.dim <= PFGM_ISA::kMaxDirectDim ? direct : two_pass;
 }
 
 // Runs the fast kernel, and the exact one for what it could not certify.
@@ -34,11 +34,11 @@ void run(const FieldParams& p, Fast fast, Exact exact) {
 }  // namespace
 
 void PFGM_ISA::field_forward(const FieldParams& p) {
-  run(p, choose(p, direct_forward), exact_forward);
+  run(p, choose(p, nullptr, two_pass_forward), exact_forward);
 }
 
 void PFGM_ISA::field_backward_queries(const FieldParams& p) {
-  run(p, choose(p, direct_backward_queries), exact_backward_queries);
+  run(p, choose(p, nullptr, nullptr), exact_backward_queries);
 }
 
 }  // namespace pfgm

@@ -51,6 +51,36 @@ inline void narrow(float* p, Vec v) {
   *reinterpret_cast<HalfFUnaligned*>(p) = __builtin_convertvector(v, HalfF);
 }
 
+// The lanes of a, then those of b, as floats.
+inline VecF narrow(Vec a, Vec b) {
+  const HalfF low = __builtin_convertvector(a, HalfF), high = __builtin_convertvector(b, HalfF);
+#if defined(__AVX512F__)
+  return (VecF)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)low), (__m256)high, 1);
+#else
+  VecF v;
+  __builtin_memcpy(&v, &low, sizeof low);
+  __builtin_memcpy(reinterpret_cast<char*>(&v) + sizeof low, &high, sizeof high);
+  return v;
+#endif
+}
+
+inline Vec widen(const int32_t* p) {
+  typedef int32_t Half __attribute__((vector_size(4 * kLanes)));
+  typedef int32_t HalfUnaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+  return __builtin_convertvector(Half(*reinterpret_cast<const HalfUnaligned*>(p)), Vec);
+}
+
+// A bit for each lane whose mask is set.
+inline unsigned bits(VecInt mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi64_mask((__m512i)mask);
+#else
+  unsigned result = 0;
+  for (int i = 0; i < kLanes; ++i) result |= static_cast<unsigned>(mask[i] & 1) << i;
+  return result;
+#endif
+}
+
 inline double reduce_add(Vec v) {
   double sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += v[i];

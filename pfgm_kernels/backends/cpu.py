@@ -92,6 +92,7 @@ def _common(x: Tensor, t: Tensor, values: Tensor, table: Tensor, k: float) -> di
         "table": table.contiguous(),
         "value_type": str(values.dtype).removeprefix("torch."),
         "single": x.dtype == torch.float32,
+        "workspace": 256 << 20,
     }
 
 

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+// The second pass of the kernels for larger d, over queries that many references carry weight for:
+// weights of all references relative to an anchor, and their sums Σ_j w_j y_j by a second product.
+#pragma once
+
+#include "screen.h"
+#include "sparse.h"
+
+namespace pfgm {
+namespace {
+
+constexpr int64_t kGatherRows = 256;    // references whose terms are summed in float from zero
+constexpr int64_t kGatherColumns = 96;  // a multiple of kProductRows
+// Logits may be off by this much if all roundings of a product added up; they are independent, and
+// what is left of them after summing over many references is two orders of magnitude less.
+constexpr double kDenseTolerance = 5e-5;
+
+// Whether the products of a query are precise enough for the weights of all its references.
+inline bool certify(const FieldParams& p, const Operands& o, int64_t b, const Bound& bound,
+                    double anchor_s) {
+  const RadialKernel kernel(p.half_k, p.t[b]);
+  const double slope = kernel.gaussian ? kernel.inverse_two_t2 : p.half_k / anchor_s;
+  const double x_norm = ::sqrt(bound.squared);
+  const double error = 2 * (kFloatRounding * x_norm + bound.residual) * o.radius;
+  return slope * error * o.unit * o.unit <= kDenseTolerance && x_norm * o.radius < 1e30;
+}
+
+// Takes the columns of some queries from one screen into another.
+inline void compact(const Screen& from, Screen& to) {
+  const int64_t count = from.p.count;
+  std::vector<const float*> sources;  // a query's products with the first references
+  std::vector<int64_t> strides;
+  size_t next = 0;
+  for (int64_t tile = 0; tile < from.tiles.count(); ++tile) {
+    for (int q = 0; q < from.tiles.size(tile) && next < to.tiles.rows.size(); ++q) {
+      if (from.tiles.row(tile, q) != to.tiles.rows[next]) continue;
+      sources.push_back(from.tile_products(tile) + q);
+      strides.push_back(from.tiles.width(tile));
+      ++next;
+    }
+  }
+  parallel_for(from.p.num_threads, to.num_blocks(), [&](int64_t block, int) {
+    for (int64_t j = block * kScreenRows; j < std::min(count, (block + 1) * kScreenRows); ++j) {
+      for (int64_t tile = 0; tile < to.tiles.count(); ++tile) {
+        float* row = to.tile_products(tile) + j * to.tiles.width(tile);
+        const int64_t first = tile * kTileQueries;
+        const int size = to.tiles.size(tile);
+        for (int q = 0; q < size; ++q) row[q] = sources[first + q][j * strides[first + q]];
+        for (int64_t q = size; q < to.tiles.width(tile); ++q) row[q] = 0;
+      }
+    }
+  });
+}
+
+inline VecF relative_logits(const FieldParams& p, VecF u) {
+  if (p.half_k == INFINITY) return -u;
+  // The rounding of k/2 itself would move all logits alike.
+  const float high = static_cast<float>(p.half_k);
+  const float low = static_cast<float>(p.half_k - high);
+  const VecF log = log1p(u);
+  return -(log * high) - log * low;
+}
+
+// What the weights of a query are relative to. Arrays over the queries of the tiles, padded to whole
+// vectors: r and s of a reference near the nearest one, s exactly; lanes with no query, or with one
+// that another kernel computes, take no part.
+struct Anchors {
+  Buffer<double> r;        // s / unit² − offset
+  Buffer<double> inverse;  // what turns r − r of the anchor into the argument of the logit
+  Buffer<float> cutoff;    // logits below this count for nothing: all of them where no part is taken
+
+  explicit Anchors(int64_t padded) : r(padded), inverse(padded), cutoff(padded) {
+    std::fill_n(r.get(), padded, 0.0);
+    std::fill_n(inverse.get(), padded, 0.0);
+    std::fill_n(cutoff.get(), padded, INFINITY);
+  }
+
+  void set(const FieldParams& p, const Operands& o, const Bound& bound, int64_t i, int64_t b,
+           double s, double depth) {
+    const RadialKernel kernel(p.half_k, p.t[b]);
+    const double scale = o.unit * o.unit;
+    r[i] = s / scale - bound.offset;
+    inverse[i] = kernel.gaussian ? scale * kernel.inverse_two_t2 : scale / s;
+    cutoff[i] = static_cast<float>(-depth);
+  }
+};
+
+// The second pass over the queries of a screen whose products are floats.
+struct SecondPass {
+  const Screen& screen;
+  const FieldParams& p;
+  const Operands& o;
+  const Tiles& tiles;
+  const Anchors& anchors;
+  int64_t num_blocks;
+  Buffer<uint8_t> active;     // (tiles, blocks): whether any weight of a block counts
+  Buffer<double> block_sums;  // (blocks, padded)
+
+  SecondPass(const Screen& screen, const Anchors& anchors)
+      : screen(screen),
+        p(screen.p),
+        o(screen.o),
+        tiles(screen.tiles),
+        anchors(anchors),
+        num_blocks((p.count + kGatherRows - 1) / kGatherRows),
+        active(tiles.count() * num_blocks),
+        block_sums(num_blocks * tiles.padded()) {}
+
+  // The arguments u of the logits of reference j and kFloatLanes queries from i = 64 tile + q.
+  VecF arguments(const float* products, int64_t j, int64_t i) const {
+    const auto half = [&](int64_t lane) {
+      const Vec r = o.norms[j] - 2.0 * widen(products + lane);
+      return (r - load(anchors.r.get() + i + lane)) * load(anchors.inverse.get() + i + lane);
+    };
+    return narrow(half(0), half(kLanes));
+  }
+
+  // Products become weights relative to the anchors, in place.
+  void weigh() const {
+    parallel_for(p.num_threads, tiles.count() * num_blocks, [&](int64_t task, int) {
+      const int64_t tile = task / num_blocks, block = task % num_blocks;
+      const int64_t width = tiles.width(tile), first = block * kGatherRows;
+      bool any = false;
+      for (int64_t q = 0; q < width; q += kFloatLanes) {
+        const int64_t i = tile * kTileQueries + q;
+        const VecF cutoff = load(anchors.cutoff.get() + i);
+        VecF sum = {};
+        for (int64_t j = first; j < std::min(p.count, first + kGatherRows); ++j) {
+          float* products = screen.tile_products(tile) + j * width + q;
+          const VecF logits = relative_logits(p, arguments(products, j, i));
+          const VecF weights = logits < cutoff ? VecF{} : exp(logits);
+          store(products, weights);
+          sum += weights;
+        }
+        any |= put_block_sums(block, i, sum);
+      }
+      active[task] = any;
+    });
+  }
+
+  bool put_block_sums(int64_t block, int64_t i, VecF sum) const {
+    float lanes[kFloatLanes];
+    store(lanes, sum);
+    double* out = block_sums.get() + block * tiles.padded() + i;
+    bool any = false;
+    for (int lane = 0; lane < kFloatLanes; ++lane) {
+      out[lane] = lanes[lane];
+      any |= lanes[lane] != 0;
+    }
+    return any;
+  }
+
+  double total(int64_t i) const {
+    double sum = 0;
+    for (int64_t block = 0; block < num_blocks; ++block) {
+      sum += block_sums[block * tiles.padded() + i];
+    }
+    return sum;
+  }
+
+  // sums (queries, d) = Σ_j w_j y_j with what stands in the place of the products as weights.
+  void gather(double* sums) const {
+    constexpr int64_t kOut = kGatherColumns * kTileQueries;
+    const int64_t strips = (p.dim + kGatherColumns - 1) / kGatherColumns;
+    const Buffer<float> decoded(p.num_threads * kGatherRows * kGatherColumns);
+    const Buffer<float> partial(p.num_threads * kOut);
+    const Buffer<double> totals(p.num_threads * kOut);
+    parallel_for(p.num_threads, tiles.count() * strips, [&](int64_t task, int thread) {
+      const int64_t tile = task / strips, column = task % strips * kGatherColumns;
+      const int64_t columns = std::min(p.dim - column, kGatherColumns), width = tiles.width(tile);
+      float* y = decoded.get() + thread * kGatherRows * kGatherColumns;
+      float* out = partial.get() + thread * kOut;
+      double* total = totals.get() + thread * kOut;
+      std::fill_n(total, columns * width, 0.0);
+      for (int64_t block = 0; block < num_blocks; ++block) {
+        if (!active[tile * num_blocks + block]) continue;
+        const int64_t first = block * kGatherRows, rows = std::min(p.count - first, kGatherRows);
+        decode_block(p, o, first, rows, column, columns, y, columns);
+        product<FloatProduct>(y, columns, 1, columns, screen.tile_products(tile) + first * width,
+                              width, rows, out, false);
+        for (int64_t i = 0; i < columns * width; i += kLanes) {
+          store(total + i, load(total + i) + widen(out + i));
+        }
+      }
+      for (int q = 0; q < tiles.size(tile); ++q) {
+        double* row = sums + (tile * kTileQueries + q) * p.dim + column;
+        for (int64_t c = 0; c < columns; ++c) row[c] = total[c * width + q];
+      }
+    });
+  }
+};
+
+}  // namespace
+}  // namespace pfgm

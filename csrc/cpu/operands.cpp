@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+// Prepares references for the kernels for larger d (operands.h).
+#include "operands.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace pfgm {
+namespace {
+
+constexpr int64_t kPrepareRows = 64;
+constexpr int64_t kSampleSize = 1 << 16;  // values that the grid is guessed from
+// Decoding images rounds a few times, relative to the largest value.
+constexpr double kGridTolerance = 0x1p-22;
+
+// codes ↦ low + step · code, within tolerance. step = 0: no grid.
+struct Grid {
+  double low = 0, step = 0, tolerance = 0;
+};
+
+Grid table_grid(const float* table) {
+  Grid grid;
+  grid.low = table[0];
+  grid.step = (double{table[255]} - table[0]) / 255;
+  double deviation = 0, largest = 0;
+  for (int u = 0; u < 256; ++u) {
+    deviation = std::max(deviation, std::abs(table[u] - (grid.low + grid.step * u)));
+    largest = std::max(largest, std::abs(double{table[u]}));
+  }
+  grid.tolerance = kGridTolerance * largest;
+  if (!(deviation <= grid.tolerance)) grid.step = 0;
+  return grid;
+}
+
+// The grid that a sample of the values lies on, with room on both sides for values outside of it.
+Grid sample_grid(const FieldParams& p) {
+  const float* values = static_cast<const float*>(p.values);
+  const int64_t rows = std::max<int64_t>(1, std::min(p.count, kSampleSize / p.dim));
+  std::vector<float> sample;
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* row = values + p.count * i / rows * p.dim;
+    sample.insert(sample.end(), row, row + std::min(p.dim, kSampleSize));
+  }
+  std::sort(sample.begin(), sample.end());
+  sample.erase(std::unique(sample.begin(), sample.end()), sample.end());
+  const double low = sample.front(), range = sample.back() - low;
+  Grid grid;
+  if (!(range > 0) || !std::isfinite(range)) return grid;
+  grid.tolerance = kGridTolerance * std::max(std::abs(low), low + range);
+  double step = range;
+  for (size_t i = 1; i < sample.size(); ++i) {
+    const double gap = double{sample[i]} - sample[i - 1];
+    if (gap > 4 * grid.tolerance) step = std::min(step, gap);
+  }
+  const double steps = std::round(range / step);
+  if (steps > 255) return grid;
+  step = range / steps;
+  for (const float v : sample) {
+    if (!(std::abs(v - (low + step * std::round((v - low) / step))) <= grid.tolerance)) return grid;
+  }
+  grid.low = low - std::floor((255 - steps) / 2) * step;
+  grid.step = step;
+  return grid;
+}
+
+// Codes and ‖y‖² of one reference; false where a value is not on the grid.
+bool encode_row(const float* values, int64_t dim, const Grid& grid, uint8_t* codes, double* norm) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer
+  const float low = static_cast<float>(grid.low), step = static_cast<float>(grid.step);
+  const float inverse = 1 / step, tolerance = static_cast<float>(2 * grid.tolerance);
+  int32_t outside = 0;
+  double sum = 0;
+  for (int64_t start = 0; start < dim; start += 4096) {  // 4096 · 2^14 fits into an int32
+    int32_t partial = 0;
+    for (int64_t c = start; c < std::min(dim, start + 4096); ++c) {
+      const float code = ((values[c] - low) * inverse + kMagic) - kMagic;
+      const int32_t u = code >= 0 && code <= 255 ? static_cast<int32_t>(code) : 0;
+      outside |= !(code >= 0 && code <= 255);
+      outside |= !(std::abs(values[c] - (low + step * code)) <= tolerance);
+      codes[c] = static_cast<uint8_t>(u);
+      partial += (u - kCodeOrigin) * (u - kCodeOrigin);
+    }
+    sum += partial;
+  }
+  *norm = sum;
+  return !outside;
+}
+
+double code_norm(const uint8_t* codes, int64_t dim) {
+  double sum = 0;
+  for (int64_t start = 0; start < dim; start += 4096) {
+    int32_t partial = 0;
+    for (int64_t c = start; c < std::min(dim, start + 4096); ++c) {
+      partial += (codes[c] - kCodeOrigin) * (codes[c] - kCodeOrigin);
+    }
+    sum += partial;
+  }
+  return sum;
+}
+
+template <class Row>
+void for_rows(const FieldParams& p, const Row& row) {
+  parallel_for(p.num_threads, (p.count + kPrepareRows - 1) / kPrepareRows, [&](int64_t task, int) {
+    const int64_t first = task * kPrepareRows;
+    for (int64_t j = first; j < std::min(p.count, first + kPrepareRows); ++j) row(j);
+  });
+}
+
+// The middle of a sample of the references.
+void sample_mean(const FieldParams& p, double* mean) {
+  const int64_t rows = std::min<int64_t>(p.count, 256);
+  std::fill(mean, mean + p.dim, 0.0);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t start = p.count * i / rows * p.dim;
+    for (int64_t c = 0; c < p.dim; ++c) mean[c] += decode(p, start + c);
+  }
+  for (int64_t c = 0; c < p.dim; ++c) mean[c] = static_cast<float>(mean[c] / rows);
+}
+
+// grid: unit, deviation (negative: there are no codes), origin (d,).
+void write_grid(const FieldParams& p, const Grid& grid, double* out) {
+  out[0] = grid.step;
+  out[1] = std::sqrt(static_cast<double>(p.dim)) * 2 * grid.tolerance / std::abs(grid.step);
+  std::fill(out + 2, out + 2 + p.dim, grid.low + kCodeOrigin * grid.step);
+}
+
+}  // namespace
+
+void PFGM_ISA::prepare_references(const FieldParams& p) {
+  if (p.value_type == ValueType::kUint8) {
+    const Grid grid = table_grid(p.table);
+    if (grid.step != 0) {
+      const uint8_t* codes = static_cast<const uint8_t*>(p.values);
+      for_rows(p, [&](int64_t j) { p.norms[j] = code_norm(codes + j * p.dim, p.dim); });
+      return write_grid(p, grid, p.grid);
+    }
+  } else if (p.codes) {
+    const Grid grid = sample_grid(p);
+    std::atomic<bool> fits{grid.step != 0};
+    if (fits) {
+      const float* values = static_cast<const float*>(p.values);
+      for_rows(p, [&](int64_t j) {
+        if (!fits.load(std::memory_order_relaxed)) return;
+        const int64_t start = j * p.dim;
+        if (!encode_row(values + start, p.dim, grid, p.codes + start, p.norms + j)) fits = false;
+      });
+    }
+    if (fits) return write_grid(p, grid, p.grid);
+  }
+  p.grid[0] = 1;
+  p.grid[1] = -1;
+  double* origin = p.grid + 2;
+  sample_mean(p, origin);
+  for_rows(p, [&](int64_t j) {
+    double sum = 0;
+    for (int64_t c = 0; c < p.dim; ++c) {
+      const double y = static_cast<float>(decode(p, j * p.dim + c) - origin[c]);
+      sum += y * y;
+    }
+    p.norms[j] = sum - sum == 0 ? sum : NAN;
+  });
+}
+
+}  // namespace pfgm

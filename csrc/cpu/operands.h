@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+// References as the kernels for larger d read them: y = (x0 − origin) / unit.
+//
+// Where the values lie on a grid of at most 256 steps (8-bit images, also stored as floats), unit is
+// the step, the middle of the grid is the origin, and y = code − 128 is a small exact integer. Else
+// unit is 1, and the origin is a point amid the data: products of y are then no larger than the data
+// are wide, however far from zero they lie. With x' = (x − origin)/unit,
+//
+//   s_j / unit² = ‖x'‖² + t²/unit² + ‖y_j‖² − 2 x'·y_j
+#pragma once
+
+#include "../field_math.h"
+#include "blocks.h"
+#include "kernels.h"
+
+namespace pfgm {
+namespace {
+
+constexpr int kCodeOrigin = 128;
+
+struct Operands {
+  const double* norms;   // (N,) ‖y‖², NaN where a reference is not finite
+  const uint8_t* codes;  // (N, d), or null where the values are not on a grid
+  double unit, inverse_unit;
+  double deviation;      // ‖x0 − (origin + unit · y)‖ / unit at most, where there are codes
+  const double* origin;  // (d,)
+  double radius;         // max ‖y‖, NaN where any reference is not finite
+  Buffer<double> roots;  // (N,) ‖y‖
+
+  // What prepare() wrote, where the caller had nothing prepared.
+  Buffer<double> own_norms, own_grid;
+  Buffer<uint8_t> own_codes;
+};
+
+// The prepared operands, or operands prepared now. FieldParams' grid: unit, deviation (negative:
+// there are no codes), origin (d,).
+inline Operands make_operands(const FieldParams& p) {
+  Operands o{};
+  FieldParams own = p;
+  if (!p.norms) {
+    const bool encode = p.value_type == ValueType::kFloat32 && p.count <= p.workspace / 2 / p.dim;
+    o.own_norms = Buffer<double>(p.count);
+    o.own_grid = Buffer<double>(2 + p.dim);
+    if (encode) o.own_codes = Buffer<uint8_t>(p.count * p.dim);
+    own.norms = o.own_norms.get();
+    own.grid = o.own_grid.get();
+    own.codes = o.own_codes.get();
+    PFGM_ISA::prepare_references(own);
+  }
+  const bool coded = own.grid[1] >= 0;
+  if (!coded) o.own_codes = Buffer<uint8_t>();
+  o.norms = own.norms;
+  o.codes = !coded ? nullptr : own.codes ? own.codes : static_cast<const uint8_t*>(p.values);
+  o.unit = own.grid[0];
+  o.inverse_unit = 1 / o.unit;
+  o.deviation = coded ? own.grid[1] : 0;
+  o.origin = own.grid + 2;
+  o.roots = Buffer<double>(p.count);
+  for (int64_t j = 0; j < p.count; ++j) {
+    o.roots[j] = ::sqrt(o.norms[j]);
+    if (!(o.roots[j] <= o.radius)) o.radius = o.roots[j];
+    if (o.radius != o.radius) break;
+  }
+  return o;
+}
+
+// Rows of `columns` columns of y as floats, ld apart.
+inline void decode_block(const FieldParams& p, const Operands& operands, int64_t first,
+                         int64_t rows, int64_t column, int64_t columns, float* out, int64_t ld) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t start = (first + r) * p.dim + column;
+    float* row = out + r * ld;
+    if (operands.codes) {
+      const uint8_t* codes = operands.codes + start;
+      for (int64_t c = 0; c < columns; ++c) row[c] = static_cast<float>(codes[c] - kCodeOrigin);
+    } else if (p.value_type == ValueType::kUint8) {
+      const uint8_t* codes = static_cast<const uint8_t*>(p.values) + start;
+      for (int64_t c = 0; c < columns; ++c) {
+        row[c] = static_cast<float>(p.table[codes[c]] - operands.origin[column + c]);
+      }
+    } else {
+      const float* values = static_cast<const float*>(p.values) + start;
+      for (int64_t c = 0; c < columns; ++c) {
+        row[c] = static_cast<float>(values[c] - operands.origin[column + c]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pfgm

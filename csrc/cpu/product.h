@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+// The register-blocked product behind both passes of the kernels for larger d:
+//
+//   out[i][q] (+)= Σ_k a[i][k] packed[k][q]
+//
+// q runs over the queries of a tile, in vectors. In the first pass i runs over references and k over
+// columns, in the second one i over columns and k over references. A step of k is 32 bits: one
+// float, or four 8-bit values for the integer product.
+#pragma once
+
+#include "simd.h"
+
+#if defined(__AVX512VNNI__)
+#define PFGM_INTEGER_PRODUCT
+#endif
+
+namespace pfgm {
+namespace {
+
+constexpr int kTileQueries = 64;
+// Accumulators of kProductRows × kProductVectors stay in registers: 24 of 32, or 12 of 16.
+constexpr int kProductRows = 6;
+#if defined(__AVX512F__)
+constexpr int kProductVectors = 4;
+#else
+constexpr int kProductVectors = 2;
+#endif
+
+struct FloatProduct {
+  typedef float Element;
+  typedef VecF Sum;
+  static Sum add(Sum sum, float a, const float* packed) { return sum + a * load(packed); }
+  static void put(float* out, Sum sum) { store(out, sum); }
+  static void add_to(float* out, Sum sum) { store(out, load(out) + sum); }
+};
+
+#if defined(PFGM_INTEGER_PRODUCT)
+// a holds four unsigned bytes, packed four signed ones for each query. Sums are exact.
+struct IntegerProduct {
+  typedef int32_t Element;
+  typedef VecFInt Sum;
+  static VecFInt read(const int32_t* p) { return (VecFInt)_mm512_loadu_si512(p); }
+  static Sum add(Sum sum, int32_t a, const int32_t* packed) {
+    return (Sum)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(a), (__m512i)read(packed));
+  }
+  static void put(int32_t* out, Sum sum) { _mm512_storeu_si512(out, (__m512i)sum); }
+  static void add_to(int32_t* out, Sum sum) { put(out, read(out) + sum); }
+};
+#endif
+
+// Elements of `a`, which need not be aligned: bytes of 8-bit codes are read four at a time.
+template <class Element>
+inline Element element(const Element* p) {
+  Element value;
+  __builtin_memcpy(&value, p, sizeof value);
+  return value;
+}
+
+template <class Product, int kRows, int kVectors>
+inline void product_tile(const typename Product::Element* a, int64_t row_stride, int64_t k_stride,
+                         const typename Product::Element* packed, int64_t width, int64_t depth,
+                         typename Product::Element* out, bool accumulate) {
+  typename Product::Sum sums[kRows][kVectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int i = 0; i < kRows; ++i) {
+      const auto value = element(a + i * row_stride + k * k_stride);
+      for (int v = 0; v < kVectors; ++v) {
+        sums[i][v] = Product::add(sums[i][v], value, packed + k * width + v * kFloatLanes);
+      }
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      auto* to = out + i * width + v * kFloatLanes;
+      accumulate ? Product::add_to(to, sums[i][v]) : Product::put(to, sums[i][v]);
+    }
+  }
+}
+
+template <class Product, int kVectors>
+inline void product_columns(const typename Product::Element* a, int64_t rows, int64_t row_stride,
+                            int64_t k_stride, const typename Product::Element* packed,
+                            int64_t width, int64_t depth, typename Product::Element* out,
+                            bool accumulate) {
+  int64_t i = 0;
+  for (; i + kProductRows <= rows; i += kProductRows) {
+    product_tile<Product, kProductRows, kVectors>(a + i * row_stride, row_stride, k_stride, packed,
+                                                  width, depth, out + i * width, accumulate);
+  }
+  for (; i < rows; ++i) {
+    product_tile<Product, 1, kVectors>(a + i * row_stride, row_stride, k_stride, packed, width,
+                                       depth, out + i * width, accumulate);
+  }
+}
+
+// packed (depth, width), out (rows, width); width is a multiple of kFloatLanes.
+template <class Product>
+void product(const typename Product::Element* a, int64_t rows, int64_t row_stride,
+             int64_t k_stride, const typename Product::Element* packed, int64_t width,
+             int64_t depth, typename Product::Element* out, bool accumulate) {
+  constexpr int kWide = kProductVectors * kFloatLanes;
+  int64_t q = 0;
+  for (; q + kWide <= width; q += kWide) {
+    product_columns<Product, kProductVectors>(a, rows, row_stride, k_stride, packed + q, width,
+                                              depth, out + q, accumulate);
+  }
+  switch ((width - q) / kFloatLanes) {
+    case 3:
+      return product_columns<Product, 3>(a, rows, row_stride, k_stride, packed + q, width, depth,
+                                         out + q, accumulate);
+    case 2:
+      return product_columns<Product, 2>(a, rows, row_stride, k_stride, packed + q, width, depth,
+                                         out + q, accumulate);
+    case 1:
+      return product_columns<Product, 1>(a, rows, row_stride, k_stride, packed + q, width, depth,
+                                         out + q, accumulate);
+  }
+}
+
+}  // namespace
+}  // namespace pfgm

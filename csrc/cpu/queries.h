@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// Queries as the kernels for larger d read them: in tiles of 64, x' = (x − origin)/unit packed column
+// by column, so that a vector holds one column of neighbouring queries.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "operands.h"
+#include "product.h"
+
+namespace pfgm {
+namespace {
+
+// Weights below exp(−kSingleCutoff)/N of the nearest's cannot be seen in a float32 result.
+constexpr double kSingleCutoff = 16;
+constexpr double kFloatRounding = 0x1p-24;
+constexpr int kColumnBlock = 256;  // columns whose products are summed in one go, from zero
+
+inline double cutoff_depth(const FieldParams& p) {
+  return kSingleCutoff + ::log(static_cast<double>(p.count));
+}
+
+// Which queries the tiles hold. The last tile is only as wide as it must be.
+struct Tiles {
+  std::vector<int64_t> rows;  // of the batch
+
+  int64_t count() const {
+    return (static_cast<int64_t>(rows.size()) + kTileQueries - 1) / kTileQueries;
+  }
+  int size(int64_t tile) const {
+    return clamp_size(static_cast<int64_t>(rows.size()) - tile * kTileQueries, kTileQueries);
+  }
+  int64_t width(int64_t tile) const { return round_up(size(tile), kFloatLanes); }
+  int64_t padded() const { return round_up(static_cast<int64_t>(rows.size()), kFloatLanes); }
+  int64_t row(int64_t tile, int q) const { return rows[tile * kTileQueries + q]; }
+};
+
+// What the bounds need to know of a query, in units of the operands.
+struct QueryNorms {
+  double squared;   // ‖x'‖²
+  double t_squared; // what t adds to s
+};
+
+inline double shifted(const FieldParams& p, const Operands& o, int64_t b, int64_t c) {
+  return (p.x[b * round_up(p.dim, kPad) + c] - o.origin[c]) * o.inverse_unit;
+}
+
+inline QueryNorms query_norms(const FieldParams& p, const Operands& o, int64_t b) {
+  double squared = 0;
+  for (int64_t c = 0; c < p.dim; ++c) {
+    const double x = shifted(p, o, b, c);
+    squared += x * x;
+  }
+  return {squared, RadialKernel(p.half_k, p.t[b]).s_offset(p.t[b]) / (o.unit * o.unit)};
+}
+
+// Packs value(row, column) of the queries of a tile, (dim, width), zeros beside them. Returns in
+// residuals (64,) the norms of what the rounding to float lost.
+template <class Value>
+void pack_floats(const Tiles& tiles, int64_t tile, int64_t dim, const Value& value, float* packed,
+                 double* residuals) {
+  const int64_t width = tiles.width(tile);
+  std::fill(packed, packed + dim * width, 0.0f);
+  for (int q = 0; q < tiles.size(tile); ++q) residuals[q] = 0;
+  for (int64_t start = 0; start < dim; start += kFloatLanes) {  // whole lines of the cache
+    const int64_t end = std::min(dim, start + kFloatLanes);
+    for (int q = 0; q < tiles.size(tile); ++q) {
+      const int64_t row = tiles.row(tile, q);
+      for (int64_t c = start; c < end; ++c) {
+        const double exact = value(row, c);
+        const float rounded = static_cast<float>(exact);
+        packed[c * width + q] = rounded;
+        residuals[q] += (exact - rounded) * (exact - rounded);
+      }
+    }
+  }
+  for (int q = 0; q < tiles.size(tile); ++q) residuals[q] = ::sqrt(residuals[q]);
+}
+
+#if defined(PFGM_INTEGER_PRODUCT)
+constexpr int kDigits = 3;
+// Each digit has 1/254 of the unit of the one before: remainders of half a unit become ±127.
+constexpr double kDigitBase = 254;
+
+struct Digits {
+  double unit;                // of the first digit
+  double residuals[kDigits];  // ‖x' − its first n + 1 digits‖
+  double sums[kDigits];       // Σ of the n-th digits: codes are multiplied, not y = code − 128
+};
+
+// Packs digits of x', four columns to a step, (dim/4, width) for each digit; digits of which
+// packed is null are left out.
+inline Digits pack_digits(const FieldParams& p, const Operands& o, int64_t b, int q, int64_t width,
+                          int32_t* const (&packed)[kDigits]) {
+  double largest = 0;
+  for (int64_t c = 0; c < p.dim; ++c) largest = std::max(largest, std::abs(shifted(p, o, b, c)));
+  Digits digits{std::max(largest, 1e-300) / 127, {}, {}};
+  double units[kDigits], inverses[kDigits];
+  for (int n = 0; n < kDigits; ++n) {
+    units[n] = n == 0 ? digits.unit : units[n - 1] / kDigitBase;
+    inverses[n] = 1 / units[n];
+  }
+  for (int64_t start = 0; start < p.dim; start += 4) {
+    int8_t bytes[kDigits][4] = {};
+    for (int64_t c = start; c < std::min(p.dim, start + 4); ++c) {
+      double rest = shifted(p, o, b, c);
+      for (int n = 0; n < kDigits; ++n) {
+        const double digit = std::nearbyint(rest * inverses[n]);
+        rest -= digit * units[n];
+        digits.sums[n] += digit;
+        bytes[n][c - start] = static_cast<int8_t>(digit);
+        digits.residuals[n] += rest * rest;
+      }
+    }
+    for (int n = 0; n < kDigits; ++n) {
+      if (packed[n]) __builtin_memcpy(packed[n] + start / 4 * width + q, bytes[n], 4);
+    }
+  }
+  for (double& residual : digits.residuals) residual = ::sqrt(residual);
+  return digits;
+}
+#endif
+
+}  // namespace
+}  // namespace pfgm

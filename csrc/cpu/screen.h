@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+// The first pass of the kernels for larger d: products x'·y_j of all queries with all references,
+// and from rigorous bounds of their errors the references that may carry weight.
+//
+//   r_j = ‖y_j‖² − 2 x'·y_j,   s_j / unit² = r_j + ‖x'‖² + t²/unit²
+//
+// A reference whose r_j is certainly larger than what the cutoff allows cannot be seen in the result.
+#pragma once
+
+#include "queries.h"
+
+namespace pfgm {
+namespace {
+
+constexpr int64_t kScreenRows = 96;  // references in a block
+
+// A query's r_j = ‖y_j‖² − factor · product_j, off by at most slope · ‖y_j‖ + constant.
+struct Bound {
+  double factor, slope, constant;
+  double squared, residual;  // ‖x'‖², and ‖x' − what was multiplied‖
+  double offset;  // s / unit² − r
+  // r_j + offset may be at most ratio · (the smallest) + shift for a weight that counts.
+  double ratio, shift;
+};
+
+// residual: ‖x' − what was multiplied‖; roundings: how often a product's sum was rounded to float.
+inline Bound make_bound(const FieldParams& p, const Operands& o, int64_t b, QueryNorms query,
+                        double factor, double residual, double roundings) {
+  const double x_norm = ::sqrt(query.squared), depth = cutoff_depth(p);
+  const double rounding = roundings * kFloatRounding * x_norm;
+  const double deviation = o.codes ? o.deviation : kFloatRounding * o.radius;
+  const double underflow = roundings > 0 ? 1e-37 * static_cast<double>(p.dim) : 0;
+  const RadialKernel kernel(p.half_k, p.t[b]);
+  Bound bound;
+  bound.factor = factor;
+  bound.squared = query.squared;
+  bound.residual = residual;
+  bound.slope = 2 * (rounding + residual + deviation);
+  bound.constant = 2 * (x_norm * deviation + underflow) + 0x1p-48 * query.squared;
+  bound.offset = query.squared + query.t_squared;
+  bound.ratio = kernel.gaussian ? 1 : ::exp(depth / p.half_k);
+  bound.shift = kernel.gaussian ? depth / (kernel.inverse_two_t2 * o.unit * o.unit) : 0;
+  return bound;
+}
+
+// Products of a tile, (N, width) int32 or float, and per block of references the smallest that r
+// can be and the smallest that it must be, (blocks, width) each.
+struct Screen {
+  const FieldParams& p;
+  const Operands& o;
+  const Tiles& tiles;
+  std::vector<Bound> bounds;  // (B,), indexed by the rows of the batch
+  Buffer<float> products;
+  Buffer<double> least, most;
+
+  Screen(const FieldParams& p, const Operands& o, const Tiles& tiles)
+      : p(p),
+        o(o),
+        tiles(tiles),
+        bounds(p.batch),
+        products(p.count * tiles.padded()),
+        least(num_blocks() * tiles.padded()),
+        most(num_blocks() * tiles.padded()) {}
+
+  int64_t num_blocks() const { return (p.count + kScreenRows - 1) / kScreenRows; }
+  float* tile_products(int64_t tile) const { return products.get() + tile * kTileQueries * p.count; }
+  int64_t minima(int64_t tile, int64_t block) const {
+    return tile * kTileQueries * num_blocks() + block * tiles.width(tile);
+  }
+
+  // Bounds r over the references of a block; Element is the type of the products.
+  template <class Element>
+  void bound_block(int64_t tile, int64_t block) const {
+    const int64_t first = block * kScreenRows, width = tiles.width(tile);
+    const int64_t last = std::min(p.count, first + kScreenRows);
+    const Element* sums = reinterpret_cast<const Element*>(tile_products(tile));
+    for (int64_t q = 0; q < width; q += kLanes) {
+      const Lanes lanes(*this, tile, q);
+      Vec low = broadcast(double{INFINITY}), high = low;
+      for (int64_t j = first; j < last; ++j) {
+        const Vec r = o.norms[j] - lanes.factor * widen(sums + j * width + q);
+        const Vec error = lanes.slope * o.roots[j];
+        low = r - error < low ? r - error : low;
+        high = r + error < high ? r + error : high;
+      }
+      store(least.get() + minima(tile, block) + q, low - lanes.constant);
+      store(most.get() + minima(tile, block) + q, high + lanes.constant);
+    }
+  }
+
+  // Bounds of kLanes neighbouring queries; what is beside the batch has none.
+  struct Lanes {
+    Vec factor = {}, slope = {}, constant = {};
+
+    Lanes(const Screen& screen, int64_t tile, int64_t q) {
+      for (int i = 0; i < kLanes && q + i < screen.tiles.size(tile); ++i) {
+        const Bound& bound = screen.bounds[screen.tiles.row(tile, static_cast<int>(q) + i)];
+        factor[i] = bound.factor;
+        slope[i] = bound.slope;
+        constant[i] = bound.constant;
+      }
+    }
+  };
+};
+
+// The references that may carry weight for a query, as far as they were listed.
+struct Candidates {
+  std::vector<int32_t> list;
+  bool too_many = false;
+  int64_t nearest = 0;  // the reference whose r is the smallest
+};
+
+// Largest r + offset that counts: by default relative to the nearest reference.
+inline double cutoff(const Bound& bound, double smallest) {
+  return bound.ratio * (smallest + bound.offset) + bound.shift - bound.offset;
+}
+
+// Fills candidates (B,) for the queries of the tiles. limits (B,): the largest r that counts, or
+// null for the cutoff relative to the nearest. At most `most` candidates are listed.
+template <class Element>
+void select(const Screen& screen, const double* limits, int64_t most,
+            std::vector<Candidates>& candidates) {
+  const FieldParams& p = screen.p;
+  const int64_t groups = kTileQueries / kLanes, num_blocks = screen.num_blocks();
+  parallel_for(p.num_threads, screen.tiles.count() * groups, [&](int64_t task, int) {
+    const int64_t tile = task / groups, q = task % groups * kLanes;
+    const int64_t width = screen.tiles.width(tile);
+    const int count = screen.tiles.size(tile) - static_cast<int>(q);
+    if (count <= 0) return;
+    const Screen::Lanes lanes(screen, tile, q);
+    Vec smallest = broadcast(double{INFINITY}), limit = broadcast(-double{INFINITY});
+    for (int64_t block = 0; block < num_blocks; ++block) {
+      const Vec high = load(screen.most.get() + screen.minima(tile, block) + q);
+      smallest = high < smallest ? high : smallest;
+    }
+    for (int i = 0; i < kLanes && i < count; ++i) {
+      const int64_t row = screen.tiles.row(tile, static_cast<int>(q) + i);
+      limit[i] = limits ? limits[row] : cutoff(screen.bounds[row], smallest[i]);
+    }
+    const Element* sums = reinterpret_cast<const Element*>(screen.tile_products(tile));
+    Vec nearest_r = broadcast(double{INFINITY}), nearest = {};
+    unsigned listing = (1u << kLanes) - 1;  // lanes whose lists are not full
+    for (int64_t block = 0; block < num_blocks; ++block) {
+      if (!bits(load(screen.least.get() + screen.minima(tile, block) + q) <= limit)) continue;
+      const int64_t last = std::min(p.count, (block + 1) * kScreenRows);
+      for (int64_t j = block * kScreenRows; j < last; ++j) {
+        const Vec r = screen.o.norms[j] - lanes.factor * widen(sums + j * width + q);
+        const VecInt nearer = r < nearest_r;
+        nearest_r = nearer ? r : nearest_r;
+        nearest = nearer ? broadcast(static_cast<double>(j)) : nearest;
+        const Vec least = r - lanes.slope * screen.o.roots[j] - lanes.constant;
+        for (unsigned mask = bits(least <= limit) & listing; mask; mask &= mask - 1) {
+          const int i = __builtin_ctz(mask);
+          Candidates& found = candidates[screen.tiles.row(tile, static_cast<int>(q) + i)];
+          found.list.push_back(static_cast<int32_t>(j));
+          if (static_cast<int64_t>(found.list.size()) > most) listing &= ~(1u << i);
+        }
+      }
+    }
+    for (int i = 0; i < kLanes && i < count; ++i) {
+      Candidates& found = candidates[screen.tiles.row(tile, static_cast<int>(q) + i)];
+      found.nearest = static_cast<int64_t>(nearest[i]);
+      found.too_many = !(listing >> i & 1);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace pfgm

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+// The exact finish: one query and a list of references, by direct differences in double.
+#pragma once
+
+#include <vector>
+
+#include "queries.h"
+
+namespace pfgm {
+namespace {
+
+// Reads references as vectors of doubles.
+struct RowReader {
+  const FieldParams& p;
+  bool affine = false;  // every code stands for float(low + step · code), which is faster to compute
+  double low = 0, step = 0;
+
+  explicit RowReader(const FieldParams& p) : p(p) {
+    if (p.value_type != ValueType::kUint8) return;
+    low = p.table[0];
+    step = (double{p.table[255]} - low) / 255;
+    affine = true;
+    for (int u = 0; u < 256; ++u) affine &= static_cast<float>(low + step * u) == p.table[u];
+  }
+
+  template <ValueType kType>
+  Vec read(int64_t index) const {
+    if constexpr (kType == ValueType::kFloat32) {
+      return widen(static_cast<const float*>(p.values) + index);
+    } else {
+      const uint8_t* codes = static_cast<const uint8_t*>(p.values) + index;
+      if (!affine) {
+        Vec v;
+        for (int i = 0; i < kLanes; ++i) v[i] = p.table[codes[i]];
+        return v;
+      }
+      typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+      typedef int32_t Words __attribute__((vector_size(4 * kLanes)));
+      Bytes bytes;
+      __builtin_memcpy(&bytes, codes, kLanes);
+      const Vec code = __builtin_convertvector(__builtin_convertvector(bytes, Words), Vec);
+      return __builtin_convertvector(__builtin_convertvector(low + step * code, HalfF), Vec);
+    }
+  }
+};
+
+// ‖x − x0_j‖² and g·(x0_j − x), the latter only where g is not null.
+struct Pair {
+  double distance = 0, projection = 0;
+};
+
+template <ValueType kType, bool kProject>
+inline Pair pair_sums(const RowReader& reader, const double* x, const double* g, int64_t j) {
+  const int64_t dim = reader.p.dim, start = j * dim;
+  constexpr int kChains = 4;  // sums in flight
+  Vec distances[kChains] = {}, projections[kChains] = {};
+  const auto add = [&](int64_t c, int chain) {
+    const Vec difference = reader.read<kType>(start + c) - load(x + c);
+    distances[chain] += difference * difference;
+    if constexpr (kProject) projections[chain] += load(g + c) * difference;
+  };
+  int64_t c = 0;
+  for (; c + kChains * kLanes <= dim; c += kChains * kLanes) {
+    for (int i = 0; i < kChains; ++i) add(c + i * kLanes, i);
+  }
+  for (; c + kLanes <= dim; c += kLanes) add(c, 0);
+  Pair pair;
+  for (; c < dim; ++c) {
+    const double difference = decode(reader.p, start + c) - x[c];
+    pair.distance += difference * difference;
+    if constexpr (kProject) pair.projection += g[c] * difference;
+  }
+  pair.distance += reduce_add((distances[0] + distances[1]) + (distances[2] + distances[3]));
+  if constexpr (kProject) {
+    pair.projection +=
+        reduce_add((projections[0] + projections[1]) + (projections[2] + projections[3]));
+  }
+  return pair;
+}
+
+inline Pair pair_sums(const RowReader& reader, const double* x, const double* g, int64_t j) {
+  if (reader.p.value_type == ValueType::kFloat32) {
+    return g ? pair_sums<ValueType::kFloat32, true>(reader, x, g, j)
+             : pair_sums<ValueType::kFloat32, false>(reader, x, g, j);
+  }
+  return g ? pair_sums<ValueType::kUint8, true>(reader, x, g, j)
+           : pair_sums<ValueType::kUint8, false>(reader, x, g, j);
+}
+
+// sums[c] += weight (x0_j[c] − x[c])
+template <ValueType kType>
+inline void add_row(const RowReader& reader, const double* x, int64_t j, double weight,
+                    double* sums) {
+  const int64_t dim = reader.p.dim, start = j * dim;
+  int64_t c = 0;
+  for (; c + kLanes <= dim; c += kLanes) {
+    const Vec difference = reader.read<kType>(start + c) - load(x + c);
+    store(sums + c, load(sums + c) + weight * difference);
+  }
+  for (; c < dim; ++c) sums[c] += weight * (decode(reader.p, start + c) - x[c]);
+}
+
+inline void add_row(const RowReader& reader, const double* x, int64_t j, double weight,
+                    double* sums) {
+  if (reader.p.value_type == ValueType::kFloat32) {
+    add_row<ValueType::kFloat32>(reader, x, j, weight, sums);
+  } else {
+    add_row<ValueType::kUint8>(reader, x, j, weight, sums);
+  }
+}
+
+// Displacement and log mass of query b over the listed references (Eqs. 3 and 12).
+inline void sparse_forward(const FieldParams& p, const RowReader& reader, int64_t b,
+                           const std::vector<int32_t>& list) {
+  const int64_t ld = round_up(p.dim, kPad);
+  const RadialKernel kernel(p.half_k, p.t[b]);
+  const double *x = p.x + b * ld, offset = kernel.s_offset(p.t[b]);
+  std::vector<double> s(list.size());
+  double nearest = INFINITY, sum = 0;
+  for (size_t i = 0; i < list.size(); ++i) {
+    s[i] = pair_sums(reader, x, nullptr, list[i]).distance + offset;
+    if (s[i] < nearest) {
+      nearest = s[i];
+      p.anchor[b] = list[i];
+    }
+  }
+  double* displacement = p.displacement + b * ld;
+  std::fill(displacement, displacement + ld, 0.0);
+  const double negligible = ::exp(-cutoff_depth(p));
+  for (size_t i = 0; i < list.size(); ++i) {
+    const double weight = kernel.relative_weight(s[i], nearest);
+    if (weight < negligible) continue;
+    sum += weight;
+    add_row(reader, x, list[i], weight, displacement);
+  }
+  for (int64_t c = 0; c < ld; ++c) displacement[c] /= sum;
+  p.log_mass[b] = kernel.logit(nearest) + ::log(sum);
+  p.anchor_log_weight[b] = -::log(sum);
+}
+
+}  // namespace
+}  // namespace pfgm
