@@ -1,5 +1,6 @@
 # make demo       the whole job on real digits: train, sample, measure        (out/demo)
 # make test       every test; real images too where PFGM_DATA names their folder
+# make sanitize   the CPU kernels under the address, undefined-behaviour and thread sanitizers
 # make lint       formatting, style and types
 # make benchmark  the op against plain PyTorch, side by side                  (benchmarks/results)
 # make pictures   the pictures of the README, from the demo                   (docs)
@@ -14,7 +15,7 @@ BIN := .venv/bin
 CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 READY := .venv/.ready
 
-.PHONY: setup demo test lint format benchmark pictures clean
+.PHONY: setup demo test sanitize lint format benchmark pictures clean
 
 setup: $(READY)
 
@@ -29,6 +30,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q
+
+sanitize: $(READY)
+	$(BIN)/python tests/sanitize.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
