@@ -22,6 +22,7 @@ CXX = os.environ.get("CXX", "g++")
 FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -Wall -Wextra -Wno-psabi"
 CUDA_FLAGS = "-std=c++17 -O3 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 CPU_SOURCES = ("router", "operands", "exact_forward", "exact_backward", "two_pass_forward")
+CPU_SOURCES += ("direct_forward", "direct_backward")
 ISA_FLAGS = {"portable": ""}
 if platform.machine() == "x86_64":
     ISA_FLAGS |= {"avx2": "-mavx2 -mfma", "avx512": "-mavx512f -mavx512dq -mavx512vl -mfma"}

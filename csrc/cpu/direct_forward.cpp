@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0
+// Displacement and log mass, Eqs. (3) and (12), in few dimensions and in float (cpu/direct.h):
+//
+//   v = Σ_j w_j (x0_j − x),  w = softmax_j(logit_j),  log_mass = logsumexp_j(logit_j)
+//
+// Threads take tiles of queries and, where these are too few, parts of the references, whose
+// states are combined at the end. The nearest reference of each part is weighed again in double.
+#include "direct.h"
+#include "kernels.h"
+
+namespace pfgm {
+namespace {
+
+// One query's sums over one part of the references.
+struct Part {
+  OnlineState state;
+  int64_t anchor;
+  double anchor_s;
+  bool certified;
+};
+
+struct Pass {
+  const FieldParams& p;
+  Weights weights;
+  int64_t ld, begin, end;  // the references' part
+
+  bool gaussian;
+
+  Pass(const FieldParams& p, int64_t begin, int64_t end)
+      : p(p),
+        weights(p.half_k),
+        ld(round_up(p.dim, kPad)),
+        begin(begin),
+        end(end),
+        gaussian(p.half_k == INFINITY) {}
+
+  // References whose distance falls below the scale by more than this, in u, move it: close to it
+  // u keeps its precision and logits are small.
+  float slack() const {
+    if (gaussian) return -1.0f;
+    return static_cast<float>(p.half_k > 4 ? -1 / p.half_k : -0.25);
+  }
+};
+
+// A vector of queries.
+struct Queries {
+  VecF x[kMaxDim];
+  VecF nearest;  // squared distance
+  VecFInt run;   // the references that it is among
+  Scale scale;
+  alignas(64) double offset[kFloatLanes], rate[kFloatLanes];  // of s, and 1/(2t²)
+  alignas(64) double sum[kFloatLanes], displacement[kMaxDim][kFloatLanes];
+
+  // Lanes beyond the last query repeat it.
+  void start(const FieldParams& p, int64_t first) {
+    const int64_t ld = round_up(p.dim, kPad);
+    for (int i = 0; i < kFloatLanes; ++i) {
+      const int64_t b = first + i < p.batch ? first + i : p.batch - 1;
+      const RadialKernel kernel(p.half_k, p.t[b]);
+      offset[i] = kernel.s_offset(p.t[b]);
+      rate[i] = kernel.inverse_two_t2;
+      for (int c = 0; c < p.dim; ++c) x[c][i] = static_cast<float>(p.x[b * ld + c]);
+      sum[i] = 0;
+      for (int c = 0; c < p.dim; ++c) displacement[c][i] = 0;
+      scale.s[i] = INFINITY;
+    }
+    nearest = scale.origin = broadcast(INFINITY);
+    scale.inverse = broadcast(1.0f);
+    scale.low = VecF{};
+    run = VecFInt{};
+  }
+
+  // Takes note of the nearest of a block's squared distances.
+  void admit(const VecF* v, int padded, int32_t first_run) {
+    for (int r = 0; r < padded; r += kRun) {
+      VecF smallest = v[r];
+      for (int i = 1; i < kRun; ++i) smallest = v[r + i] < smallest ? v[r + i] : smallest;
+      const VecFInt nearer = smallest < nearest;
+      nearest = nearer ? smallest : nearest;
+      run = nearer ? VecFInt{} + (first_run + r / kRun) : run;
+    }
+  }
+
+  // Moves the scale of the queries that have found a much nearer reference there, and takes their
+  // sums along.
+  void follow(const Pass& pass) {
+    const VecFInt fallen = (nearest - scale.origin) * scale.inverse < pass.slack();
+    if (!any(fallen)) return;
+    const Scale old = scale;
+    scale.move(fallen ? nearest : scale.origin, offset, rate, pass.gaussian);
+    for (int i = 0; i < kFloatLanes; i += kLanes) {
+      const Vec from = load(old.s + i), to = load(scale.s + i), before = load(sum + i);
+      const Vec logit =
+          pass.gaussian ? (to - from) * load(rate + i) : log(from / to) * -pass.p.half_k;
+      const Vec factor = before == 0.0 ? Vec{} : exp(logit);
+      store(sum + i, before * factor);
+      for (int c = 0; c < pass.p.dim; ++c) {
+        store(displacement[c] + i, load(displacement[c] + i) * factor);
+      }
+    }
+  }
+};
+
+template <Weighing kWeighing>
+void add_block(const Pass& pass, const DirectBlock& block, int32_t first_run, Queries& queries) {
+  alignas(64) VecF v[kBlock];
+  squared_distances(block, queries.x, v);
+  queries.admit(v, block.padded, first_run);
+  queries.follow(pass);
+  constexpr int kGroup = 4;  // for instruction-level parallelism
+  for (int r = 0; r < block.padded; r += kGroup) {
+    pass.weights.weigh<kWeighing, kGroup>(queries.scale, v + r);
+  }
+  for (int r = block.count; r < block.padded; ++r) v[r] = VecF{};
+  gather(block, queries.x, v, queries.sum, queries.displacement);
+}
+
+// Weighs the nearest reference of query `lane` again, in double, and completes its part.
+void finish(const Pass& pass, const Queries& queries, int lane, double nearest_weight, int64_t b,
+            Part* part, double* displacement) {
+  const FieldParams& p = pass.p;
+  const double* x = p.x + b * pass.ld;
+  const RadialKernel kernel(p.half_k, p.t[b]);
+  int64_t anchor = 0;
+  double distance = INFINITY;
+  const int64_t first = pass.begin + int64_t{queries.run[lane]} * kRun;
+  for (int64_t j = first; j < first + kRun && j < pass.end; ++j) {
+    double square = 0;
+    for (int c = 0; c < p.dim; ++c) {
+      const double difference = decode(p, j * p.dim + c) - x[c];
+      square += difference * difference;
+    }
+    if (!(square < distance)) continue;
+    distance = square;
+    anchor = j;
+  }
+  const double s = distance + queries.offset[lane], scale = queries.scale.s[lane];
+  const double correction = ::exp(kernel.relative_logit<ScalarMath>(s, scale)) - nearest_weight;
+  part->state.nearest = scale;
+  part->state.sum = queries.sum[lane] + correction;
+  part->anchor = anchor;
+  part->anchor_s = s;
+  double finite = part->state.sum - part->state.sum;
+  for (int c = 0; c < p.dim; ++c) {
+    const double difference = decode(p, anchor * p.dim + c) - x[c];
+    displacement[c] = queries.displacement[c][lane] + correction * difference;
+    finite += displacement[c] - displacement[c];
+  }
+  for (int64_t c = p.dim; c < pass.ld; ++c) displacement[c] = 0;
+  part->certified = finite == 0 && fits_float(kernel, p.dim, distance, s);
+}
+
+template <Weighing kWeighing>
+void forward_tile(const Pass& pass, int64_t start, int size, Part* parts, double* displacements) {
+  Queries queries[kTileVectors];
+  const int vectors = (size + kFloatLanes - 1) / kFloatLanes;
+  for (int i = 0; i < vectors; ++i) queries[i].start(pass.p, start + i * kFloatLanes);
+  DirectBlock block;
+  for (int64_t first = pass.begin; first < pass.end; first += kBlock) {
+    block.load(pass.p, first, clamp_size(pass.end - first, kBlock));
+    const int32_t first_run = static_cast<int32_t>((first - pass.begin) / kRun);
+    for (int i = 0; i < vectors; ++i) add_block<kWeighing>(pass, block, first_run, queries[i]);
+  }
+  for (int q = 0; q < size; q += kFloatLanes) {
+    const Queries& vector = queries[q / kFloatLanes];
+    VecF nearest = vector.nearest;
+    pass.weights.weigh<kWeighing, 1>(vector.scale, &nearest);
+    for (int lane = 0; lane < kFloatLanes && q + lane < size; ++lane) {
+      finish(pass, vector, lane, nearest[lane], start + q + lane, parts + q + lane,
+             displacements + (q + lane) * pass.ld);
+    }
+  }
+}
+
+// Combines the parts of query b, `stride` apart, and normalises; false where one is not certified.
+bool combine(const FieldParams& p, int64_t b, const Part* parts, const double* displacements,
+             int64_t stride, int64_t num_parts) {
+  const int64_t ld = round_up(p.dim, kPad);
+  const RadialKernel kernel(p.half_k, p.t[b]);
+  OnlineState state;
+  const Part* nearest = parts;
+  double* displacement = p.displacement + b * ld;
+  for (int64_t c = 0; c < ld; ++c) displacement[c] = 0;
+  for (int64_t i = 0; i < num_parts; ++i) {
+    const Part& part = parts[i * stride];
+    if (!part.certified) return false;
+    if (part.anchor_s < nearest->anchor_s) nearest = &part;
+    const auto factors = state.merge(part.state, kernel);
+    for (int64_t c = 0; c < ld; ++c) {
+      displacement[c] =
+          factors.own * displacement[c] + factors.theirs * displacements[i * stride * ld + c];
+    }
+  }
+  for (int64_t c = 0; c < ld; ++c) displacement[c] /= state.sum;
+  p.anchor[b] = nearest->anchor;
+  p.log_mass[b] = kernel.logit(state.nearest) + ::log(state.sum);
+  p.anchor_log_weight[b] =
+      kernel.relative_logit<ScalarMath>(nearest->anchor_s, state.nearest) - ::log(state.sum);
+  return true;
+}
+
+}  // namespace
+
+void PFGM_ISA::direct_forward(const FieldParams& p, uint8_t* uncertified) {
+  const int64_t tiles = (p.batch + kQueries - 1) / kQueries, ld = round_up(p.dim, kPad);
+  const int64_t num_parts = count_parts(p, tiles);
+  const Buffer<Part> parts(num_parts * p.batch);
+  const Buffer<double> displacements(num_parts * p.batch * ld);
+  parallel_for(p.num_threads, tiles * num_parts, [&](int64_t task, int) {
+    const int64_t start = task % tiles * kQueries, part = task / tiles;
+    const Pass pass(p, p.count * part / num_parts, p.count * (part + 1) / num_parts);
+    const int64_t out = part * p.batch + start;
+    dispatch(pass.weights.weighing, [&](auto weighing) {
+      forward_tile<decltype(weighing)::value>(pass, start, clamp_size(p.batch - start, kQueries),
+                                              parts.get() + out, displacements.get() + out * ld);
+    });
+  });
+  for (int64_t b = 0; b < p.batch; ++b) {
+    uncertified[b] =
+        !combine(p, b, parts.get() + b, displacements.get() + b * ld, p.batch, num_parts);
+  }
+}
+
+}  // namespace pfgm
