@@ -11,17 +11,23 @@ namespace {
 
 constexpr int64_t kGatherRows = 256;    // references whose terms are summed in float from zero
 constexpr int64_t kGatherColumns = 96;  // a multiple of kProductRows
-// Logits may be off by this much if all roundings of a product added up; they are independent, and
-// what is left of them after summing over many references is two orders of magnitude less.
-constexpr double kDenseTolerance = 5e-5;
+constexpr int64_t kGatherStrip = 4;     // kGatherColumns that a task takes at most
+// Logits may be off by this much, root mean square. What remains of it in a sum in which no single
+// reference weighs more than 1/128 is an order of magnitude less, for the errors are independent.
+constexpr double kDenseTolerance = 5e-6;
 
 // Whether the products of a query are precise enough for the weights of all its references.
 inline bool certify(const FieldParams& p, const Operands& o, int64_t b, const Bound& bound,
                     double anchor_s) {
   const RadialKernel kernel(p.half_k, p.t[b]);
   const double slope = kernel.gaussian ? kernel.inverse_two_t2 : p.half_k / anchor_s;
-  const double x_norm = ::sqrt(bound.squared);
-  const double error = 2 * (kFloatRounding * x_norm + bound.residual) * o.radius;
+  const double root_dim = ::sqrt(static_cast<double>(p.dim)), x_norm = ::sqrt(bound.squared);
+  // Products of the references that count, from their r; and how far their partial sums get.
+  const double r = anchor_s / (o.unit * o.unit) - bound.offset;
+  const double product = (std::abs(r) + o.radius * o.radius) / 2 + x_norm * o.radius / root_dim;
+  const double rounding = ::sqrt(bound.roundings / 3) * kFloatRounding / 2 * product;
+  // What is left out of the query points nowhere in particular.
+  const double error = 2 * (rounding + bound.residual * o.radius / root_dim);
   return slope * error * o.unit * o.unit <= kDenseTolerance && x_norm * o.radius < 1e30;
 }
 
@@ -108,8 +114,9 @@ struct SecondPass {
 
   // The arguments u of the logits of reference j and kFloatLanes queries from i = 64 tile + q.
   VecF arguments(const float* products, int64_t j, int64_t i) const {
+    const double factor = screen.norms == o.norms ? 2 : -1;
     const auto half = [&](int64_t lane) {
-      const Vec r = o.norms[j] - 2.0 * widen(products + lane);
+      const Vec r = screen.norms[j] - factor * widen(products + lane);
       return (r - load(anchors.r.get() + i + lane)) * load(anchors.inverse.get() + i + lane);
     };
     return narrow(half(0), half(kLanes));
@@ -158,33 +165,41 @@ struct SecondPass {
     return sum;
   }
 
-  // sums (queries, d) = Σ_j w_j y_j with what stands in the place of the products as weights.
+  // sums (queries, d) = Σ_j w_j y_j with what stands in the place of the products as weights. A task
+  // takes a tile and a strip of columns, so that the weights of a block are read once for several
+  // kGatherColumns.
   void gather(double* sums) const {
-    constexpr int64_t kOut = kGatherColumns * kTileQueries;
-    const int64_t strips = (p.dim + kGatherColumns - 1) / kGatherColumns;
+    const int64_t groups = (p.dim + kGatherColumns - 1) / kGatherColumns;
+    const int64_t most = groups * tiles.count() / (2 * p.num_threads);
+    const int64_t strip = kGatherColumns * std::clamp<int64_t>(most, 1, kGatherStrip);
+    const int64_t strips = (p.dim + strip - 1) / strip;
     const Buffer<float> decoded(p.num_threads * kGatherRows * kGatherColumns);
-    const Buffer<float> partial(p.num_threads * kOut);
-    const Buffer<double> totals(p.num_threads * kOut);
+    const Buffer<float> partial(p.num_threads * kGatherColumns * kTileQueries);
+    const Buffer<double> totals(p.num_threads * strip * kTileQueries);
     parallel_for(p.num_threads, tiles.count() * strips, [&](int64_t task, int thread) {
-      const int64_t tile = task / strips, column = task % strips * kGatherColumns;
-      const int64_t columns = std::min(p.dim - column, kGatherColumns), width = tiles.width(tile);
+      const int64_t tile = task / strips, start = task % strips * strip;
+      const int64_t end = std::min(p.dim, start + strip), width = tiles.width(tile);
       float* y = decoded.get() + thread * kGatherRows * kGatherColumns;
-      float* out = partial.get() + thread * kOut;
-      double* total = totals.get() + thread * kOut;
-      std::fill_n(total, columns * width, 0.0);
+      float* out = partial.get() + thread * kGatherColumns * kTileQueries;
+      double* total = totals.get() + thread * strip * kTileQueries;
+      std::fill_n(total, (end - start) * width, 0.0);
       for (int64_t block = 0; block < num_blocks; ++block) {
         if (!active[tile * num_blocks + block]) continue;
         const int64_t first = block * kGatherRows, rows = std::min(p.count - first, kGatherRows);
-        decode_block(p, o, first, rows, column, columns, y, columns);
-        product<FloatProduct>(y, columns, 1, columns, screen.tile_products(tile) + first * width,
-                              width, rows, out, false);
-        for (int64_t i = 0; i < columns * width; i += kLanes) {
-          store(total + i, load(total + i) + widen(out + i));
+        const float* weights = screen.tile_products(tile) + first * width;
+        for (int64_t column = start; column < end; column += kGatherColumns) {
+          const int64_t columns = std::min(end - column, kGatherColumns);
+          decode_block(p, o, first, rows, column, columns, y, columns);
+          product<FloatProduct>(y, columns, 1, columns, weights, width, rows, out, false);
+          double* to = total + (column - start) * width;
+          for (int64_t i = 0; i < columns * width; i += kLanes) {
+            store(to + i, load(to + i) + widen(out + i));
+          }
         }
       }
       for (int q = 0; q < tiles.size(tile); ++q) {
-        double* row = sums + (tile * kTileQueries + q) * p.dim + column;
-        for (int64_t c = 0; c < columns; ++c) row[c] = total[c * width + q];
+        double* row = sums + (tile * kTileQueries + q) * p.dim;
+        for (int64_t c = start; c < end; ++c) row[c] = total[(c - start) * width + q];
       }
     });
   }

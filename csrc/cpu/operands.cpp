@@ -66,29 +66,6 @@ Grid sample_grid(const FieldParams& p) {
   return grid;
 }
 
-// Codes and ‖y‖² of one reference; false where a value is not on the grid.
-bool encode_row(const float* values, int64_t dim, const Grid& grid, uint8_t* codes, double* norm) {
-  constexpr float kMagic = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer
-  const float low = static_cast<float>(grid.low), step = static_cast<float>(grid.step);
-  const float inverse = 1 / step, tolerance = static_cast<float>(2 * grid.tolerance);
-  int32_t outside = 0;
-  double sum = 0;
-  for (int64_t start = 0; start < dim; start += 4096) {  // 4096 · 2^14 fits into an int32
-    int32_t partial = 0;
-    for (int64_t c = start; c < std::min(dim, start + 4096); ++c) {
-      const float code = ((values[c] - low) * inverse + kMagic) - kMagic;
-      const int32_t u = code >= 0 && code <= 255 ? static_cast<int32_t>(code) : 0;
-      outside |= !(code >= 0 && code <= 255);
-      outside |= !(std::abs(values[c] - (low + step * code)) <= tolerance);
-      codes[c] = static_cast<uint8_t>(u);
-      partial += (u - kCodeOrigin) * (u - kCodeOrigin);
-    }
-    sum += partial;
-  }
-  *norm = sum;
-  return !outside;
-}
-
 double code_norm(const uint8_t* codes, int64_t dim) {
   double sum = 0;
   for (int64_t start = 0; start < dim; start += 4096) {
@@ -99,6 +76,29 @@ double code_norm(const uint8_t* codes, int64_t dim) {
     sum += partial;
   }
   return sum;
+}
+
+// Codes and ‖y‖² of one reference; false where a value is not on the grid.
+bool encode_row(const float* values, int64_t dim, const Grid& grid, uint8_t* codes, double* norm) {
+  const float low = static_cast<float>(grid.low), step = static_cast<float>(grid.step);
+  const float inverse = 1 / step, tolerance = static_cast<float>(2 * grid.tolerance);
+  constexpr float kMagic = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer
+  constexpr int kSpan = 64;              // values of one vectorised loop
+  bool fits = true;
+  for (int64_t start = 0; start < dim; start += kSpan) {
+    const int span = clamp_size(dim - start, kSpan);
+    const float* from = values + start;
+    int outside = 0;
+    for (int i = 0; i < span; ++i) {
+      const float code = ((from[i] - low) * inverse + kMagic) - kMagic;
+      const float off = std::abs(from[i] - (low + step * code));
+      outside |= !(off <= tolerance) | (code < 0) | (code > 255);
+      codes[start + i] = static_cast<uint8_t>(static_cast<int32_t>(code));
+    }
+    fits &= !outside;
+  }
+  *norm = code_norm(codes, dim);
+  return fits;
 }
 
 template <class Row>

@@ -14,16 +14,16 @@ namespace {
 
 constexpr int64_t kScreenRows = 96;  // references in a block
 
-// A query's r_j = ‖y_j‖² − factor · product_j, off by at most slope · ‖y_j‖ + constant.
+// A query's r_j = norm_j − factor · product_j, off by at most slope · ‖y_j‖ + constant.
 struct Bound {
   double factor, slope, constant;
   double squared, residual;  // ‖x'‖², and ‖x' − what was multiplied‖
-  double offset;  // s / unit² − r
+  double roundings;          // how often the sum of a product was rounded to float
+  double offset;             // s / unit² − r
   // r_j + offset may be at most ratio · (the smallest) + shift for a weight that counts.
   double ratio, shift;
 };
 
-// residual: ‖x' − what was multiplied‖; roundings: how often a product's sum was rounded to float.
 inline Bound make_bound(const FieldParams& p, const Operands& o, int64_t b, QueryNorms query,
                         double factor, double residual, double roundings) {
   const double x_norm = ::sqrt(query.squared), depth = cutoff_depth(p);
@@ -35,6 +35,7 @@ inline Bound make_bound(const FieldParams& p, const Operands& o, int64_t b, Quer
   bound.factor = factor;
   bound.squared = query.squared;
   bound.residual = residual;
+  bound.roundings = roundings;
   bound.slope = 2 * (rounding + residual + deviation);
   bound.constant = 2 * (x_norm * deviation + underflow) + 0x1p-48 * query.squared;
   bound.offset = query.squared + query.t_squared;
@@ -50,17 +51,27 @@ struct Screen {
   const Operands& o;
   const Tiles& tiles;
   std::vector<Bound> bounds;  // (B,), indexed by the rows of the batch
+  const double* norms;        // (N,) ‖y_j‖², or zeros where the products hold r itself
   Buffer<float> products;
   Buffer<double> least, most;
+  Buffer<double> own_norms;
 
   Screen(const FieldParams& p, const Operands& o, const Tiles& tiles)
       : p(p),
         o(o),
         tiles(tiles),
         bounds(p.batch),
+        norms(o.norms),
         products(p.count * tiles.padded()),
         least(num_blocks() * tiles.padded()),
         most(num_blocks() * tiles.padded()) {}
+
+  // What the norms are where the products hold r itself.
+  const double* zeros() {
+    own_norms = Buffer<double>(p.count);
+    std::fill_n(own_norms.get(), p.count, 0.0);
+    return own_norms.get();
+  }
 
   int64_t num_blocks() const { return (p.count + kScreenRows - 1) / kScreenRows; }
   float* tile_products(int64_t tile) const { return products.get() + tile * kTileQueries * p.count; }
@@ -78,7 +89,7 @@ struct Screen {
       const Lanes lanes(*this, tile, q);
       Vec low = broadcast(double{INFINITY}), high = low;
       for (int64_t j = first; j < last; ++j) {
-        const Vec r = o.norms[j] - lanes.factor * widen(sums + j * width + q);
+        const Vec r = norms[j] - lanes.factor * widen(sums + j * width + q);
         const Vec error = lanes.slope * o.roots[j];
         low = r - error < low ? r - error : low;
         high = r + error < high ? r + error : high;
@@ -106,6 +117,7 @@ struct Screen {
 // The references that may carry weight for a query, as far as they were listed.
 struct Candidates {
   std::vector<int32_t> list;
+  double smallest = 0;  // no r of the query is certain to be smaller
   bool too_many = false;
   int64_t nearest = 0;  // the reference whose r is the smallest
 };
@@ -113,6 +125,16 @@ struct Candidates {
 // Largest r + offset that counts: by default relative to the nearest reference.
 inline double cutoff(const Bound& bound, double smallest) {
   return bound.ratio * (smallest + bound.offset) + bound.shift - bound.offset;
+}
+
+// The smallest r that lanes q to q + kLanes of a tile are certain to have.
+inline Vec smallest_r(const Screen& screen, int64_t tile, int64_t q) {
+  Vec smallest = broadcast(double{INFINITY});
+  for (int64_t block = 0; block < screen.num_blocks(); ++block) {
+    const Vec high = load(screen.most.get() + screen.minima(tile, block) + q);
+    smallest = high < smallest ? high : smallest;
+  }
+  return smallest;
 }
 
 // Fills candidates (B,) for the queries of the tiles. limits (B,): the largest r that counts, or
@@ -128,11 +150,8 @@ void select(const Screen& screen, const double* limits, int64_t most,
     const int count = screen.tiles.size(tile) - static_cast<int>(q);
     if (count <= 0) return;
     const Screen::Lanes lanes(screen, tile, q);
-    Vec smallest = broadcast(double{INFINITY}), limit = broadcast(-double{INFINITY});
-    for (int64_t block = 0; block < num_blocks; ++block) {
-      const Vec high = load(screen.most.get() + screen.minima(tile, block) + q);
-      smallest = high < smallest ? high : smallest;
-    }
+    const Vec smallest = smallest_r(screen, tile, q);
+    Vec limit = broadcast(-double{INFINITY});
     for (int i = 0; i < kLanes && i < count; ++i) {
       const int64_t row = screen.tiles.row(tile, static_cast<int>(q) + i);
       limit[i] = limits ? limits[row] : cutoff(screen.bounds[row], smallest[i]);
@@ -144,7 +163,7 @@ void select(const Screen& screen, const double* limits, int64_t most,
       if (!bits(load(screen.least.get() + screen.minima(tile, block) + q) <= limit)) continue;
       const int64_t last = std::min(p.count, (block + 1) * kScreenRows);
       for (int64_t j = block * kScreenRows; j < last; ++j) {
-        const Vec r = screen.o.norms[j] - lanes.factor * widen(sums + j * width + q);
+        const Vec r = screen.norms[j] - lanes.factor * widen(sums + j * width + q);
         const VecInt nearer = r < nearest_r;
         nearest_r = nearer ? r : nearest_r;
         nearest = nearer ? broadcast(static_cast<double>(j)) : nearest;
@@ -160,6 +179,7 @@ void select(const Screen& screen, const double* limits, int64_t most,
     for (int i = 0; i < kLanes && i < count; ++i) {
       Candidates& found = candidates[screen.tiles.row(tile, static_cast<int>(q) + i)];
       found.nearest = static_cast<int64_t>(nearest[i]);
+      found.smallest = smallest[i];
       found.too_many = !(listing >> i & 1);
     }
   });

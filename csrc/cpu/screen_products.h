@@ -43,9 +43,11 @@ inline void screen_floats(Screen& screen) {
 }
 
 #if defined(PFGM_INTEGER_PRODUCT)
-// Integer products with digits of the queries. The first digit alone screens (digit = 0); the
-// others are added to its products, which become floats (digit = 1).
-inline void screen_integers(Screen& screen, bool refine) {
+// Integer products with digits of the queries. The first digit alone screens. To refine, the others
+// are added to its products, which become r − base: what counts is near zero, and float holds it
+// with all its digits. base (B,), or null to screen.
+inline void screen_integers(Screen& screen, const double* base) {
+  const bool refine = base != nullptr;
   const FieldParams& p = screen.p;
   const Tiles& tiles = screen.tiles;
   const int64_t steps = (p.dim + 3) / 4;
@@ -74,14 +76,17 @@ inline void screen_integers(Screen& screen, bool refine) {
       const double lower = (digits.sums[1] + digits.sums[2] / kDigitBase) / kDigitBase;
       units[tile * kTileQueries + q] = digits.unit;
       shifts[tile * kTileQueries + q] = kCodeOrigin * digits.unit * (digits.sums[0] + lower);
-      screen.bounds[b] = make_bound(p, screen.o, b, query_norms(p, screen.o, b),
-                                    refine ? 2.0 : 2 * digits.unit,
-                                    digits.residuals[refine ? kDigits - 1 : 0], refine ? 1 : 0);
-      if (!refine) screen.bounds[b].offset += 2 * kCodeOrigin * digits.unit * digits.sums[0];
+      Bound& bound = screen.bounds[b];
+      bound = make_bound(p, screen.o, b, query_norms(p, screen.o, b),
+                         refine ? -1 : 2 * digits.unit,
+                         digits.residuals[refine ? kDigits - 1 : 0], 0);
+      bound.offset += refine ? base[b] : 2 * kCodeOrigin * digits.unit * digits.sums[0];
+      if (refine) shifts[tile * kTileQueries + q] -= base[b] / 2;
     }
   });
   const bool whole = p.dim % 4 == 0;  // else rows are copied, with zeros beyond d
   const Buffer<uint8_t> copies(whole ? 0 : p.num_threads * kScreenRows * steps * 4);
+  if (refine) screen.norms = screen.zeros();
   const Buffer<int32_t> digits(p.num_threads * kDigits * kScreenRows * kTileQueries);
   parallel_for(p.num_threads, screen.num_blocks(), [&](int64_t block, int thread) {
     const int64_t first = block * kScreenRows, rows = std::min(p.count - first, kScreenRows);
@@ -118,7 +123,8 @@ inline void screen_integers(Screen& screen, bool refine) {
         const int64_t q = tile * kTileQueries + i % width;
         const Vec rest = widen(sums + i) + widen(sums + size + i) * (1 / kDigitBase);
         const Vec total = widen(reinterpret_cast<const int32_t*>(out) + i) + rest * (1 / kDigitBase);
-        narrow(out + i, total * load(units.get() + q) - load(shifts.get() + q));
+        const Vec product = total * load(units.get() + q) - load(shifts.get() + q);
+        narrow(out + i, screen.o.norms[first + i / width] - 2.0 * product);
       }
       screen.bound_block<float>(tile, block);
     }

@@ -109,33 +109,67 @@ inline void add_row(const RowReader& reader, const double* x, int64_t j, double 
   }
 }
 
-// Displacement and log mass of query b over the listed references (Eqs. 3 and 12).
-inline void sparse_forward(const FieldParams& p, const RowReader& reader, int64_t b,
-                           const std::vector<int32_t>& list) {
+// A query and the references that may carry weight for it.
+struct SparseQuery {
+  int64_t b;
+  const std::vector<int32_t>* list;
+  std::vector<Pair> pairs;  // of the listed references
+};
+
+// The sums of all pairs, shared out evenly: some lists are long. g (B, ld) or null.
+inline void compute_pairs(const FieldParams& p, const RowReader& reader, const double* g,
+                          std::vector<SparseQuery>& queries) {
+  constexpr int64_t kPairs = 32;  // of a task
   const int64_t ld = round_up(p.dim, kPad);
-  const RadialKernel kernel(p.half_k, p.t[b]);
-  const double *x = p.x + b * ld, offset = kernel.s_offset(p.t[b]);
-  std::vector<double> s(list.size());
-  double nearest = INFINITY, sum = 0;
-  for (size_t i = 0; i < list.size(); ++i) {
-    s[i] = pair_sums(reader, x, nullptr, list[i]).distance + offset;
-    if (s[i] < nearest) {
-      nearest = s[i];
-      p.anchor[b] = list[i];
+  std::vector<std::pair<int64_t, int64_t>> tasks;  // query, first of its list
+  for (size_t i = 0; i < queries.size(); ++i) {
+    const int64_t size = static_cast<int64_t>(queries[i].list->size());
+    queries[i].pairs.resize(size);
+    for (int64_t first = 0; first < size; first += kPairs) {
+      tasks.emplace_back(static_cast<int64_t>(i), first);
     }
   }
-  double* displacement = p.displacement + b * ld;
-  std::fill(displacement, displacement + ld, 0.0);
+  parallel_for(p.num_threads, static_cast<int64_t>(tasks.size()), [&](int64_t task, int) {
+    SparseQuery& query = queries[tasks[task].first];
+    const int64_t first = tasks[task].second, size = static_cast<int64_t>(query.pairs.size());
+    const double *x = p.x + query.b * ld, *cotangent = g ? g + query.b * ld : nullptr;
+    for (int64_t i = first; i < std::min(size, first + kPairs); ++i) {
+      query.pairs[i] = pair_sums(reader, x, cotangent, (*query.list)[i]);
+    }
+  });
+}
+
+// Displacement and log mass over the listed references (Eqs. 3 and 12).
+inline void sparse_forward(const FieldParams& p, const RowReader& reader,
+                           std::vector<SparseQuery>& queries) {
+  compute_pairs(p, reader, nullptr, queries);
+  const int64_t ld = round_up(p.dim, kPad);
   const double negligible = ::exp(-cutoff_depth(p));
-  for (size_t i = 0; i < list.size(); ++i) {
-    const double weight = kernel.relative_weight(s[i], nearest);
-    if (weight < negligible) continue;
-    sum += weight;
-    add_row(reader, x, list[i], weight, displacement);
-  }
-  for (int64_t c = 0; c < ld; ++c) displacement[c] /= sum;
-  p.log_mass[b] = kernel.logit(nearest) + ::log(sum);
-  p.anchor_log_weight[b] = -::log(sum);
+  parallel_for(p.num_threads, static_cast<int64_t>(queries.size()), [&](int64_t i, int) {
+    const SparseQuery& query = queries[i];
+    const int64_t b = query.b;
+    const RadialKernel kernel(p.half_k, p.t[b]);
+    const double *x = p.x + b * ld, offset = kernel.s_offset(p.t[b]);
+    double nearest = INFINITY, sum = 0;
+    for (size_t n = 0; n < query.pairs.size(); ++n) {
+      const double s = query.pairs[n].distance + offset;
+      if (s < nearest) {
+        nearest = s;
+        p.anchor[b] = (*query.list)[n];
+      }
+    }
+    double* displacement = p.displacement + b * ld;
+    std::fill(displacement, displacement + ld, 0.0);
+    for (size_t n = 0; n < query.pairs.size(); ++n) {
+      const double weight = kernel.relative_weight(query.pairs[n].distance + offset, nearest);
+      if (weight < negligible) continue;
+      sum += weight;
+      add_row(reader, x, (*query.list)[n], weight, displacement);
+    }
+    for (int64_t c = 0; c < ld; ++c) displacement[c] /= sum;
+    p.log_mass[b] = kernel.logit(nearest) + ::log(sum);
+    p.anchor_log_weight[b] = -::log(sum);
+  });
 }
 
 }  // namespace

@@ -50,7 +50,7 @@ struct Forward {
   bool screen_all(Screen& screen) {
 #if defined(PFGM_INTEGER_PRODUCT)
     if (o.codes) {
-      screen_integers(screen, false);
+      screen_integers(screen, nullptr);
       return true;
     }
 #endif
@@ -61,23 +61,35 @@ struct Forward {
   // More digits, and with their tighter bounds another choice of candidates.
   void refine(Screen& screen, std::vector<Candidates>& candidates, int64_t few) {
 #if defined(PFGM_INTEGER_PRODUCT)
-    screen_integers(screen, true);
-    for (const int64_t b : screen.tiles.rows) candidates[b] = Candidates();
+    std::vector<double> base(p.batch);
+    for (const int64_t b : screen.tiles.rows) {
+      // r of the screen holds codes, not y: s is the same.
+      base[b] = candidates[b].smallest + screen.bounds[b].offset - true_offset(b);
+      candidates[b] = Candidates();
+    }
+    screen_integers(screen, base.data());
     select<float>(screen, nullptr, few, candidates);
     finish_sparse(screen.tiles, candidates);
 #endif
   }
 
-  // Finishes the queries with few candidates and returns the others, those with the most last.
-  Tiles finish_sparse(const Tiles& tiles, std::vector<Candidates>& candidates) {
+  double true_offset(int64_t b) const {
+    const QueryNorms norms = query_norms(p, o, b);
+    return norms.squared + norms.t_squared;
+  }
+
+  // Finishes the queries with few candidates and returns the others.
+  Tiles finish_sparse(const Tiles& tiles, const std::vector<Candidates>& candidates) {
     Tiles dense;
-    std::vector<int64_t> sparse;
+    std::vector<SparseQuery> sparse;
     for (const int64_t b : tiles.rows) {
-      (candidates[b].too_many ? dense.rows : sparse).push_back(b);
+      if (candidates[b].too_many) {
+        dense.rows.push_back(b);
+      } else {
+        sparse.push_back({b, &candidates[b].list, {}});
+      }
     }
-    parallel_for(p.num_threads, static_cast<int64_t>(sparse.size()), [&](int64_t i, int) {
-      sparse_forward(p, reader, sparse[i], candidates[sparse[i]].list);
-    });
+    sparse_forward(p, reader, sparse);
     return dense;
   }
 
