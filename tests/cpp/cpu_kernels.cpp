@@ -19,7 +19,7 @@ int failures = 0;
 
 void expect(bool good, const std::string& name, const char* what, double error = NAN,
             double allowed = NAN) {
-  if (good || ++failures > 20) return;
+  if (good || ++failures > 40) return;
   std::printf("WRONG %s: %s: %s (error %.3g, allowed %.3g)\n", pfgm::instruction_set(),
               name.c_str(), what, error, allowed);
 }
@@ -67,7 +67,7 @@ FieldParams inputs(const Problem& p) {
   return params;
 }
 
-// All three kernels, called as pfgm_kernels/backends/cpu.py does.
+// All kernels, called as pfgm_kernels/backends/cpu.py does.
 Outputs compute(const Problem& p) {
   Outputs outputs(p);
   FieldParams forward = inputs(p), backward = inputs(p);
@@ -75,6 +75,15 @@ Outputs compute(const Problem& p) {
   forward.anchor = outputs.anchor.get();
   forward.log_mass = outputs.log_mass.get();
   forward.anchor_log_weight = outputs.anchor_log_weight.get();
+  Array<double> norms(p.prepared ? p.count : 0, p.skewed);
+  Array<double> grid(p.prepared ? 2 + p.dim : 0, p.skewed);
+  Array<uint8_t> codes(p.prepared ? p.floats.size() : 0, p.skewed);
+  for (FieldParams* params : {&forward, &backward}) {
+    params->norms = norms.get();
+    params->grid = grid.get();
+    params->codes = codes.get();
+  }
+  if (p.prepared) pfgm::prepare_references_cpu(forward);
   pfgm::field_forward_cpu(forward);
 
   Array<double> anchor_s(p.batch, p.skewed), projection(p.batch, p.skewed);
@@ -177,6 +186,7 @@ std::vector<Spec> drawn_cases() {
         spec.batch = batches[random.below(12)];
         spec.count = counts[random.below(12)];
       } while (spec.batch * spec.count * dim > 300'000);
+      spec.prepared = spec.type != ValueType::kFloat64 && random.below(2) == 0;
       cases.push_back(spec);
     }
   }
@@ -194,12 +204,12 @@ std::vector<Spec> named_cases() {
       {65, 513, 32, INFINITY, f32, true, Data::kDuplicates, true, 2, kSmall},
       {17, 257, 31, 2.5, f32, true, Data::kOffset, true, 7, kSmall},
       {65, 513, 33, 1, f32, true, Data::kNormal, true, 2, kSmall},
-      {63, 257, 65, 1, f32, true, Data::kDuplicates, true, 3, kLarge},
+      {63, 257, 65, 1, f32, true, Data::kDuplicates, true, 3, kLarge, true},
       {17, 513, 255, 1, f32, true, Data::kNormal, true, 2, kSmall},
-      {9, 1000, 257, 1, f32, true, Data::kGrid, true, 3, kSmall},
+      {9, 1000, 257, 1, f32, true, Data::kGrid, true, 3, kSmall, true},
       {17, 513, 784, 1, f32, true, Data::kGrid, true, 2, kSmall},
       {9, 513, 784, INFINITY, f32, true, Data::kNormal, true, 3, kSmall},
-      {15, 257, 785, 1, u8, true, Data::kGrid, true, 2, kSmall},
+      {15, 257, 785, 1, u8, true, Data::kGrid, true, 2, kSmall, true},
       {65, 65, 784, 1, u8, true, Data::kDuplicates, true, 7, kLarge},
       {9, 513, 300, 1, u8, true, Data::kNormal, true, 2, kSmall},
       {9, 65, 3072, 1, u8, true, Data::kGrid, true, 3, kSmall},
@@ -312,10 +322,12 @@ void run_refusals() {
     FieldParams params = inputs(problem);
     spoil(&params);
     for (const auto entry : {pfgm::field_forward_cpu, pfgm::field_backward_queries_cpu,
-                             pfgm::field_backward_references_cpu}) {
+                             pfgm::field_backward_references_cpu, pfgm::prepare_references_cpu}) {
       expect(refuses([&] { entry(params); }), name, "was not refused");
     }
   }
+  expect(refuses([&] { pfgm::prepare_references_cpu(inputs(problem)); }), "norms null",
+         "was not refused");
   expect(refuses([] { pfgm::use_instruction_set("mmx"); }), "mmx", "was not refused");
 }
 

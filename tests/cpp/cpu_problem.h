@@ -54,6 +54,7 @@ struct Spec {
   bool skewed;
   int num_threads;
   int64_t workspace;
+  bool prepared = false;  // whether prepare_references_cpu runs before the kernels
 
   int64_t ld() const { return (dim + 7) / 8 * 8; }
 
@@ -64,7 +65,8 @@ struct Spec {
            " d=" + std::to_string(dim) + " D=" + std::to_string(D) + " " +
            types[static_cast<int>(type)] + (single ? " single " : " double ") +
            kinds[static_cast<int>(data)] + (skewed ? " skewed" : "") +
-           " threads=" + std::to_string(num_threads) + " workspace=" + std::to_string(workspace);
+           (prepared ? " prepared" : "") + " threads=" + std::to_string(num_threads) +
+           " workspace=" + std::to_string(workspace);
   }
 };
 
