@@ -260,11 +260,13 @@ struct Weights {
         result[r] += result[r] * (e * half_k_high);
       }
     }
-    for (int n = k / 2; n > 0; n /= 2) {
-      for (int r = 0; r < kCount; ++r) {
-        if (n % 2 == 1) result[r] *= square[r];
-        square[r] *= square[r];
+    for (int n = k / 2; n > 0;) {
+      if (n % 2 == 1) {
+        for (int r = 0; r < kCount; ++r) result[r] *= square[r];
       }
+      n /= 2;
+      if (n == 0) break;
+      for (int r = 0; r < kCount; ++r) square[r] *= square[r];
     }
     for (int r = 0; r < kCount; ++r) v[r] = result[r];
   }

@@ -42,6 +42,8 @@ struct Pass {
   }
 };
 
+inline VecF smaller(VecF a, VecF b) { return a < b ? a : b; }
+
 // A vector of queries.
 struct Queries {
   VecF x[kMaxDim];
@@ -73,8 +75,12 @@ struct Queries {
   // Takes note of the nearest of a block's squared distances.
   void admit(const VecF* v, int padded, int32_t first_run) {
     for (int r = 0; r < padded; r += kRun) {
-      VecF smallest = v[r];
-      for (int i = 1; i < kRun; ++i) smallest = v[r + i] < smallest ? v[r + i] : smallest;
+      VecF half[kRun / 2];  // halved again and again: a chain of minima would wait for each
+      for (int i = 0; i < kRun / 2; ++i) half[i] = smaller(v[r + i], v[r + kRun / 2 + i]);
+      for (int n = kRun / 4; n > 0; n /= 2) {
+        for (int i = 0; i < n; ++i) half[i] = smaller(half[i], half[n + i]);
+      }
+      const VecF smallest = half[0];
       const VecFInt nearer = smallest < nearest;
       nearest = nearer ? smallest : nearest;
       run = nearer ? VecFInt{} + (first_run + r / kRun) : run;
