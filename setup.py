@@ -21,12 +21,12 @@ SOURCES = Path(__file__).parent.resolve() / "csrc"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -Wall -Wextra -Wno-psabi"
 CUDA_FLAGS = "-std=c++17 -O3 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
-CPU_SOURCES = ("router", "operands", "exact_forward", "exact_backward", "two_pass_forward")
-CPU_SOURCES += ("direct_forward", "direct_backward")
+CPU_SOURCES = sorted({file.stem for file in (SOURCES / "cpu").glob("*.cpp")} - {"dispatch"})
 ISA_FLAGS = {"portable": ""}
 if platform.machine() == "x86_64":
-    ISA_FLAGS |= {"avx2": "-mavx2 -mfma", "avx512": "-mavx512f -mavx512dq -mavx512vl -mfma"}
-    ISA_FLAGS["avx512vnni"] = ISA_FLAGS["avx512"] + " -mavx512bw -mavx512vnni"
+    AVX512 = "-mavx512f -mavx512dq -mavx512vl -mfma"
+    ISA_FLAGS |= {"avx2": "-mavx2 -mfma", "avx512": AVX512}
+    ISA_FLAGS["avx512vnni"] = f"{AVX512} -mavx512bw -mavx512vnni"
 
 
 def find_nvcc() -> str | None:
@@ -60,8 +60,8 @@ def ninja_file(output: Path) -> str:
         for name in CPU_SOURCES:
             edges[f"{name}_{isa}.o"] = ("cxx", f"cpu/{name}.cpp", f"-O3 -DPFGM_ISA={isa} {flags}")
     edges["dispatch.o"] = ("cxx", "cpu/dispatch.cpp", "-O2")
-    include = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
-    edges["bindings.o"] = ("cxx", "bindings.cpp", f"-O1 {include} {defines}")
+    include = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')} {defines}"
+    edges["bindings.o"] = ("cxx", "bindings.cpp", f"-O1 {include}")
     compile_ = "$flags -MD -MF $out.d -c $in -o $out\n  deps = gcc\n  depfile = $out.d"
     lines = [f"rule cxx\n  command = {CXX} {FLAGS} {compile_}"]
     lines += [f"rule nvcc\n  command = {nvcc} {CUDA_FLAGS} {compile_}"]

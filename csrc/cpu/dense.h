@@ -10,7 +10,7 @@ namespace pfgm {
 namespace {
 
 constexpr int64_t kGatherRows = 256;    // references whose terms are summed in float from zero
-constexpr int64_t kGatherColumns = 96;  // a multiple of kProductRows
+constexpr int64_t kGatherColumns = 96;  // a multiple of all product_rows()
 constexpr int64_t kGatherStrip = 4;     // kGatherColumns that a task takes at most
 // Logits may be off by this much, root mean square. What remains of it in a sum in which no single
 // reference weighs more than 1/128 is an order of magnitude less, for the errors are independent.
@@ -67,13 +67,13 @@ inline VecF relative_logits(const FieldParams& p, VecF u) {
   return -(log * high) - log * low;
 }
 
-// What the weights of a query are relative to. Arrays over the queries of the tiles, padded to whole
-// vectors: r and s of a reference near the nearest one, s exactly; lanes with no query, or with one
-// that another kernel computes, take no part.
+// What the weights of a query are relative to. Arrays over the queries of the tiles, padded to
+// whole vectors: r and s of a reference near the nearest one, s exactly; lanes with no query, or
+// with one that another kernel computes, take no part.
 struct Anchors {
   Buffer<double> r;        // s / unit² − offset
   Buffer<double> inverse;  // what turns r − r of the anchor into the argument of the logit
-  Buffer<float> cutoff;    // logits below this count for nothing: all of them where no part is taken
+  Buffer<float> cutoff;  // logits below this count for nothing: all of them where no part is taken
 
   explicit Anchors(int64_t padded) : r(padded), inverse(padded), cutoff(padded) {
     std::fill_n(r.get(), padded, 0.0);
@@ -165,14 +165,15 @@ struct SecondPass {
     return sum;
   }
 
-  // sums (queries, d) = Σ_j w_j y_j with what stands in the place of the products as weights. A task
-  // takes a tile and a strip of columns, so that the weights of a block are read once for several
-  // kGatherColumns.
+  // sums (queries, d) = Σ_j w_j y_j with what stands in the place of the products as weights. A
+  // task takes a tile and a strip of columns, so that the weights of a block are read once for
+  // several kGatherColumns.
   void gather(double* sums) const {
     const int64_t groups = (p.dim + kGatherColumns - 1) / kGatherColumns;
-    const int64_t most = groups * tiles.count() / (2 * p.num_threads);
-    const int64_t strip = kGatherColumns * std::clamp<int64_t>(most, 1, kGatherStrip);
-    const int64_t strips = (p.dim + strip - 1) / strip;
+    const int64_t fair = groups * tiles.count() / (2 * p.num_threads);
+    const int64_t most = std::clamp<int64_t>(fair, 1, kGatherStrip);
+    const int64_t strips = (groups + most - 1) / most;
+    const int64_t strip = (groups + strips - 1) / strips * kGatherColumns;
     const Buffer<float> decoded(p.num_threads * kGatherRows * kGatherColumns);
     const Buffer<float> partial(p.num_threads * kGatherColumns * kTileQueries);
     const Buffer<double> totals(p.num_threads * strip * kTileQueries);

@@ -25,9 +25,13 @@ struct Kernels {
   void (*prepare_references)(const FieldParams&);
 };
 
-#define PFGM_KERNELS(isa, condition)                                                      \
-  {#isa, [] { return bool(condition); }, isa::field_forward, isa::field_backward_queries, \
-   isa::field_backward_references, isa::prepare_references}
+#define PFGM_KERNELS(isa, condition) \
+  {#isa,                             \
+   [] { return bool(condition); },   \
+   isa::field_forward,               \
+   isa::field_backward_queries,      \
+   isa::field_backward_references,   \
+   isa::prepare_references}
 
 // Best first.
 const Kernels kKernels[] = {

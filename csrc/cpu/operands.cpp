@@ -44,10 +44,13 @@ Grid sample_grid(const FieldParams& p) {
     const float* row = values + p.count * i / rows * p.dim;
     sample.insert(sample.end(), row, row + std::min(p.dim, kSampleSize));
   }
+  Grid grid;
+  for (const float v : sample) {
+    if (!std::isfinite(v)) return grid;
+  }
   std::sort(sample.begin(), sample.end());
   sample.erase(std::unique(sample.begin(), sample.end()), sample.end());
   const double low = sample.front(), range = sample.back() - low;
-  Grid grid;
   if (!(range > 0) || !std::isfinite(range)) return grid;
   grid.tolerance = kGridTolerance * std::max(std::abs(low), low + range);
   double step = range;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // References as the kernels for larger d read them: y = (x0 − origin) / unit.
 //
-// Where the values lie on a grid of at most 256 steps (8-bit images, also stored as floats), unit is
-// the step, the middle of the grid is the origin, and y = code − 128 is a small exact integer. Else
-// unit is 1, and the origin is a point amid the data: products of y are then no larger than the data
-// are wide, however far from zero they lie. With x' = (x − origin)/unit,
+// Where the values lie on a grid of at most 256 steps (8-bit images, also stored as floats), unit
+// is the step, the middle of the grid is the origin, and y = code − 128 is a small exact integer.
+// Else unit is 1, and the origin is a point amid the data: products of y are then no larger than
+// the data are wide, however far from zero they lie. With x' = (x − origin)/unit,
 //
 //   s_j / unit² = ‖x'‖² + t²/unit² + ‖y_j‖² − 2 x'·y_j
 #pragma once
@@ -72,6 +72,9 @@ inline void decode_block(const FieldParams& p, const Operands& operands, int64_t
     float* row = out + r * ld;
     if (operands.codes) {
       const uint8_t* codes = operands.codes + start;
+      // The columns after these are read next, and rows are too far apart for the hardware to see.
+      __builtin_prefetch(codes + columns);
+      __builtin_prefetch(codes + 2 * columns - 1);
       for (int64_t c = 0; c < columns; ++c) row[c] = static_cast<float>(codes[c] - kCodeOrigin);
     } else if (p.value_type == ValueType::kUint8) {
       const uint8_t* codes = static_cast<const uint8_t*>(p.values) + start;

@@ -2,7 +2,10 @@
 // Tasks shared out among threads, and the memory that they work in.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -48,8 +51,7 @@ template <class T>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t size)
-      : data_(static_cast<T*>(::operator new(bytes(size), std::align_val_t{64}))) {
+  explicit Buffer(int64_t size) : data_(allocate(bytes(size))) {
 #if defined(PFGM_POISON)
     std::memset(static_cast<void*>(data_.get()), 0xFF, bytes(size));
 #endif
@@ -59,9 +61,20 @@ class Buffer {
 
  private:
   struct Free {
-    void operator()(T* p) const { ::operator delete(p, std::align_val_t{64}); }
+    void operator()(T* p) const { std::free(p); }
   };
-  static size_t bytes(int64_t size) { return static_cast<size_t>(size) * sizeof(T) + 64; }
+  static constexpr size_t kHugePage = size_t{1} << 21;
+
+  static size_t bytes(int64_t size) { return static_cast<size_t>(size) * sizeof(T) + 1; }
+
+  static T* allocate(size_t bytes) {
+    const bool huge = bytes >= 2 * kHugePage;
+    void* data = nullptr;
+    if (posix_memalign(&data, huge ? kHugePage : 64, bytes) != 0) throw std::bad_alloc();
+    // First touches of small pages would take as long as the kernels that fill them.
+    if (huge) madvise(data, bytes, MADV_HUGEPAGE);
+    return static_cast<T*>(data);
+  }
 
   std::unique_ptr<T, Free> data_;
 };

@@ -3,8 +3,8 @@
 //
 //   out[i][q] (+)= Σ_k a[i][k] packed[k][q]
 //
-// q runs over the queries of a tile, in vectors. In the first pass i runs over references and k over
-// columns, in the second one i over columns and k over references. A step of k is 32 bits: one
+// q runs over the queries of a tile, in vectors. In the first pass i runs over references and k
+// over columns, in the second one i over columns and k over references. A step of k is 32 bits: one
 // float, or four 8-bit values for the integer product.
 #pragma once
 
@@ -18,12 +18,13 @@ namespace pfgm {
 namespace {
 
 constexpr int kTileQueries = 64;
-// Accumulators of kProductRows × kProductVectors stay in registers: 24 of 32, or 12 of 16.
-constexpr int kProductRows = 6;
+// Accumulators stay in registers: 24 of 32, or 12 of 16.
 #if defined(__AVX512F__)
 constexpr int kProductVectors = 4;
+constexpr int product_rows(int vectors) { return vectors == 1 ? 12 : 24 / vectors; }
 #else
 constexpr int kProductVectors = 2;
+constexpr int product_rows(int) { return 6; }
 #endif
 
 struct FloatProduct {
@@ -82,10 +83,11 @@ inline void product_columns(const typename Product::Element* a, int64_t rows, in
                             int64_t k_stride, const typename Product::Element* packed,
                             int64_t width, int64_t depth, typename Product::Element* out,
                             bool accumulate) {
+  constexpr int kRows = product_rows(kVectors);
   int64_t i = 0;
-  for (; i + kProductRows <= rows; i += kProductRows) {
-    product_tile<Product, kProductRows, kVectors>(a + i * row_stride, row_stride, k_stride, packed,
-                                                  width, depth, out + i * width, accumulate);
+  for (; i + kRows <= rows; i += kRows) {
+    product_tile<Product, kRows, kVectors>(a + i * row_stride, row_stride, k_stride, packed, width,
+                                           depth, out + i * width, accumulate);
   }
   for (; i < rows; ++i) {
     product_tile<Product, 1, kVectors>(a + i * row_stride, row_stride, k_stride, packed, width,
@@ -95,9 +97,9 @@ inline void product_columns(const typename Product::Element* a, int64_t rows, in
 
 // packed (depth, width), out (rows, width); width is a multiple of kFloatLanes.
 template <class Product>
-void product(const typename Product::Element* a, int64_t rows, int64_t row_stride,
-             int64_t k_stride, const typename Product::Element* packed, int64_t width,
-             int64_t depth, typename Product::Element* out, bool accumulate) {
+void product(const typename Product::Element* a, int64_t rows, int64_t row_stride, int64_t k_stride,
+             const typename Product::Element* packed, int64_t width, int64_t depth,
+             typename Product::Element* out, bool accumulate) {
   constexpr int kWide = kProductVectors * kFloatLanes;
   int64_t q = 0;
   for (; q + kWide <= width; q += kWide) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Queries as the kernels for larger d read them: in tiles of 64, x' = (x − origin)/unit packed column
-// by column, so that a vector holds one column of neighbouring queries.
+// Queries as the kernels for larger d read them: in tiles of 64, x' = (x − origin)/unit packed
+// column by column, so that a vector holds one column of neighbouring queries.
 #pragma once
 
 #include <algorithm>
@@ -39,8 +39,8 @@ struct Tiles {
 
 // What the bounds need to know of a query, in units of the operands.
 struct QueryNorms {
-  double squared;   // ‖x'‖²
-  double t_squared; // what t adds to s
+  double squared;    // ‖x'‖²
+  double t_squared;  // what t adds to s
 };
 
 inline double shifted(const FieldParams& p, const Operands& o, int64_t b, int64_t c) {

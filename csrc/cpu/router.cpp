@@ -34,11 +34,11 @@ void run(const FieldParams& p, Fast fast, Exact exact) {
 }  // namespace
 
 void PFGM_ISA::field_forward(const FieldParams& p) {
-  run(p, choose(p, nullptr, two_pass_forward), exact_forward);
+  run(p, choose(p, direct_forward, two_pass_forward), exact_forward);
 }
 
 void PFGM_ISA::field_backward_queries(const FieldParams& p) {
-  run(p, choose(p, nullptr, nullptr), exact_backward_queries);
+  run(p, choose(p, direct_backward_queries, nullptr), exact_backward_queries);
 }
 
 }  // namespace pfgm

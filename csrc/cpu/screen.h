@@ -4,7 +4,8 @@
 //
 //   r_j = ‖y_j‖² − 2 x'·y_j,   s_j / unit² = r_j + ‖x'‖² + t²/unit²
 //
-// A reference whose r_j is certainly larger than what the cutoff allows cannot be seen in the result.
+// A reference whose r_j is certainly larger than what the cutoff allows cannot be seen in the
+// result.
 #pragma once
 
 #include "queries.h"
@@ -74,7 +75,9 @@ struct Screen {
   }
 
   int64_t num_blocks() const { return (p.count + kScreenRows - 1) / kScreenRows; }
-  float* tile_products(int64_t tile) const { return products.get() + tile * kTileQueries * p.count; }
+  float* tile_products(int64_t tile) const {
+    return products.get() + tile * kTileQueries * p.count;
+  }
   int64_t minima(int64_t tile, int64_t block) const {
     return tile * kTileQueries * num_blocks() + block * tiles.width(tile);
   }

@@ -20,8 +20,8 @@ inline void screen_floats(Screen& screen) {
     const double roundings = static_cast<double>(kColumnBlock + p.dim / kColumnBlock + 2);
     for (int q = 0; q < tiles.size(tile); ++q) {
       const int64_t b = tiles.row(tile, q);
-      screen.bounds[b] = make_bound(p, screen.o, b, query_norms(p, screen.o, b), 2.0, residuals[q],
-                                    roundings);
+      screen.bounds[b] =
+          make_bound(p, screen.o, b, query_norms(p, screen.o, b), 2.0, residuals[q], roundings);
     }
   });
   const Buffer<float> decoded(p.num_threads * kScreenRows * kColumnBlock);
@@ -77,8 +77,7 @@ inline void screen_integers(Screen& screen, const double* base) {
       units[tile * kTileQueries + q] = digits.unit;
       shifts[tile * kTileQueries + q] = kCodeOrigin * digits.unit * (digits.sums[0] + lower);
       Bound& bound = screen.bounds[b];
-      bound = make_bound(p, screen.o, b, query_norms(p, screen.o, b),
-                         refine ? -1 : 2 * digits.unit,
+      bound = make_bound(p, screen.o, b, query_norms(p, screen.o, b), refine ? -1 : 2 * digits.unit,
                          digits.residuals[refine ? kDigits - 1 : 0], 0);
       bound.offset += refine ? base[b] : 2 * kCodeOrigin * digits.unit * digits.sums[0];
       if (refine) shifts[tile * kTileQueries + q] -= base[b] / 2;
@@ -122,7 +121,8 @@ inline void screen_integers(Screen& screen, const double* base) {
       for (int64_t i = 0; i < size; i += kLanes) {
         const int64_t q = tile * kTileQueries + i % width;
         const Vec rest = widen(sums + i) + widen(sums + size + i) * (1 / kDigitBase);
-        const Vec total = widen(reinterpret_cast<const int32_t*>(out) + i) + rest * (1 / kDigitBase);
+        const Vec total =
+            widen(reinterpret_cast<const int32_t*>(out) + i) + rest * (1 / kDigitBase);
         const Vec product = total * load(units.get() + q) - load(shifts.get() + q);
         narrow(out + i, screen.o.norms[first + i / width] - 2.0 * product);
       }

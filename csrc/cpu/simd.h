@@ -26,11 +26,13 @@ constexpr int kPad = 8;  // rows are padded to this many columns whatever the in
 // A VecF has two Vecs' worth of lanes.
 typedef double Vec __attribute__((vector_size(8 * kLanes)));
 typedef int64_t VecInt __attribute__((vector_size(8 * kLanes)));
+typedef uint64_t VecBits __attribute__((vector_size(8 * kLanes)));  // wraps around
 typedef double VecUnaligned __attribute__((vector_size(8 * kLanes), aligned(8), may_alias));
 
 constexpr int kFloatLanes = 2 * kLanes;
 typedef float VecF __attribute__((vector_size(8 * kLanes)));
 typedef int32_t VecFInt __attribute__((vector_size(8 * kLanes)));
+typedef uint32_t VecFBits __attribute__((vector_size(8 * kLanes)));  // wraps around
 typedef float VecFUnaligned __attribute__((vector_size(8 * kLanes), aligned(4), may_alias));
 typedef float HalfF __attribute__((vector_size(4 * kLanes)));
 typedef float HalfFUnaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
@@ -130,8 +132,8 @@ inline Vec exp(Vec v) {
   Vec series = broadcast(kInverseFactorial[13]);
 #pragma GCC unroll 13
   for (int i = 12; i >= 0; --i) series = series * r + kInverseFactorial[i];
-  const VecInt scale = ((VecInt)shifted - (VecInt)broadcast(kRoundMagic)) << 52;
-  const Vec result = v < -708.0 ? Vec{} : (Vec)((VecInt)series + scale);
+  const VecBits scale = ((VecBits)shifted - (VecBits)broadcast(kRoundMagic)) << 52;
+  const Vec result = v < -708.0 ? Vec{} : (Vec)((VecBits)series + scale);
   return v != v ? v : result;
 }
 
@@ -141,10 +143,10 @@ inline Vec exp(Vec v) {
 inline VecF log1p(VecF u) {
   const VecF w = 1.0f + u;
   const VecF lost = u - (w - 1.0f);
-  const VecFInt bits = (VecFInt)w;
-  const VecFInt exponent = (bits - 0x3f3504f3) >> 23;
-  const VecF m = (VecF)(bits - (exponent << 23));
-  const VecF unit = (VecF)(0x3f800000 - (exponent << 23));  // 2^−exponent
+  const VecFBits bits = (VecFBits)w;
+  const VecFInt exponent = (VecFInt)(bits - 0x3f3504f3u) >> 23;
+  const VecF m = (VecF)(bits - ((VecFBits)exponent << 23));
+  const VecF unit = (VecF)(0x3f800000u - ((VecFBits)exponent << 23));  // 2^−exponent
   const VecF f = (m - 1.0f) + lost * unit;
   const VecF e = __builtin_convertvector(exponent, VecF);
   constexpr float kLog[] = {0.33333331197f, -0.25000837961f, 0.20001292692f, -0.16622764905f,
@@ -170,8 +172,8 @@ inline VecF exp(VecF v) {
 #pragma GCC unroll 4
   for (int i = 3; i >= 0; --i) series = series * r + kExp[i];
   const VecF power = 1.0f + (r + r * r * series);
-  const VecFInt scale = ((VecFInt)shifted - (VecFInt)broadcast(kMagic)) << 23;
-  const VecF result = v < -87.0f ? VecF{} : (VecF)((VecFInt)power + scale);
+  const VecFBits scale = ((VecFBits)shifted - (VecFBits)broadcast(kMagic)) << 23;
+  const VecF result = v < -87.0f ? VecF{} : (VecF)((VecFBits)power + scale);
   return v != v ? v : result;
 }
 

@@ -12,7 +12,8 @@ namespace {
 // Reads references as vectors of doubles.
 struct RowReader {
   const FieldParams& p;
-  bool affine = false;  // every code stands for float(low + step · code), which is faster to compute
+  bool affine =
+      false;  // every code stands for float(low + step · code), which is faster to compute
   double low = 0, step = 0;
 
   explicit RowReader(const FieldParams& p) : p(p) {
@@ -30,7 +31,7 @@ struct RowReader {
     } else {
       const uint8_t* codes = static_cast<const uint8_t*>(p.values) + index;
       if (!affine) {
-        Vec v;
+        Vec v = {};
         for (int i = 0; i < kLanes; ++i) v[i] = p.table[codes[i]];
         return v;
       }

@@ -37,7 +37,8 @@ struct Forward {
     }
     Tiles dense = finish_sparse(tiles, candidates);
     if (dense.rows.empty()) return;
-    if (!integers && dense.rows.size() == tiles.rows.size()) return finish_dense(screen, candidates);
+    if (!integers && dense.rows.size() == tiles.rows.size())
+      return finish_dense(screen, candidates);
     Screen rest(p, o, dense);
     compact(screen, rest);
     screen.products = Buffer<float>();
