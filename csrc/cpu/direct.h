@@ -55,13 +55,12 @@ void dispatch(Weighing weighing, const Task& task) {
 }
 
 // Whether float does for a query whose nearest reference is at s, at this squared distance: the
-// range holds what is formed, and the rounding of a squared distance, about 1e-7, moves no logit
-// by much. D = 1 and noise of the size of t stay below that bound.
-inline bool fits_float(const RadialKernel& kernel, int64_t dim, double distance, double s) {
+// range holds what is formed, and the rounding of a squared distance, up to 6e-8 and the same for
+// equal references, moves no logit by more than about 1e-6. With D = 1 it never does.
+inline bool fits_float(const RadialKernel& kernel, double distance, double s) {
   const double size = kernel.gaussian ? 1 / kernel.inverse_two_t2 : s;
   const double slope = kernel.gaussian ? kernel.inverse_two_t2 : kernel.half_k / s;
-  return size > 1e-25 && size < 1e25 && distance < 1e25 &&
-         distance * slope <= (dim <= 16 ? 20 : 40);
+  return size > 1e-25 && size < 1e25 && distance < 1e25 && distance * slope <= 18;
 }
 
 // Parts of the references: several where there are too few tiles for the threads to share evenly.
@@ -237,9 +236,10 @@ struct Weights {
   }
 
  private:
-  // exp(high + low) for a tiny low, which is NaN where high is not finite.
+  // exp(high + low) for a tiny low, which is NaN where high is not finite. exp cannot take what is
+  // far below its range.
   static VecF exp_sum(VecF high, VecF low) {
-    const VecF power = exp(high);
+    const VecF power = exp(high < -88.0f ? broadcast(-88.0f) : high);
     return power + power * low;
   }
 

@@ -32,7 +32,7 @@ struct Queries {
       offset[i] = kernel.s_offset(p.t[b]);
       rate[i] = kernel.inverse_two_t2;
       origin[i] = static_cast<float>(p.anchor_s[b] - offset[i]);
-      certified[i] = fits_float(kernel, p.dim, p.anchor_s[b] - offset[i], p.anchor_s[b]);
+      certified[i] = fits_float(kernel, p.anchor_s[b] - offset[i], p.anchor_s[b]);
     }
     const bool gaussian = p.half_k == INFINITY;
     scale.move(origin, offset, rate, gaussian);

@@ -98,7 +98,7 @@ struct Queries {
       const Vec from = load(old.s + i), to = load(scale.s + i), before = load(sum + i);
       const Vec logit =
           pass.gaussian ? (to - from) * load(rate + i) : log(from / to) * -pass.p.half_k;
-      const Vec factor = before == 0.0 ? Vec{} : exp(logit);
+      const Vec factor = before == 0.0 ? Vec{} : exp(logit < -750.0 ? broadcast(-750.0) : logit);
       store(sum + i, before * factor);
       for (int c = 0; c < pass.p.dim; ++c) {
         store(displacement[c] + i, load(displacement[c] + i) * factor);
@@ -153,7 +153,7 @@ void finish(const Pass& pass, const Queries& queries, int lane, double nearest_w
     finite += displacement[c] - displacement[c];
   }
   for (int64_t c = p.dim; c < pass.ld; ++c) displacement[c] = 0;
-  part->certified = finite == 0 && fits_float(kernel, p.dim, distance, s);
+  part->certified = finite == 0 && fits_float(kernel, distance, s);
 }
 
 template <Weighing kWeighing>
