@@ -236,10 +236,9 @@ struct Weights {
   }
 
  private:
-  // exp(high + low) for a tiny low, which is NaN where high is not finite. exp cannot take what is
-  // far below its range.
+  // exp(high + low) for a tiny low, which is NaN where high is not finite.
   static VecF exp_sum(VecF high, VecF low) {
-    const VecF power = exp(high < -88.0f ? broadcast(-88.0f) : high);
+    const VecF power = exp(high);
     return power + power * low;
   }
 

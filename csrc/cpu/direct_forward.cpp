@@ -98,7 +98,7 @@ struct Queries {
       const Vec from = load(old.s + i), to = load(scale.s + i), before = load(sum + i);
       const Vec logit =
           pass.gaussian ? (to - from) * load(rate + i) : log(from / to) * -pass.p.half_k;
-      const Vec factor = before == 0.0 ? Vec{} : exp(logit < -750.0 ? broadcast(-750.0) : logit);
+      const Vec factor = before == 0.0 ? Vec{} : exp(logit);
       store(sum + i, before * factor);
       for (int c = 0; c < pass.p.dim; ++c) {
         store(displacement[c] + i, load(displacement[c] + i) * factor);
