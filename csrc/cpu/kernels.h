@@ -40,6 +40,7 @@ void direct_backward_queries(const FieldParams&, uint8_t* uncertified);
 
 // Two passes of products, in float or in 8-bit integers, for any d.
 void two_pass_forward(const FieldParams&, uint8_t* uncertified);
+void two_pass_backward_queries(const FieldParams&, uint8_t* uncertified);
 
 }  // namespace pfgm::PFGM_ISA
 #endif

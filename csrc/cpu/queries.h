@@ -56,8 +56,9 @@ inline QueryNorms query_norms(const FieldParams& p, const Operands& o, int64_t b
   return {squared, RadialKernel(p.half_k, p.t[b]).s_offset(p.t[b]) / (o.unit * o.unit)};
 }
 
-// Packs value(row, column) of the queries of a tile, (dim, width), zeros beside them. Returns in
-// residuals (64,) the norms of what the rounding to float lost.
+// Packs value(i, column) of the queries of a tile, i being the position among those of all tiles,
+// (dim, width), zeros beside them. Returns in residuals (64,) the norms of what the rounding to
+// float lost.
 template <class Value>
 void pack_floats(const Tiles& tiles, int64_t tile, int64_t dim, const Value& value, float* packed,
                  double* residuals) {
@@ -67,9 +68,8 @@ void pack_floats(const Tiles& tiles, int64_t tile, int64_t dim, const Value& val
   for (int64_t start = 0; start < dim; start += kFloatLanes) {  // whole lines of the cache
     const int64_t end = std::min(dim, start + kFloatLanes);
     for (int q = 0; q < tiles.size(tile); ++q) {
-      const int64_t row = tiles.row(tile, q);
       for (int64_t c = start; c < end; ++c) {
-        const double exact = value(row, c);
+        const double exact = value(tile * kTileQueries + q, c);
         const float rounded = static_cast<float>(exact);
         packed[c * width + q] = rounded;
         residuals[q] += (exact - rounded) * (exact - rounded);

@@ -7,15 +7,12 @@
 namespace pfgm {
 namespace {
 
-// Below this many queries vectors over queries are mostly empty, and double costs nothing.
-constexpr int64_t kMinBatch = 8;
-
 typedef void (*Fast)(const FieldParams&, uint8_t* uncertified);
 typedef void (*Exact)(const FieldParams&, PFGM_ISA::Rows);
 
 // The kernel that computes in float, or null where double is called for.
 Fast choose(const FieldParams& p, Fast direct, Fast two_pass) {
-  if (!p.single || p.value_type == ValueType::kFloat64 || p.batch < kMinBatch) return nullptr;
+  if (!p.single || p.value_type == ValueType::kFloat64) return nullptr;
   return p.dim <= PFGM_ISA::kMaxDirectDim ? direct : two_pass;
 }
 
@@ -38,7 +35,7 @@ void PFGM_ISA::field_forward(const FieldParams& p) {
 }
 
 void PFGM_ISA::field_backward_queries(const FieldParams& p) {
-  run(p, choose(p, direct_backward_queries, nullptr), exact_backward_queries);
+  run(p, choose(p, direct_backward_queries, two_pass_backward_queries), exact_backward_queries);
 }
 
 }  // namespace pfgm

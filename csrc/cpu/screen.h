@@ -143,8 +143,8 @@ inline Vec smallest_r(const Screen& screen, int64_t tile, int64_t q) {
 // Fills candidates (B,) for the queries of the tiles. limits (B,): the largest r that counts, or
 // null for the cutoff relative to the nearest. At most `most` candidates are listed.
 template <class Element>
-void select(const Screen& screen, const double* limits, int64_t most,
-            std::vector<Candidates>& candidates) {
+void select_as(const Screen& screen, const double* limits, int64_t most,
+               std::vector<Candidates>& candidates) {
   const FieldParams& p = screen.p;
   const int64_t groups = kTileQueries / kLanes, num_blocks = screen.num_blocks();
   parallel_for(p.num_threads, screen.tiles.count() * groups, [&](int64_t task, int) {
@@ -186,6 +186,35 @@ void select(const Screen& screen, const double* limits, int64_t most,
       found.too_many = !(listing >> i & 1);
     }
   });
+}
+
+inline void select(const Screen& screen, bool integers, const double* limits, int64_t most,
+                   std::vector<Candidates>& candidates) {
+  for (const int64_t b : screen.tiles.rows) candidates[b] = Candidates();
+  (integers ? select_as<int32_t> : select_as<float>)(screen, limits, most, candidates);
+}
+
+// Candidates up to which a query is finished by direct differences: a pair then costs more, but
+// there are fewer of them.
+inline int64_t few_candidates(const FieldParams& p) { return std::max<int64_t>(64, p.count / 16); }
+
+// Whether float holds the squares of everything. False for NaN, so that what is not finite, in a
+// query or in any reference, goes to the exact kernel.
+inline bool in_range(const FieldParams& p, const Operands& o, int64_t b) {
+  const QueryNorms norms = query_norms(p, o, b);
+  return norms.squared + norms.t_squared < 1e30 && o.radius < 1e15;
+}
+
+// Calls run(tiles) for as many queries at a time as have room for their products in the workspace.
+template <class Run>
+void for_chunks(const FieldParams& p, const Tiles& all, const Run& run) {
+  const int64_t fit = p.workspace / 2 / (4 * p.count) / kTileQueries * kTileQueries;
+  const int64_t most = std::max<int64_t>(kTileQueries, fit);
+  for (auto first = all.rows.begin(); first < all.rows.end();) {
+    const auto last = first + std::min<int64_t>(most, all.rows.end() - first);
+    run(Tiles{{first, last}});
+    first = last;
+  }
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ inline void screen_floats(Screen& screen) {
   const Buffer<float> packed(tiles.padded() * p.dim);
   parallel_for(p.num_threads, tiles.count(), [&](int64_t tile, int) {
     double residuals[kTileQueries];
-    const auto value = [&](int64_t b, int64_t c) { return shifted(p, screen.o, b, c); };
+    const auto value = [&](int64_t i, int64_t c) { return shifted(p, screen.o, tiles.rows[i], c); };
     pack_floats(tiles, tile, p.dim, value, packed.get() + tile * kTileQueries * p.dim, residuals);
     const double roundings = static_cast<double>(kColumnBlock + p.dim / kColumnBlock + 2);
     for (int q = 0; q < tiles.size(tile); ++q) {
@@ -131,6 +131,35 @@ inline void screen_integers(Screen& screen, const double* base) {
   });
 }
 #endif
+
+// Fills a screen with the cheapest products there are; returns whether they are integers.
+inline bool screen_references(Screen& screen) {
+#if defined(PFGM_INTEGER_PRODUCT)
+  if (screen.o.codes) {
+    screen_integers(screen, nullptr);
+    return true;
+  }
+#endif
+  screen_floats(screen);
+  return false;
+}
+
+// Adds digits to the integer products of a screen, whose bounds and candidates are those of one
+// digit. The products become floats.
+inline void refine(Screen& screen, const std::vector<Candidates>& candidates) {
+#if defined(PFGM_INTEGER_PRODUCT)
+  std::vector<double> base(screen.p.batch);
+  for (const int64_t b : screen.tiles.rows) {
+    // r of one digit is of the codes, not of y: the offset makes up for it.
+    const QueryNorms norms = query_norms(screen.p, screen.o, b);
+    base[b] = candidates[b].smallest + screen.bounds[b].offset - norms.squared - norms.t_squared;
+  }
+  screen_integers(screen, base.data());
+#else
+  static_cast<void>(screen);
+  static_cast<void>(candidates);
+#endif
+}
 
 }  // namespace
 }  // namespace pfgm

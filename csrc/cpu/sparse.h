@@ -173,5 +173,32 @@ inline void sparse_forward(const FieldParams& p, const RowReader& reader,
   });
 }
 
+// Gradients for x and t over the listed references (exact_backward.cpp).
+inline void sparse_backward(const FieldParams& p, const RowReader& reader,
+                            std::vector<SparseQuery>& queries) {
+  compute_pairs(p, reader, p.grad_displacement, queries);
+  const int64_t ld = round_up(p.dim, kPad);
+  parallel_for(p.num_threads, static_cast<int64_t>(queries.size()), [&](int64_t i, int) {
+    const SparseQuery& query = queries[i];
+    const int64_t b = query.b;
+    const RadialKernel kernel(p.half_k, p.t[b]);
+    const double *x = p.x + b * ld, offset = kernel.s_offset(p.t[b]);
+    double* dx = p.dx + b * ld;
+    std::fill(dx, dx + ld, 0.0);
+    double sum = 0;
+    for (size_t n = 0; n < query.pairs.size(); ++n) {
+      const double s = query.pairs[n].distance + offset;
+      const double logit = kernel.relative_logit<ScalarMath>(s, p.anchor_s[b]);
+      const double weight = ::exp(logit + p.anchor_log_weight[b]);
+      const double a = query.pairs[n].projection - p.projection[b] + p.grad_log_mass[b];
+      const double c = weight * a * (kernel.gaussian ? kernel.inverse_two_t2 : p.half_k / s);
+      if (weight == 0) continue;
+      sum += kernel.gaussian ? c * s : c;
+      add_row(reader, x, (*query.list)[n], 2 * c, dx);
+    }
+    p.dt[b] = sum * (kernel.gaussian ? 2 / p.t[b] : -2 * p.t[b]);
+  });
+}
+
 }  // namespace
 }  // namespace pfgm

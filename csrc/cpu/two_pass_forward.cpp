@@ -12,9 +12,6 @@
 namespace pfgm {
 namespace {
 
-// Candidates up to which a query is finished by direct differences, of `count` references.
-constexpr int64_t kFewCandidates = 64;
-constexpr int64_t kFewShare = 16;  // and 1/16 of them all
 // A reference with more than 1/128 of the weight is taken by direct differences.
 constexpr double kHeavy = 1.0 / 128;
 
@@ -28,13 +25,9 @@ struct Forward {
   void run(const Tiles& tiles) {
     Screen screen(p, o, tiles);
     std::vector<Candidates> candidates(p.batch);
-    const int64_t few = std::max(kFewCandidates, p.count / kFewShare);
-    const bool integers = screen_all(screen);
-    if (integers) {
-      select<int32_t>(screen, nullptr, few, candidates);
-    } else {
-      select<float>(screen, nullptr, few, candidates);
-    }
+    const int64_t few = few_candidates(p);
+    const bool integers = screen_references(screen);
+    select(screen, integers, nullptr, few, candidates);
     Tiles dense = finish_sparse(tiles, candidates);
     if (dense.rows.empty()) return;
     if (!integers && dense.rows.size() == tiles.rows.size())
@@ -43,40 +36,12 @@ struct Forward {
     compact(screen, rest);
     screen.products = Buffer<float>();
     for (const int64_t b : dense.rows) rest.bounds[b] = screen.bounds[b];
-    if (integers) refine(rest, candidates, few);
+    if (integers) {
+      refine(rest, candidates);
+      select(rest, false, nullptr, few, candidates);
+      finish_sparse(dense, candidates);
+    }
     finish_dense(rest, candidates);
-  }
-
-  // Whether the products are integers.
-  bool screen_all(Screen& screen) {
-#if defined(PFGM_INTEGER_PRODUCT)
-    if (o.codes) {
-      screen_integers(screen, nullptr);
-      return true;
-    }
-#endif
-    screen_floats(screen);
-    return false;
-  }
-
-  // More digits, and with their tighter bounds another choice of candidates.
-  void refine(Screen& screen, std::vector<Candidates>& candidates, int64_t few) {
-#if defined(PFGM_INTEGER_PRODUCT)
-    std::vector<double> base(p.batch);
-    for (const int64_t b : screen.tiles.rows) {
-      // r of the screen holds codes, not y: s is the same.
-      base[b] = candidates[b].smallest + screen.bounds[b].offset - true_offset(b);
-      candidates[b] = Candidates();
-    }
-    screen_integers(screen, base.data());
-    select<float>(screen, nullptr, few, candidates);
-    finish_sparse(screen.tiles, candidates);
-#endif
-  }
-
-  double true_offset(int64_t b) const {
-    const QueryNorms norms = query_norms(p, o, b);
-    return norms.squared + norms.t_squared;
   }
 
   // Finishes the queries with few candidates and returns the others.
@@ -181,21 +146,14 @@ struct Forward {
 
 void PFGM_ISA::two_pass_forward(const FieldParams& p, uint8_t* uncertified) {
   const Operands operands = make_operands(p);
-  Tiles all;
+  Tiles usable;
   for (int64_t b = 0; b < p.batch; ++b) {
-    const QueryNorms norms = query_norms(p, operands, b);
-    // Also false for NaN: what is not finite, here or in a reference, goes to the exact kernel.
-    const bool usable = norms.squared + norms.t_squared < 1e30 && operands.radius < 1e15;
-    uncertified[b] = !usable;
-    if (usable) all.rows.push_back(b);
+    uncertified[b] = !in_range(p, operands, b);
+    if (!uncertified[b]) usable.rows.push_back(b);
   }
-  const int64_t fit = p.workspace / 2 / (4 * p.count) / kTileQueries * kTileQueries;
-  const int64_t most = std::max<int64_t>(kTileQueries, fit);
-  for (size_t start = 0; start < all.rows.size(); start += most) {
-    const auto first = all.rows.begin() + static_cast<int64_t>(start);
-    const int64_t size = std::min<int64_t>(most, all.rows.end() - first);
-    Forward{p, operands, RowReader(p), uncertified}.run(Tiles{{first, first + size}});
-  }
+  for_chunks(p, usable, [&](const Tiles& tiles) {
+    Forward{p, operands, RowReader(p), uncertified}.run(tiles);
+  });
 }
 
 }  // namespace pfgm
