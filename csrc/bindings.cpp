@@ -56,7 +56,6 @@ pfgm::FieldParams parse(const py::kwargs& arguments) {
     PFGM_FIELD(norms)
     PFGM_FIELD(codes)
     PFGM_FIELD(grid)
-    PFGM_FIELD(workspace)
     PFGM_FIELD(num_splits)
     PFGM_FIELD(displacement)
     PFGM_FIELD(nearest)

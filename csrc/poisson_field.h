@@ -23,10 +23,9 @@ struct FieldParams {
   // throughout.
   bool single;
   // What prepare_references wrote, or null (cpu/operands.h).
-  double* norms;      // (N,)
-  uint8_t* codes;     // (N, d)
-  double* grid;       // (2 + d,)
-  int64_t workspace;  // bytes of temporaries that grow with B · N or with N · d
+  double* norms;   // (N,)
+  uint8_t* codes;  // (N, d)
+  double* grid;    // (2 + d,)
 
   // Forward.
   double* displacement;       // (B, ld)

@@ -135,7 +135,9 @@ def _displacement(
         queries.requires_grad or t64.requires_grad or values.requires_grad
     )
     name = choose(backend, x.device, values.shape[1], requires_grad)
-    args = (queries.contiguous(), t64, values, table, values.shape[1] + D, workspace, name)
+    operands = references.operands.get(name, []) if references else []
+    k = values.shape[1] + D
+    args = (queries.contiguous(), t64, values, table, operands, k, workspace, name)
     run = _FieldFunction.apply if requires_grad else torch.ops.pfgm.field_forward
     v, log_mass, _, _ = run(*args)
     return v, log_mass, t64, dtype
@@ -180,23 +182,25 @@ class _FieldFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, t, values, table, *ctx.scalars = inputs
+        x, t, values, table, operands, *ctx.scalars = inputs
         displacement, _, anchor, anchor_log_weight = output
         ctx.mark_non_differentiable(anchor, anchor_log_weight)
-        ctx.save_for_backward(x, t, values, table, displacement, anchor, anchor_log_weight)
+        saved = (displacement, anchor, anchor_log_weight)
+        ctx.save_for_backward(x, t, values, table, *saved, *operands)
 
     @staticmethod
     def backward(ctx: Any, grad_displacement: Tensor, grad_log_mass: Tensor, *_: Any) -> Any:
         x, t, values, table, *saved = ctx.saved_tensors
+        saved, operands = saved[:3], saved[3:]
         k, workspace, backend = ctx.scalars
         cotangents = grad_displacement.contiguous(), grad_log_mass.contiguous()
         values_grad = ctx.needs_input_grad[2]
         # Where a second derivative is prepared for, the detour makes asking for it an error.
         run = _FieldGradient.apply if torch.is_grad_enabled() else torch.ops.pfgm.field_backward
         dx, dt, dvalues = run(
-            x, t, values, table, k, *saved, *cotangents, values_grad, workspace, backend
+            x, t, values, table, operands, k, *saved, *cotangents, values_grad, workspace, backend
         )
-        return dx.to(x.dtype), dt, dvalues if values_grad else None, None, None, None, None
+        return dx.to(x.dtype), dt, dvalues if values_grad else None, *[None] * 5
 
     vmap = staticmethod(ops.no_vmap)
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.library contracts of the op, and the loop over chunks that every backend shares.
 
-    pfgm::field_forward   x, t, values, table, k → displacement, log_mass, anchor, anchor_log_weight
+    pfgm::field_forward   x, t, values, table, operands, k
+                          → displacement, log_mass, anchor, anchor_log_weight
     pfgm::field_backward  … and the cotangents   → dx, dt, dvalues
 
 With s_j = ‖x − x0_j‖² + t² and w = softmax_j(−(k/2) log s_j) (k = ∞: softmax_j(−‖x − x0_j‖²/2t²)):
@@ -13,16 +14,19 @@ A backend is a module with
 
     unsupported_reason(device, d, requires_grad) → None or why it cannot run
     chunk_shape(B, N, d, workspace)              → queries and references that one call may take
-    forward(x, t, values, table, k)              → the four outputs for one chunk
+    prepare(values, table, workspace)            → operands, what is computed once of the references
+    forward(x, t, values, table, operands, k)    → the four outputs for one chunk
     backward(…, values_grad)                     → 2 Σ_j c_j (x0_j − x), dt, dvalues or None
 
 x is float32 or float64, t float64, values (N, d) float32, float64 or uint8 codes into table.
+operands are what `prepare` returned for all values, or empty: then the op has them prepared.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -35,20 +39,28 @@ Partial = tuple[Tensor, Tensor, Tensor, Tensor]
 
 torch.library.define(
     "pfgm::field_forward",
-    "(Tensor x, Tensor t, Tensor values, Tensor table, float k, int workspace, str backend)"
+    "(Tensor x, Tensor t, Tensor values, Tensor table, Tensor[] operands, float k, int workspace,"
+    " str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "pfgm::field_backward",
-    "(Tensor x, Tensor t, Tensor values, Tensor table, float k, Tensor displacement, Tensor anchor,"
-    " Tensor anchor_log_weight, Tensor grad_displacement, Tensor grad_log_mass, bool values_grad,"
+    "(Tensor x, Tensor t, Tensor values, Tensor table, Tensor[] operands, float k,"
+    " Tensor displacement, Tensor anchor, Tensor anchor_log_weight, Tensor grad_displacement, Tensor grad_log_mass, bool values_grad,"
     " int workspace, str backend) -> (Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.register_fake("pfgm::field_forward")
 def _(
-    x: Tensor, t: Tensor, values: Tensor, table: Tensor, k: float, workspace: int, backend: str
+    x: Tensor,
+    t: Tensor,
+    values: Tensor,
+    table: Tensor,
+    operands: list[Tensor],
+    k: float,
+    workspace: int,
+    backend: str,
 ) -> Partial:
     rows = x.new_empty(x.shape[0], dtype=torch.float64)
     anchor = torch.empty_like(rows, dtype=torch.int64)
@@ -57,23 +69,33 @@ def _(
 
 @torch.library.register_fake("pfgm::field_backward")
 def _(x: Tensor, t: Tensor, values: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
-    values_grad = args[7]
+    values_grad = args[8]
     dvalues = torch.empty_like(values) if values_grad else values.new_empty(0)
     return x.new_empty(x.shape, dtype=torch.float64), torch.empty_like(t), dvalues
 
 
 @torch.library.impl("pfgm::field_forward", "CompositeExplicitAutograd")
 def _field_forward(
-    x: Tensor, t: Tensor, values: Tensor, table: Tensor, k: float, workspace: int, backend: str
+    x: Tensor,
+    t: Tensor,
+    values: Tensor,
+    table: Tensor,
+    operands: list[Tensor],
+    k: float,
+    workspace: int,
+    backend: str,
 ) -> Partial:
     module = BACKENDS[backend]
     sizes = module.chunk_shape(x.shape[0], *values.shape, workspace)
+    prepared = _Prepared(module, values, table, operands, workspace // 2)
     blocks = []
     with torch.autocast(x.device.type, enabled=False):
         for queries in _slices(x.shape[0], sizes[0]):
             block: Partial | None = None
             for references in _slices(values.shape[0], sizes[1]):
-                part = module.forward(x[queries], t[queries], values[references], table, k)
+                part = module.forward(
+                    x[queries], t[queries], values[references], table, prepared(references), k
+                )
                 part = (part[0], part[1], part[2] + references.start, part[3])
                 block = part if block is None else _merge_partials(block, part)
             assert block is not None
@@ -89,6 +111,7 @@ def _field_backward(
     t: Tensor,
     values: Tensor,
     table: Tensor,
+    operands: list[Tensor],
     k: float,
     displacement: Tensor,
     anchor: Tensor,
@@ -101,6 +124,7 @@ def _field_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     module = BACKENDS[backend]
     sizes = module.chunk_shape(x.shape[0], *values.shape, workspace)
+    prepared = _Prepared(module, values, table, operands, workspace // 2)
     anchor_x0 = decode(values[anchor], table)
     dx = -grad_displacement
     dt = torch.zeros_like(t)
@@ -114,6 +138,7 @@ def _field_backward(
                     t[queries],
                     values[references],
                     table,
+                    prepared(references),
                     k,
                     displacement[queries],
                     anchor_x0[queries],
@@ -131,6 +156,28 @@ def _field_backward(
     if math.isfinite(k):  # the singular point, t = 0 on a reference, has zero gradients
         dx.masked_fill_(((t == 0) & (anchor_x0 == x).all(1))[:, None], 0.0)
     return dx, dt, dvalues
+
+
+class _Prepared:
+    """Operands of chunks of references; those of the last chunk are kept."""
+
+    def __init__(
+        self,
+        module: ModuleType,
+        values: Tensor,
+        table: Tensor,
+        operands: list[Tensor],
+        workspace: int,
+    ) -> None:
+        self.module, self.values, self.table, self.workspace = module, values, table, workspace
+        self.chunk = slice(0, len(values)) if operands else None
+        self.operands = operands
+
+    def __call__(self, chunk: slice) -> list[Tensor]:
+        if self.chunk != chunk:
+            self.operands = self.module.prepare(self.values[chunk], self.table, self.workspace)
+            self.chunk = chunk
+        return self.operands
 
 
 def no_vmap(*_: object) -> None:

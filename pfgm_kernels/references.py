@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from pfgm_kernels.backends import BACKENDS, choose
+
 DEFAULT_WORKSPACE = 256 << 20
 
 
@@ -15,7 +17,8 @@ class ReferenceSet:
     """The reference batch x0 of the field, checked and prepared once, constant under autograd.
 
     Holds a view of `x0`, not a copy (except where float16 or bfloat16 must become float32, or
-    where `x0` is not contiguous).
+    where `x0` is not contiguous), and what the backend computes from it once: on a CPU norms, and
+    where float32 values turn out to be 8-bit images a copy in 8 bits. `nbytes` counts everything.
 
     Args:
         x0: (N, *event), floating point, finite, N ≥ 1.
@@ -33,6 +36,8 @@ class ReferenceSet:
     """(256,) float32, what each 8-bit code stands for; (0,) for floating-point values."""
     event_shape: torch.Size
     workspace: int
+    operands: dict[str, list[Tensor]]
+    """What the backend that will run prepared of the references, by its name."""
 
     def __init__(self, x0: Tensor, *, workspace: int = DEFAULT_WORKSPACE) -> None:
         if isinstance(x0, Tensor) and x0.requires_grad:
@@ -87,6 +92,8 @@ class ReferenceSet:
             raise ValueError(f"workspace expects a number of bytes ≥ {1 << 20}, got {workspace!r}")
         self.values, self.table = values, table
         self.event_shape, self.workspace = event_shape, workspace
+        name = choose(None, values.device, values.shape[1], requires_grad=False)
+        self.operands = {name: BACKENDS[name].prepare(values, table, values.nbytes)}
 
     def to(self, device: torch.device | str) -> ReferenceSet:
         """The same set on another device (itself where it is there already)."""
@@ -108,7 +115,8 @@ class ReferenceSet:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that the set keeps alive."""
-        return self.values.nbytes + self.table.nbytes
+        prepared = [tensor for tensors in self.operands.values() for tensor in tensors]
+        return sum(tensor.nbytes for tensor in (self.values, self.table, *prepared))
 
     def __len__(self) -> int:
         return self.values.shape[0]

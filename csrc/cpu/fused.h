@@ -32,15 +32,6 @@ inline unsigned float_bits(VecFInt mask) {
 #endif
 }
 
-// The operands in place: floats stay floats even where a grid would hold them.
-inline Operands fused_operands(const FieldParams& p) {
-  FieldParams own = p;
-  own.norms = nullptr;
-  own.codes = nullptr;
-  own.workspace = 0;
-  return make_operands(own);
-}
-
 // The middle of ‖y‖²: what is left of the norms is rounded to float.
 inline double norm_centre(const FieldParams& p, const Operands& o) {
   const double middle = (o.norms[0] + o.norms[p.count / 2] + o.norms[p.count - 1]) / 3;

@@ -402,7 +402,11 @@ struct FusedForward {
       for (int q = 0; q < rest.size(tile); ++q) {
         const int64_t b = rest.row(tile, q);
         uncertified[b] = lists[q].size() > few || lists[q].empty();
-        if (!uncertified[b]) sparse_forward(p, reader, b, lists[q]);
+        if (uncertified[b]) continue;
+        const int64_t size = static_cast<int64_t>(lists[q].size());
+        SparseQuery query{b, &lists[q], std::vector<Pair>(size)};
+        compute_pairs(reader, nullptr, query, 0, size);
+        finish_sparse_forward(p, reader, query);
       }
     });
   }
@@ -442,7 +446,7 @@ struct FusedForward {
 }  // namespace
 
 void PFGM_ISA::fused_forward(const FieldParams& p, uint8_t* uncertified) {
-  const Operands operands = fused_operands(p);
+  const Operands operands = make_operands(p);
   Tiles tiles;
   for (int64_t b = 0; b < p.batch; ++b) {
     const QueryNorms norms = query_norms(p, operands, b);

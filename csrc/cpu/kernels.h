@@ -32,11 +32,15 @@ void exact_forward(const FieldParams&, Rows);
 void exact_backward_queries(const FieldParams&, Rows);
 
 // Direct differences in float, for d ≤ kMaxDirectDim. uncertified (B,): set to 1 for the queries
-// whose distances leave the range in which float keeps its relative precision, whose outputs are
-// then not written; 0 for the others.
+// whose distances leave the range in which float keeps its relative precision; 0 for the others.
 constexpr int64_t kMaxDirectDim = 32;
 void direct_forward(const FieldParams&, uint8_t* uncertified);
 void direct_backward_queries(const FieldParams&, uint8_t* uncertified);
+
+// One pass of products in float, for d ≤ kMaxFusedDim.
+constexpr int64_t kMaxFusedDim = 256;
+void fused_forward(const FieldParams&, uint8_t* uncertified);
+void fused_backward_queries(const FieldParams&, uint8_t* uncertified);
 
 // Two passes of products, in float or in 8-bit integers, for any d.
 void two_pass_forward(const FieldParams&, uint8_t* uncertified);

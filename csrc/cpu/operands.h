@@ -26,35 +26,19 @@ struct Operands {
   const double* origin;  // (d,)
   double radius;         // max ‖y‖, NaN where any reference is not finite
   Buffer<double> roots;  // (N,) ‖y‖
-
-  // What prepare() wrote, where the caller had nothing prepared.
-  Buffer<double> own_norms, own_grid;
-  Buffer<uint8_t> own_codes;
 };
 
-// The prepared operands, or operands prepared now. FieldParams' grid: unit, deviation (negative:
-// there are no codes), origin (d,).
+// What prepare_references wrote. FieldParams' grid: unit, deviation (negative: no codes), origin
+// (d,).
 inline Operands make_operands(const FieldParams& p) {
   Operands o{};
-  FieldParams own = p;
-  if (!p.norms) {
-    const bool encode = p.value_type == ValueType::kFloat32 && p.count <= p.workspace / 2 / p.dim;
-    o.own_norms = Buffer<double>(p.count);
-    o.own_grid = Buffer<double>(2 + p.dim);
-    if (encode) o.own_codes = Buffer<uint8_t>(p.count * p.dim);
-    own.norms = o.own_norms.get();
-    own.grid = o.own_grid.get();
-    own.codes = o.own_codes.get();
-    PFGM_ISA::prepare_references(own);
-  }
-  const bool coded = own.grid[1] >= 0;
-  if (!coded) o.own_codes = Buffer<uint8_t>();
-  o.norms = own.norms;
-  o.codes = !coded ? nullptr : own.codes ? own.codes : static_cast<const uint8_t*>(p.values);
-  o.unit = own.grid[0];
+  const bool coded = p.grid[1] >= 0;
+  o.norms = p.norms;
+  o.codes = !coded ? nullptr : p.codes ? p.codes : static_cast<const uint8_t*>(p.values);
+  o.unit = p.grid[0];
   o.inverse_unit = 1 / o.unit;
-  o.deviation = coded ? own.grid[1] : 0;
-  o.origin = own.grid + 2;
+  o.deviation = coded ? p.grid[1] : 0;
+  o.origin = p.grid + 2;
   o.roots = Buffer<double>(p.count);
   for (int64_t j = 0; j < p.count; ++j) {
     o.roots[j] = ::sqrt(o.norms[j]);

@@ -2,6 +2,8 @@
 // Which kernel computes which queries.
 #include <vector>
 
+#include "../field_math.h"
+#include "blocks.h"
 #include "kernels.h"
 
 namespace pfgm {
@@ -11,16 +13,28 @@ typedef void (*Fast)(const FieldParams&, uint8_t* uncertified);
 typedef void (*Exact)(const FieldParams&, PFGM_ISA::Rows);
 
 // The kernel that computes in float, or null where double is called for.
-Fast choose(const FieldParams& p, Fast direct, Fast two_pass) {
+Fast choose(const FieldParams& p, Fast direct, Fast fused, Fast two_pass) {
   if (!p.single || p.value_type == ValueType::kFloat64) return nullptr;
-  return p.dim <= PFGM_ISA::kMaxDirectDim ? direct : two_pass;
+  if (p.dim <= PFGM_ISA::kMaxDirectDim) return direct;
+  return p.dim <= PFGM_ISA::kMaxFusedDim ? fused : two_pass;
 }
 
-// Runs the fast kernel, and the exact one for what it could not certify.
-void run(const FieldParams& p, Fast fast, Exact exact) {
-  if (!fast) return exact(p, {nullptr, p.batch});
-  const Buffer<uint8_t> uncertified(p.batch);
-  fast(p, uncertified.get());
+// Whether the displacement all but cancels: its digits, of which a normalised field needs all, are
+// then those that float does not have.
+bool cancels(const FieldParams& p, int64_t b) {
+  const int64_t ld = round_up(p.dim, kPad);
+  const double t = p.t[b], *x = p.x + b * ld, *displacement = p.displacement + b * ld;
+  double total = t * t, anchor = total;
+  for (int64_t c = 0; c < p.dim; ++c) {
+    const double offset = decode(p, p.anchor[b] * p.dim + c) - x[c];
+    total += displacement[c] * displacement[c];
+    anchor += offset * offset;
+  }
+  return total < 1e-6 * anchor;
+}
+
+// Runs the exact kernel for what the fast one could not certify.
+void finish(const FieldParams& p, const uint8_t* uncertified, Exact exact) {
   std::vector<int64_t> rows;
   for (int64_t b = 0; b < p.batch; ++b) {
     if (uncertified[b]) rows.push_back(b);
@@ -31,11 +45,23 @@ void run(const FieldParams& p, Fast fast, Exact exact) {
 }  // namespace
 
 void PFGM_ISA::field_forward(const FieldParams& p) {
-  run(p, choose(p, direct_forward, two_pass_forward), exact_forward);
+  const Fast fast = choose(p, direct_forward, fused_forward, two_pass_forward);
+  if (!fast) return exact_forward(p, {nullptr, p.batch});
+  const Buffer<uint8_t> uncertified(p.batch);
+  fast(p, uncertified.get());
+  parallel_for(p.num_threads, p.batch, [&](int64_t b, int) {
+    if (!uncertified[b]) uncertified[b] = cancels(p, b);
+  });
+  finish(p, uncertified.get(), exact_forward);
 }
 
 void PFGM_ISA::field_backward_queries(const FieldParams& p) {
-  run(p, choose(p, direct_backward_queries, two_pass_backward_queries), exact_backward_queries);
+  const Fast fast =
+      choose(p, direct_backward_queries, fused_backward_queries, two_pass_backward_queries);
+  if (!fast) return exact_backward_queries(p, {nullptr, p.batch});
+  const Buffer<uint8_t> uncertified(p.batch);
+  fast(p, uncertified.get());
+  finish(p, uncertified.get(), exact_backward_queries);
 }
 
 }  // namespace pfgm

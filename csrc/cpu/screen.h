@@ -205,17 +205,5 @@ inline bool in_range(const FieldParams& p, const Operands& o, int64_t b) {
   return norms.squared + norms.t_squared < 1e30 && o.radius < 1e15;
 }
 
-// Calls run(tiles) for as many queries at a time as have room for their products in the workspace.
-template <class Run>
-void for_chunks(const FieldParams& p, const Tiles& all, const Run& run) {
-  const int64_t fit = p.workspace / 2 / (4 * p.count) / kTileQueries * kTileQueries;
-  const int64_t most = std::max<int64_t>(kTileQueries, fit);
-  for (auto first = all.rows.begin(); first < all.rows.end();) {
-    const auto last = first + std::min<int64_t>(most, all.rows.end() - first);
-    run(Tiles{{first, last}});
-    first = last;
-  }
-}
-
 }  // namespace
 }  // namespace pfgm

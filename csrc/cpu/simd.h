@@ -180,7 +180,7 @@ inline VecF exp(VecF v) {
 // 1/√v of a positive, normal v to 2 units in the last place.
 inline VecF reciprocal_root(VecF v) {
 #if defined(__AVX512F__)
-  const VecF r = (VecF)_mm512_rsqrt14_ps((__m512)v);
+  const VecF r = (VecF)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)v);
   return r + 0.5f * r * (1.0f - (v * r) * r);  // one Newton step
 #else
   VecF root;

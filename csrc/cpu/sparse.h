@@ -117,11 +117,20 @@ struct SparseQuery {
   std::vector<Pair> pairs;  // of the listed references
 };
 
-// The sums of all pairs, shared out evenly: some lists are long. g (B, ld) or null.
+// The sums of pairs first to last of a query's list. g (B, ld) or null.
+inline void compute_pairs(const RowReader& reader, const double* g, SparseQuery& query,
+                          int64_t first, int64_t last) {
+  const int64_t start = query.b * round_up(reader.p.dim, kPad);
+  for (int64_t i = first; i < last; ++i) {
+    query.pairs[i] =
+        pair_sums(reader, reader.p.x + start, g ? g + start : nullptr, (*query.list)[i]);
+  }
+}
+
+// The sums of all pairs, shared out evenly: some lists are long.
 inline void compute_pairs(const FieldParams& p, const RowReader& reader, const double* g,
                           std::vector<SparseQuery>& queries) {
-  constexpr int64_t kPairs = 32;  // of a task
-  const int64_t ld = round_up(p.dim, kPad);
+  constexpr int64_t kPairs = 32;                   // of a task
   std::vector<std::pair<int64_t, int64_t>> tasks;  // query, first of its list
   for (size_t i = 0; i < queries.size(); ++i) {
     const int64_t size = static_cast<int64_t>(queries[i].list->size());
@@ -133,71 +142,72 @@ inline void compute_pairs(const FieldParams& p, const RowReader& reader, const d
   parallel_for(p.num_threads, static_cast<int64_t>(tasks.size()), [&](int64_t task, int) {
     SparseQuery& query = queries[tasks[task].first];
     const int64_t first = tasks[task].second, size = static_cast<int64_t>(query.pairs.size());
-    const double *x = p.x + query.b * ld, *cotangent = g ? g + query.b * ld : nullptr;
-    for (int64_t i = first; i < std::min(size, first + kPairs); ++i) {
-      query.pairs[i] = pair_sums(reader, x, cotangent, (*query.list)[i]);
-    }
+    compute_pairs(reader, g, query, first, std::min(size, first + kPairs));
   });
 }
 
 // Displacement and log mass over the listed references (Eqs. 3 and 12).
+inline void finish_sparse_forward(const FieldParams& p, const RowReader& reader,
+                                  const SparseQuery& query) {
+  const int64_t b = query.b, ld = round_up(p.dim, kPad);
+  const RadialKernel kernel(p.half_k, p.t[b]);
+  const double *x = p.x + b * ld, offset = kernel.s_offset(p.t[b]);
+  double nearest = INFINITY, sum = 0;
+  for (size_t n = 0; n < query.pairs.size(); ++n) {
+    const double s = query.pairs[n].distance + offset;
+    if (s < nearest) {
+      nearest = s;
+      p.anchor[b] = (*query.list)[n];
+    }
+  }
+  double* displacement = p.displacement + b * ld;
+  std::fill(displacement, displacement + ld, 0.0);
+  const double negligible = ::exp(-cutoff_depth(p));
+  for (size_t n = 0; n < query.pairs.size(); ++n) {
+    const double weight = kernel.relative_weight(query.pairs[n].distance + offset, nearest);
+    if (weight < negligible) continue;
+    sum += weight;
+    add_row(reader, x, (*query.list)[n], weight, displacement);
+  }
+  for (int64_t c = 0; c < ld; ++c) displacement[c] /= sum;
+  p.log_mass[b] = kernel.logit(nearest) + ::log(sum);
+  p.anchor_log_weight[b] = -::log(sum);
+}
+
 inline void sparse_forward(const FieldParams& p, const RowReader& reader,
                            std::vector<SparseQuery>& queries) {
   compute_pairs(p, reader, nullptr, queries);
-  const int64_t ld = round_up(p.dim, kPad);
-  const double negligible = ::exp(-cutoff_depth(p));
-  parallel_for(p.num_threads, static_cast<int64_t>(queries.size()), [&](int64_t i, int) {
-    const SparseQuery& query = queries[i];
-    const int64_t b = query.b;
-    const RadialKernel kernel(p.half_k, p.t[b]);
-    const double *x = p.x + b * ld, offset = kernel.s_offset(p.t[b]);
-    double nearest = INFINITY, sum = 0;
-    for (size_t n = 0; n < query.pairs.size(); ++n) {
-      const double s = query.pairs[n].distance + offset;
-      if (s < nearest) {
-        nearest = s;
-        p.anchor[b] = (*query.list)[n];
-      }
-    }
-    double* displacement = p.displacement + b * ld;
-    std::fill(displacement, displacement + ld, 0.0);
-    for (size_t n = 0; n < query.pairs.size(); ++n) {
-      const double weight = kernel.relative_weight(query.pairs[n].distance + offset, nearest);
-      if (weight < negligible) continue;
-      sum += weight;
-      add_row(reader, x, (*query.list)[n], weight, displacement);
-    }
-    for (int64_t c = 0; c < ld; ++c) displacement[c] /= sum;
-    p.log_mass[b] = kernel.logit(nearest) + ::log(sum);
-    p.anchor_log_weight[b] = -::log(sum);
-  });
+  parallel_for(p.num_threads, static_cast<int64_t>(queries.size()),
+               [&](int64_t i, int) { finish_sparse_forward(p, reader, queries[i]); });
 }
 
 // Gradients for x and t over the listed references (exact_backward.cpp).
+inline void finish_sparse_backward(const FieldParams& p, const RowReader& reader,
+                                   const SparseQuery& query) {
+  const int64_t b = query.b, ld = round_up(p.dim, kPad);
+  const RadialKernel kernel(p.half_k, p.t[b]);
+  const double *x = p.x + b * ld, offset = kernel.s_offset(p.t[b]);
+  double* dx = p.dx + b * ld;
+  std::fill(dx, dx + ld, 0.0);
+  double sum = 0;
+  for (size_t n = 0; n < query.pairs.size(); ++n) {
+    const double s = query.pairs[n].distance + offset;
+    const double logit = kernel.relative_logit<ScalarMath>(s, p.anchor_s[b]);
+    const double weight = ::exp(logit + p.anchor_log_weight[b]);
+    if (weight == 0) continue;
+    const double a = query.pairs[n].projection - p.projection[b] + p.grad_log_mass[b];
+    const double c = weight * a * (kernel.gaussian ? kernel.inverse_two_t2 : p.half_k / s);
+    sum += kernel.gaussian ? c * s : c;
+    add_row(reader, x, (*query.list)[n], 2 * c, dx);
+  }
+  p.dt[b] = sum * (kernel.gaussian ? 2 / p.t[b] : -2 * p.t[b]);
+}
+
 inline void sparse_backward(const FieldParams& p, const RowReader& reader,
                             std::vector<SparseQuery>& queries) {
   compute_pairs(p, reader, p.grad_displacement, queries);
-  const int64_t ld = round_up(p.dim, kPad);
-  parallel_for(p.num_threads, static_cast<int64_t>(queries.size()), [&](int64_t i, int) {
-    const SparseQuery& query = queries[i];
-    const int64_t b = query.b;
-    const RadialKernel kernel(p.half_k, p.t[b]);
-    const double *x = p.x + b * ld, offset = kernel.s_offset(p.t[b]);
-    double* dx = p.dx + b * ld;
-    std::fill(dx, dx + ld, 0.0);
-    double sum = 0;
-    for (size_t n = 0; n < query.pairs.size(); ++n) {
-      const double s = query.pairs[n].distance + offset;
-      const double logit = kernel.relative_logit<ScalarMath>(s, p.anchor_s[b]);
-      const double weight = ::exp(logit + p.anchor_log_weight[b]);
-      const double a = query.pairs[n].projection - p.projection[b] + p.grad_log_mass[b];
-      const double c = weight * a * (kernel.gaussian ? kernel.inverse_two_t2 : p.half_k / s);
-      if (weight == 0) continue;
-      sum += kernel.gaussian ? c * s : c;
-      add_row(reader, x, (*query.list)[n], 2 * c, dx);
-    }
-    p.dt[b] = sum * (kernel.gaussian ? 2 / p.t[b] : -2 * p.t[b]);
-  });
+  parallel_for(p.num_threads, static_cast<int64_t>(queries.size()),
+               [&](int64_t i, int) { finish_sparse_backward(p, reader, queries[i]); });
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gradients for x and t (exact_backward.cpp) for larger d and float32 queries, in two passes as in
-// two_pass_forward.cpp. For the queries of the second pass, with g' = g / (the largest |g|),
+// two_pass_forward.cpp. For the queries of the second pass, with g' = g / about the largest |g|,
 //
 //   c_j ∝ w_j (g'·y_j + K) s_a / s_j,   Σ_j c_j (x0_j − x) ∝ unit Σ_j c_j y_j + (origin − x) Σ_j
 //   c_j
@@ -17,10 +17,10 @@ struct Pull {
   const SecondPass& pass;
   const FieldParams& p;
   const Tiles& tiles;
-  Buffer<float> cotangents;         // g' packed, (dim, width) for each tile
+  Buffer<float> cotangents;  // g' packed, (dim, width) for each tile
   // (padded,) K to twice the digits, for it nearly cancels g'·y; and the anchors' log weights.
   Buffer<float> constants, corrections, masses;
-  Buffer<double> moments;           // (blocks, padded) Σ c u over a block, for the Gaussian kernel
+  Buffer<double> moments;  // (blocks, padded) Σ c u over a block, for the Gaussian kernel
 
   explicit Pull(const SecondPass& pass)
       : pass(pass),
@@ -192,10 +192,11 @@ struct Backward {
         largest = std::max(largest, std::abs(g[c]));
         shift += g[c] * (o.origin[c] - x[c]);
       }
-      scales[i] = std::max(largest, 1e-300) * o.unit;
-      const double constant = (shift - p.projection[b] + p.grad_log_mass[b]) / scales[i];
-      pull.constants[i] = static_cast<float>(constant);
-      pull.corrections[i] = static_cast<float>(constant - pull.constants[i]);
+      const double constant = shift - p.projection[b] + p.grad_log_mass[b];
+      const double scale = std::max(largest * o.unit, std::abs(constant) * 1e-6);
+      scales[i] = scale > 0 ? scale : 1;
+      pull.constants[i] = static_cast<float>(constant / scales[i]);
+      pull.corrections[i] = static_cast<float>(constant / scales[i] - pull.constants[i]);
       pull.masses[i] = static_cast<float>(p.anchor_log_weight[b]);
     }
     double residuals[kTileQueries];
@@ -232,9 +233,7 @@ void PFGM_ISA::two_pass_backward_queries(const FieldParams& p, uint8_t* uncertif
     uncertified[b] = singular || !in_range(p, operands, b);
     if (!uncertified[b]) usable.rows.push_back(b);
   }
-  for_chunks(p, usable, [&](const Tiles& tiles) {
-    Backward{p, operands, RowReader(p), uncertified}.run(tiles);
-  });
+  if (!usable.rows.empty()) Backward{p, operands, RowReader(p), uncertified}.run(usable);
 }
 
 }  // namespace pfgm

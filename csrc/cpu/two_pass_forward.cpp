@@ -151,9 +151,7 @@ void PFGM_ISA::two_pass_forward(const FieldParams& p, uint8_t* uncertified) {
     uncertified[b] = !in_range(p, operands, b);
     if (!uncertified[b]) usable.rows.push_back(b);
   }
-  for_chunks(p, usable, [&](const Tiles& tiles) {
-    Forward{p, operands, RowReader(p), uncertified}.run(tiles);
-  });
+  if (!usable.rows.empty()) Forward{p, operands, RowReader(p), uncertified}.run(usable);
 }
 
 }  // namespace pfgm

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ kernels for CPUs: direct differences in float64, SIMD and OpenMP, no (B, N) matrix."""
+"""The C++ kernels for CPUs (csrc/cpu): SIMD, threads, float32 wherever it is certain to do."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 from pfgm_kernels.backends import _native
 
 PAD = 8  # the kernels read rows padded to a multiple of this
+TILE = 64  # queries that they take at a time
+MAX_DIRECT_DIM = 32  # up to here they need nothing prepared
 
 
 def unsupported_reason(
@@ -24,15 +26,34 @@ def unsupported_reason(
 
 
 def chunk_shape(batch: int, count: int, d: int, workspace: int) -> tuple[int, int]:
-    """Everything at once: the kernels bound their own memory."""
-    return batch, count
+    """The kernels for larger d keep a float for each query and reference, at times two."""
+    if d <= MAX_DIRECT_DIM:
+        return batch, count
+    pairs = workspace // 2 // (2 * 4)
+    count = max(1, min(count, pairs // TILE))
+    return max(TILE, pairs // count // TILE * TILE), count
+
+
+def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
+    """Norms (N,) and the grid (2 + d,) of the values for the kernels for larger d, and codes (N, d)
+    uint8 where float32 values turn out to lie on a grid of 256 steps (csrc/cpu/operands.h).
+    """
+    count, d = values.shape
+    if values.dtype == torch.float64 or d <= MAX_DIRECT_DIM:
+        return []
+    norms = torch.empty(count, dtype=torch.float64)
+    grid = torch.empty(2 + d, dtype=torch.float64)
+    encode = values.dtype == torch.float32 and values.numel() <= workspace
+    codes = [torch.empty(values.shape, dtype=torch.uint8)] if encode else []
+    _native.launch("prepare_references_cpu", **_references(values, table, [norms, grid, *codes]))
+    return [norms, grid, *(codes if grid[1] >= 0 else [])]
 
 
 def forward(
-    x: Tensor, t: Tensor, values: Tensor, table: Tensor, k: float
+    x: Tensor, t: Tensor, values: Tensor, table: Tensor, operands: list[Tensor], k: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, d = x.shape
-    arguments = _common(x, t, values, table, k)
+    arguments = _common(x, t, values, table, operands, k)
     displacement = torch.empty_like(arguments["x"])
     log_mass, anchor_log_weight = displacement.new_empty(batch), displacement.new_empty(batch)
     anchor = torch.empty(batch, dtype=torch.int64)
@@ -52,6 +73,7 @@ def backward(
     t: Tensor,
     values: Tensor,
     table: Tensor,
+    operands: list[Tensor],
     k: float,
     displacement: Tensor,
     anchor_x0: Tensor,
@@ -64,7 +86,7 @@ def backward(
     anchor_s = (anchor_x0 - x).square().sum(1)
     if k != torch.inf:
         anchor_s += t * t
-    arguments = _common(x, t, values, table, k) | {
+    arguments = _common(x, t, values, table, operands, k) | {
         "anchor_s": anchor_s,
         "anchor_log_weight": anchor_log_weight,
         "grad_displacement": _padded(grad_displacement),
@@ -80,19 +102,27 @@ def backward(
     return dx[:, :d], dt, dvalues
 
 
-def _common(x: Tensor, t: Tensor, values: Tensor, table: Tensor, k: float) -> dict[str, Any]:
-    return {
+def _common(
+    x: Tensor, t: Tensor, values: Tensor, table: Tensor, operands: list[Tensor], k: float
+) -> dict[str, Any]:
+    return _references(values, table, operands) | {
         "batch": x.shape[0],
-        "count": values.shape[0],
-        "dim": x.shape[1],
         "half_k": k / 2,
         "x": _padded(x),
         "t": t.contiguous(),
+        "single": x.dtype == torch.float32,
+    }
+
+
+def _references(values: Tensor, table: Tensor, operands: list[Tensor]) -> dict[str, Any]:
+    return {
+        "count": values.shape[0],
+        "dim": values.shape[1],
+        "half_k": 1.0,
         "values": values.contiguous(),
         "table": table.contiguous(),
         "value_type": str(values.dtype).removeprefix("torch."),
-        "single": x.dtype == torch.float32,
-        "workspace": 256 << 20,
+        **dict(zip(("norms", "grid", "codes"), operands, strict=False)),
     }
 
 

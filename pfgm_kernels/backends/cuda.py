@@ -66,8 +66,12 @@ def chunk_shape(batch: int, count: int, d: int, workspace: int) -> tuple[int, in
     return rows, count
 
 
+def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
+    return []
+
+
 def forward(
-    x: Tensor, t: Tensor, values: Tensor, table: Tensor, k: float
+    x: Tensor, t: Tensor, values: Tensor, table: Tensor, operands: list[Tensor], k: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, d = x.shape
     splits = _num_splits(batch, values.shape[0])

@@ -30,8 +30,12 @@ def chunk_shape(batch: int, count: int, d: int, workspace: int) -> tuple[int, in
     return rows, max(1, min(count, workspace // 2 // per_reference))
 
 
+def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
+    return []
+
+
 def forward(
-    x: Tensor, t: Tensor, values: Tensor, table: Tensor, k: float
+    x: Tensor, t: Tensor, values: Tensor, table: Tensor, operands: list[Tensor], k: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Displacement and log mass of one chunk: Eqs. (3) and (12), as `ops` says."""
     x, rows = x.double(), decode(values, table)
@@ -64,6 +68,7 @@ def backward(
     t: Tensor,
     values: Tensor,
     table: Tensor,
+    operands: list[Tensor],
     k: float,
     displacement: Tensor,
     anchor_x0: Tensor,
