@@ -6,7 +6,6 @@ PFGM_CUDA_ARCHS lists the architectures, "80;90;100;120" by default (those that 
 """
 
 import os
-import platform
 import shutil
 import sysconfig
 from pathlib import Path
@@ -22,11 +21,9 @@ CXX = os.environ.get("CXX", "g++")
 FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -Wall -Wextra -Wno-psabi"
 CUDA_FLAGS = "-std=c++17 -O3 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 CPU_SOURCES = sorted({file.stem for file in (SOURCES / "cpu").glob("*.cpp")} - {"dispatch"})
-ISA_FLAGS = {"portable": ""}
-if platform.machine() == "x86_64":
-    AVX512 = "-mavx512f -mavx512dq -mavx512vl -mfma"
-    ISA_FLAGS |= {"avx2": "-mavx2 -mfma", "avx512": AVX512}
-    ISA_FLAGS["avx512vnni"] = f"{AVX512} -mavx512bw -mavx512vnni"
+AVX512 = "-mavx512f -mavx512dq -mavx512vl -mfma"
+X86 = {"avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512vnni": f"{AVX512} -mavx512bw -mavx512vnni"}
+ISA_FLAGS = {"portable": "", **(X86 if os.uname().machine == "x86_64" else {})}
 
 
 def find_nvcc() -> str | None:
@@ -60,12 +57,12 @@ def ninja_file(output: Path) -> str:
         for name in CPU_SOURCES:
             edges[f"{name}_{isa}.o"] = ("cxx", f"cpu/{name}.cpp", f"-O3 -DPFGM_ISA={isa} {flags}")
     edges["dispatch.o"] = ("cxx", "cpu/dispatch.cpp", "-O2")
-    include = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')} {defines}"
-    edges["bindings.o"] = ("cxx", "bindings.cpp", f"-O1 {include}")
+    include = f"-O1 -I{pybind11.get_include()} -I{sysconfig.get_path('include')} {defines}"
+    edges["bindings.o"] = ("cxx", "bindings.cpp", include)
     compile_ = "$flags -MD -MF $out.d -c $in -o $out\n  deps = gcc\n  depfile = $out.d"
-    lines = [f"rule cxx\n  command = {CXX} {FLAGS} {compile_}"]
-    lines += [f"rule nvcc\n  command = {nvcc} {CUDA_FLAGS} {compile_}"]
-    lines += [f"rule link\n  command = {link} $in -o $out"]
+    rules = {"cxx": f"{CXX} {FLAGS} {compile_}", "nvcc": f"{nvcc} {CUDA_FLAGS} {compile_}"}
+    rules["link"] = f"{link} $in -o $out"
+    lines = [f"rule {name}\n  command = {command}" for name, command in rules.items()]
     for target, (rule, source, flags) in edges.items():
         lines += [f"build {target}: {rule} {SOURCES / source}\n  flags = {flags}"]
     return "\n".join([*lines, f"build {output}: link {' '.join(edges)}", ""])

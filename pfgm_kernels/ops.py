@@ -46,8 +46,9 @@ torch.library.define(
 torch.library.define(
     "pfgm::field_backward",
     "(Tensor x, Tensor t, Tensor values, Tensor table, Tensor[] operands, float k,"
-    " Tensor displacement, Tensor anchor, Tensor anchor_log_weight, Tensor grad_displacement, Tensor grad_log_mass, bool values_grad,"
-    " int workspace, str backend) -> (Tensor, Tensor, Tensor)",
+    " Tensor displacement, Tensor anchor, Tensor anchor_log_weight, Tensor grad_displacement,"
+    " Tensor grad_log_mass, bool values_grad, int workspace, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -87,7 +88,7 @@ def _field_forward(
 ) -> Partial:
     module = BACKENDS[backend]
     sizes = module.chunk_shape(x.shape[0], *values.shape, workspace)
-    prepared = _Prepared(module, values, table, operands, workspace // 2)
+    prepared = _Prepared(module, values, table, operands, workspace * 5 // 8)
     blocks = []
     with torch.autocast(x.device.type, enabled=False):
         for queries in _slices(x.shape[0], sizes[0]):
@@ -124,7 +125,7 @@ def _field_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     module = BACKENDS[backend]
     sizes = module.chunk_shape(x.shape[0], *values.shape, workspace)
-    prepared = _Prepared(module, values, table, operands, workspace // 2)
+    prepared = _Prepared(module, values, table, operands, workspace * 5 // 8)
     anchor_x0 = decode(values[anchor], table)
     dx = -grad_displacement
     dt = torch.zeros_like(t)

@@ -71,7 +71,7 @@ def test_setup_is_short_and_does_not_need_torch() -> None:
 
 def test_no_nvcc_is_no_error(script: dict[str, Any], no_nvcc: None) -> None:
     text = script["ninja_file"](Path("_C.so"))
-    assert "cpu/field_forward.cpp" in text
+    assert "cpu/exact_forward.cpp" in text
     assert "field_forward.cu" not in text
     assert "PFGM_CUDA_ARCHS" not in text
 
@@ -135,7 +135,7 @@ def test_the_extension_links_neither_torch_nor_the_cuda_runtime() -> None:
 def test_build_info() -> None:
     info = _native.build_info
     assert any(c.isdigit() for c in info["compiler"])
-    assert info["instruction set"] in ("portable", "avx2", "avx512")
+    assert info["instruction set"] in ("portable", "avx2", "avx512", "avx512vnni")
     if info["CUDA"] == "none":
         assert "architectures" not in info
     else:
@@ -246,7 +246,7 @@ def test_a_launch_without_a_device_raises() -> None:
         pytest.skip("the extension was built without CUDA")
     t = torch.ones(2, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="CUDA error: "):
-        cuda.forward(torch.ones(2, 3), t, torch.ones(4, 3), torch.empty(0), 4.0)
+        cuda.forward(torch.ones(2, 3), t, torch.ones(4, 3), torch.empty(0), [], 4.0)
 
 
 @pytest.mark.parametrize("workspace", [1 << 20, 1 << 24, 1 << 28])
@@ -269,5 +269,5 @@ def test_temporaries_stay_within_the_workspace(
     monkeypatch.setattr(_native, "launch", measure)
     with torch.device("meta"):
         x, t, values = torch.empty(rows, d), torch.empty(rows).double(), torch.empty(count, d)
-        cuda.forward(x, t, values, torch.empty(0), d + 1)
+        cuda.forward(x, t, values, torch.empty(0), [], d + 1)
     assert allocated <= workspace

@@ -74,7 +74,7 @@ def check(case: Case, expected: Truth) -> None:
     """The case's values, and the anchor with its weight."""
     k = case.d + case.D
     t = case.t.double()
-    v, log_mass, anchor, anchor_log_weight = cuda.forward(case.x, t, case.x0, NO_TABLE, k)
+    v, log_mass, anchor, anchor_log_weight = cuda.forward(case.x, t, case.x0, NO_TABLE, [], k)
     assert_displacement(v, expected, FLOAT64)
     assert_log_mass(log_mass, expected)
     rows = torch.arange(len(v))
@@ -143,8 +143,8 @@ def test_every_storage() -> None:
     x0 = references.table[images.int()]
     x = x0[:7] + 0.5
     t = torch.full((7,), 0.7, dtype=torch.float64)
-    decoded = cuda.forward(x, t, x0, NO_TABLE, 10)
-    coded = cuda.forward(x, t, images, references.table, 10)
+    decoded = cuda.forward(x, t, x0, NO_TABLE, [], 10)
+    coded = cuda.forward(x, t, images, references.table, [], 10)
     assert all(map(torch.equal, decoded, coded))
     check(Case(x.double(), t, x0), solve(x, t, x0))
     fine = 1000 + 1e-9 * torch.randn(300, 9, dtype=torch.float64, generator=seeded())
@@ -153,7 +153,7 @@ def test_every_storage() -> None:
 
 
 def outputs(x: Tensor, t: Tensor, x0: Tensor, D: float) -> tuple[Tensor, Tensor, Tensor]:
-    v, log_mass, anchor, anchor_log_weight = cuda.forward(x, t, x0, NO_TABLE, x.shape[1] + D)
+    v, log_mass, anchor, anchor_log_weight = cuda.forward(x, t, x0, NO_TABLE, [], x.shape[1] + D)
     assert ((anchor >= 0) & (anchor < len(x0))).all()
     return v, log_mass, anchor_log_weight
 
@@ -203,6 +203,6 @@ def test_no_queries() -> None:
 def test_sizes_out_of_range_are_refused() -> None:
     t = torch.ones(1).double()
     with pytest.raises(RuntimeError, match="dimension out of range"):
-        cuda.forward(torch.ones(1, 33), t, torch.ones(5, 33), NO_TABLE, 34)
+        cuda.forward(torch.ones(1, 33), t, torch.ones(5, 33), NO_TABLE, [], 34)
     with pytest.raises(RuntimeError, match="sizes out of range"):
-        cuda.forward(torch.ones(1, 3), t, torch.ones(5, 3), NO_TABLE, -1)
+        cuda.forward(torch.ones(1, 3), t, torch.ones(5, 3), NO_TABLE, [], -1)

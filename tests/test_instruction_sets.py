@@ -46,7 +46,7 @@ NAMES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["portable", "avx2", "avx512"])
+@pytest.fixture(scope="module", params=["portable", "avx2", "avx512", "avx512vnni"])
 def instruction_set(request: pytest.FixtureRequest, poison: None) -> Iterator[str]:
     original = _C.build_info()["instruction set"]
     try:

@@ -15,11 +15,15 @@
 namespace pfgm {
 namespace {
 
-constexpr int64_t kFusedRows = 240;  // references in a block, a multiple of kProductRows
-constexpr int64_t kGatherStep = 80;  // references whose weights stay in the first-level cache
+constexpr int64_t kFusedRows = 240;  // references in a block, a multiple of all product_rows()
 constexpr int64_t kFusedDepth = 64;  // columns whose products are summed in one go, about
+constexpr int64_t kGatherStep = 80;  // references whose weights stay in the first-level cache
+constexpr int kWeighRows = 4;        // references that are weighed together
 constexpr int kTasksPerThread = 4;   // at least, as far as the references can be shared out
 constexpr int64_t kMinPart = 4 * kFusedRows;
+// Logits may be off by this much if all roundings of a product added up.
+constexpr double kFusedTolerance = 4e-5;
+constexpr double kLeastS = 1e-30;  // of which a float holds the reciprocal
 
 // A bit for each lane whose mask is set.
 inline unsigned float_bits(VecFInt mask) {
@@ -100,16 +104,6 @@ struct FusedBlock {
   }
 };
 
-// Packs −2 x' and ones below, (dim + 1, width).
-inline void pack_queries(const FieldParams& p, const Operands& o, const Tiles& tiles, int64_t tile,
-                         float* packed, double* residuals) {
-  const int64_t width = tiles.width(tile);
-  pack_floats(
-      tiles, tile, p.dim, [&](int64_t b, int64_t c) { return -2 * shifted(p, o, b, c); }, packed,
-      residuals);
-  for (int64_t q = 0; q < width; ++q) packed[p.dim * width + q] = 1;
-}
-
 // log1p and exp as in simd.h, less the care for what cannot occur here: 0 ≤ u ≤ kMostU, and
 // logits of which those that count are in [−87, 0].
 constexpr float kMostU = 1e30f;
@@ -143,7 +137,7 @@ inline VecF plain_exp(VecF v) {
 #pragma GCC unroll 4
   for (int i = 3; i >= 0; --i) series = series * r + kExp[i];
   const VecF power = 1.0f + (r + r * r * series);
-  return (VecF)((VecFInt)power + ((VecFInt)shifted << 23));
+  return (VecF)((VecFBits)power + ((VecFBits)shifted << 23));
 }
 
 // (k/2) log1p(u), or u for the Gaussian kernel, as scale · log + correction · log: the correction
@@ -162,6 +156,153 @@ struct LogitScale {
   VecF logits(VecF u, VecF correction) const {
     const VecF log = gaussian ? u : plain_log1p(u);
     return -(log * scale) - log * correction;
+  }
+};
+
+// A query, in units of the operands where nothing else is said.
+struct FusedQuery {
+  RadialKernel kernel;
+  Bound bound;
+  double offset;   // s / unit² − r
+  double error;    // of r at most
+  double least_s;  // s of the nearest below which the weights are not precise enough
+};
+
+// Work area of a thread.
+struct FusedArea {
+  Buffer<float> y, packed, r, out;
+  Buffer<double> totals;
+  explicit FusedArea(int64_t dim)
+      : y(FusedBlock::size(dim)),
+        packed((dim + 1) * kTileQueries),
+        r(kFusedRows * kTileQueries),
+        out(dim * kTileQueries),
+        totals(dim * kTileQueries) {}
+};
+
+// The queries of a pass over the references, and what does not depend on what is computed.
+struct FusedPass {
+  const FieldParams& p;
+  const Operands& o;
+  const Tiles& tiles;
+  RowReader reader{p};
+  int64_t ld = round_up(p.dim, kPad);
+  int64_t size = static_cast<int64_t>(tiles.rows.size());
+  double centre = norm_centre(p, o);
+  Parts parts{p, tiles.count()};
+  std::vector<float> origin{o.origin, o.origin + p.dim};
+  std::vector<FusedQuery> queries{static_cast<size_t>(size)};
+  std::vector<FusedArea> areas;
+  Buffer<double> others{(parts.count - 1) * size * ld};
+
+  FusedPass(const FieldParams& p, const Operands& o, const Tiles& tiles)
+      : p(p), o(o), tiles(tiles) {
+    double spread = 0;  // of the norms
+    for (int64_t j = 0; j < p.count; ++j) spread = std::max(spread, std::abs(o.norms[j] - centre));
+    for (int i = 0; i < p.num_threads; ++i) areas.emplace_back(p.dim);
+    parallel_for(p.num_threads, tiles.count(), [&](int64_t tile, int thread) {
+      double residuals[kTileQueries];
+      pack(tiles, tile, areas[thread].packed.get(), residuals);
+      for (int q = 0; q < tiles.size(tile); ++q) {
+        queries[tile * kTileQueries + q] = make_query(tiles.row(tile, q), residuals[q] / 2, spread);
+      }
+    });
+  }
+
+  FusedQuery make_query(int64_t b, double residual, double spread) const {
+    const QueryNorms norms = query_norms(p, o, b);
+    const double roundings = static_cast<double>(p.dim) + 2, root = ::sqrt(norms.squared);
+    FusedQuery query;
+    query.kernel = RadialKernel(p.half_k, p.t[b]);
+    query.bound = make_bound(p, o, b, norms, 2, residual, roundings);
+    query.offset = query.bound.offset + centre;
+    query.error = query.bound.slope * o.radius + query.bound.constant + 2 * kFloatRounding * spread;
+    const double slope = query.kernel.gaussian ? query.kernel.inverse_two_t2 : p.half_k;
+    const double error =
+        2 * (kFloatRounding * root + residual) * o.radius + kFloatRounding * spread;
+    const double least = slope * error * o.unit * o.unit / kFusedTolerance;
+    const bool fine = least <= 1 && slope < 1 / kLeastS;
+    query.least_s = !query.kernel.gaussian ? std::max(kLeastS, least) : fine ? 0 : INFINITY;
+    return query;
+  }
+
+  // Packs −2 x' and ones below, (dim + 1, width).
+  void pack(const Tiles& from, int64_t tile, float* packed, double* residuals) const {
+    const auto value = [&](int64_t i, int64_t c) { return -2 * shifted(p, o, from.rows[i], c); };
+    pack_floats(from, tile, p.dim, value, packed, residuals);
+    std::fill_n(packed + p.dim * from.width(tile), from.width(tile), 1.0f);
+  }
+
+  // Calls visit(block, r, first) for the blocks of a part, with r (rows, width) of a tile.
+  template <class Visit>
+  void for_blocks(const Tiles& from, int64_t tile, const Parts& shares, int64_t part,
+                  FusedArea& area, const Visit& visit) const {
+    double residuals[kTileQueries];
+    pack(from, tile, area.packed.get(), residuals);
+    FusedBlock block{area.y.get(), origin.data(), p.dim};
+    const int64_t last = std::min(p.count, (part + 1) * shares.rows);
+    for (int64_t first = part * shares.rows; first < last; first += kFusedRows) {
+      block.load(p, o, centre, first, std::min(last - first, kFusedRows));
+      block.multiply(area.packed.get(), p.dim + 1, from.width(tile), area.r.get());
+      visit(block, area.r.get(), first);
+    }
+  }
+
+  // A row of ld values of a part: in `out` (B, ld) for the first one.
+  double* row(int64_t part, int64_t i, double* out) const {
+    return part == 0 ? out + tiles.rows[i] * ld : others.get() + ((part - 1) * size + i) * ld;
+  }
+
+  // Finishes those of the queries `index` by direct differences, g (B, ld) or null, that have few
+  // references whose r is at most limit(i); the others are left uncertified.
+  template <class Limit, class Finish>
+  void finish_sparse(const std::vector<int64_t>& index, uint8_t* uncertified, const double* g,
+                     const Limit& limit, const Finish& finish) {
+    if (index.empty()) return;
+    Tiles rest;
+    for (const int64_t i : index) rest.rows.push_back(tiles.rows[i]);
+    const Parts shares(p, rest.count());
+    const int64_t count = static_cast<int64_t>(index.size());
+    std::vector<std::vector<int32_t>> lists(count * shares.count);
+    parallel_for(p.num_threads, rest.count() * shares.count, [&](int64_t task, int thread) {
+      const int64_t tile = task / shares.count, part = task % shares.count;
+      const int64_t start = tile * kTileQueries;
+      float limits[kTileQueries];
+      std::fill_n(limits, kTileQueries, -INFINITY);
+      for (int q = 0; q < rest.size(tile); ++q) limits[q] = limit(index[start + q]);
+      list_candidates(rest, tile, shares, part, limits, lists.data() + part * count + start,
+                      areas[thread]);
+    });
+    parallel_for(p.num_threads, count, [&](int64_t i, int) {
+      std::vector<int32_t>& all = lists[i];
+      for (int64_t part = 1; part < shares.count; ++part) {
+        const std::vector<int32_t>& more = lists[part * count + i];
+        all.insert(all.end(), more.begin(), more.end());
+      }
+      const int64_t found = static_cast<int64_t>(all.size());
+      uncertified[rest.rows[i]] = all.empty() || found > few_candidates(p);
+      if (uncertified[rest.rows[i]]) return;
+      SparseQuery query{rest.rows[i], &all, std::vector<Pair>(found)};
+      compute_pairs(reader, g, query, 0, found);
+      finish(p, reader, query);
+    });
+  }
+
+  void list_candidates(const Tiles& rest, int64_t tile, const Parts& shares, int64_t part,
+                       float* limits, std::vector<int32_t>* lists, FusedArea& area) const {
+    const int64_t width = rest.width(tile), few = few_candidates(p);
+    for_blocks(rest, tile, shares, part, area, [&](FusedBlock& block, float* r, int64_t first) {
+      for (int64_t v = 0; v < width; v += kFloatLanes) {
+        for (int64_t j = 0; j < block.rows; ++j) {
+          const VecFInt listed = load(r + j * width + v) <= load(limits + v);
+          for (unsigned mask = float_bits(listed); mask; mask &= mask - 1) {
+            const int64_t q = v + __builtin_ctz(mask);
+            lists[q].push_back(static_cast<int32_t>(first + j));
+            if (static_cast<int64_t>(lists[q].size()) > few) limits[q] = -INFINITY;
+          }
+        }
+      }
+    });
   }
 };
 

@@ -14,24 +14,9 @@ namespace {
 
 // A reference with more than this share of the weight so far is taken by direct differences.
 constexpr double kFusedHeavy = 1.0 / 32;
-constexpr int kWeighRows = 4;
 constexpr size_t kMostListed = 64;  // heavy references that wait to be taken
-// Logits may be off by this much if all roundings of a product added up.
-constexpr double kFusedTolerance = 4e-5;
-// And displacements of light references by this much, relative to the distance.
+// Displacements of light references may be off by this much, relative to the distance.
 constexpr double kFusedDisplacement = 4e-7;
-constexpr double kLeastS = 1e-30;  // of which a float holds the reciprocal
-// Candidates up to which an uncertified query is finished by direct differences.
-constexpr int64_t kFusedFew = 64, kFusedShare = 16;
-
-// A query, in units of the operands where nothing else is said.
-struct FusedQuery {
-  RadialKernel kernel;
-  Bound bound;
-  double offset;   // s / unit² − r
-  double error;    // of r at most
-  double least_s;  // s of the nearest below which the weights are not precise enough
-};
 
 // What a task found for a query: the weights are relative to state.nearest, an s.
 struct Partial {
@@ -39,19 +24,6 @@ struct Partial {
   int64_t anchor = 0;
   float nearest = INFINITY;  // smallest r
   bool certified = false;
-};
-
-// Work area of a thread.
-struct Area {
-  Buffer<float> y, packed, r, out;
-  Buffer<double> totals, sums;
-  explicit Area(int64_t dim)
-      : y(FusedBlock::size(dim)),
-        packed((dim + 1) * kTileQueries),
-        r(kFusedRows * kTileQueries),
-        out(dim * kTileQueries),
-        totals(dim * kTileQueries),
-        sums(round_up(dim, kPad) * kTileQueries) {}
 };
 
 // The state of one tile of queries over one part of the references.
@@ -79,18 +51,17 @@ struct FusedTile {
   int64_t anchor[kTileQueries];
   std::vector<int32_t> lists[kTileQueries];
 
-  FusedTile(const FieldParams& p, const Operands& o, const RowReader& reader,
-            const FusedQuery* queries, const Tiles& tiles, int64_t tile, Area& area)
-      : p(p),
-        o(o),
-        reader(reader),
-        queries(queries),
-        rows(tiles.rows.data() + tile * kTileQueries),
-        size(tiles.size(tile)),
-        width(tiles.width(tile)),
-        ld(round_up(p.dim, kPad)),
-        totals(area.totals.get()),
-        sums(area.sums.get()) {
+  FusedTile(const FusedPass& pass, int64_t tile, double* totals, double* sums)
+      : p(pass.p),
+        o(pass.o),
+        reader(pass.reader),
+        queries(pass.queries.data() + tile * kTileQueries),
+        rows(pass.tiles.rows.data() + tile * kTileQueries),
+        size(pass.tiles.size(tile)),
+        width(pass.tiles.width(tile)),
+        ld(pass.ld),
+        totals(totals),
+        sums(sums) {
     for (int q = 0; q < width; ++q) {
       nearest[q] = q < size ? INFINITY : -INFINITY;
       certified[q] = q < size;
@@ -275,88 +246,37 @@ struct FusedTile {
   }
 };
 
-struct FusedForward {
-  const FieldParams& p;
-  const Operands& o;
-  const Tiles& tiles;
+struct FusedForward : FusedPass {
   uint8_t* uncertified;
-  RowReader reader{p};
-  int64_t ld = round_up(p.dim, kPad);
-  int64_t size = static_cast<int64_t>(tiles.rows.size());
-  double centre = norm_centre(p, o);
-  Parts parts{p, tiles.count()};
-  std::vector<float> origin{o.origin, o.origin + p.dim};
-  std::vector<FusedQuery> queries{static_cast<size_t>(size)};
   std::vector<Partial> partials{static_cast<size_t>(size * parts.count)};
-  Buffer<double> others{(parts.count - 1) * size * ld};  // displacements of all parts but the first
 
-  double* displacement(int64_t part, int64_t i) const {
-    return part == 0 ? p.displacement + tiles.rows[i] * ld
-                     : others.get() + ((part - 1) * size + i) * ld;
-  }
+  FusedForward(const FieldParams& p, const Operands& o, const Tiles& tiles, uint8_t* uncertified)
+      : FusedPass(p, o, tiles), uncertified(uncertified) {}
 
   void run() {
-    double spread = 0;  // of the norms
-    for (int64_t j = 0; j < p.count; ++j) spread = std::max(spread, std::abs(o.norms[j] - centre));
-    std::vector<Area> areas;
-    for (int i = 0; i < p.num_threads; ++i) areas.emplace_back(p.dim);
-    parallel_for(p.num_threads, tiles.count(), [&](int64_t tile, int thread) {
-      prepare(tile, spread, areas[thread].packed.get());
-    });
+    const Buffer<double> sums(p.num_threads * kTileQueries * ld);
     parallel_for(p.num_threads, tiles.count() * parts.count, [&](int64_t task, int thread) {
-      run_task(task / parts.count, task % parts.count, areas[thread]);
+      run_task(task / parts.count, task % parts.count, areas[thread],
+               sums.get() + thread * kTileQueries * ld);
     });
-    Tiles rest;
-    std::vector<int64_t> index;
+    std::vector<int64_t> rest;
     for (int64_t i = 0; i < size; ++i) {
-      if (combine(i)) continue;
-      index.push_back(i);
-      rest.rows.push_back(tiles.rows[i]);
+      if (!combine(i)) rest.push_back(i);
     }
-    if (!index.empty()) finish_sparse(rest, index, areas);
+    finish_sparse(
+        rest, uncertified, nullptr, [&](int64_t i) { return limit(i); }, finish_sparse_forward);
   }
 
-  void prepare(int64_t tile, double spread, float* packed) {
-    double residuals[kTileQueries];
-    pack_queries(p, o, tiles, tile, packed, residuals);
-    for (int q = 0; q < tiles.size(tile); ++q) {
-      const int64_t b = tiles.row(tile, q);
-      const QueryNorms norms = query_norms(p, o, b);
-      FusedQuery& query = queries[tile * kTileQueries + q];
-      query.kernel = RadialKernel(p.half_k, p.t[b]);
-      query.bound = make_bound(p, o, b, norms, 2, residuals[q] / 2, static_cast<double>(p.dim) + 2);
-      query.offset = query.bound.offset + centre;
-      query.error =
-          query.bound.slope * o.radius + query.bound.constant + 2 * kFloatRounding * spread;
-      const double slope = query.kernel.gaussian ? query.kernel.inverse_two_t2 : p.half_k;
-      const double error =
-          2 * (kFloatRounding * ::sqrt(norms.squared) + residuals[q] / 2) * o.radius +
-          kFloatRounding * spread;
-      const double least = slope * error * o.unit * o.unit / kFusedTolerance;
-      query.least_s = !query.kernel.gaussian       ? std::max(kLeastS, least)
-                      : least <= 1 && slope < 1e30 ? -INFINITY
-                                                   : INFINITY;
-    }
-  }
-
-  void run_task(int64_t tile, int64_t part, Area& area) {
-    const int64_t width = tiles.width(tile), start = tile * kTileQueries;
-    double residuals[kTileQueries];
-    pack_queries(p, o, tiles, tile, area.packed.get(), residuals);
-    FusedTile state(p, o, reader, queries.data() + start, tiles, tile, area);
-    FusedBlock block{area.y.get(), origin.data(), p.dim};
-    const int64_t last = std::min(p.count, (part + 1) * parts.rows);
-    for (int64_t first = part * parts.rows; first < last; first += kFusedRows) {
-      const int64_t count = std::min(last - first, kFusedRows);
-      block.load(p, o, centre, first, count);
-      float* r = area.r.get();
-      block.multiply(area.packed.get(), p.dim + 1, width, r);
-      if (!state.advance(r, first, count) || !state.weigh(r, first, count)) continue;
-      block.gather(r, width, area.out.get());
+  void run_task(int64_t tile, int64_t part, FusedArea& area, double* sums) {
+    const int64_t start = tile * kTileQueries;
+    FusedTile state(*this, tile, area.totals.get(), sums);
+    for_blocks(tiles, tile, parts, part, area, [&](FusedBlock& block, float* r, int64_t first) {
+      if (!state.advance(r, first, block.rows) || !state.weigh(r, first, block.rows)) return;
+      block.gather(r, state.width, area.out.get());
       state.add(area.out.get());
-    }
+    });
     for (int q = 0; q < state.size; ++q) {
-      state.finish(q, partials[part * size + start + q], displacement(part, start + q));
+      state.finish(q, partials[part * size + start + q], row(part, start + q, p.displacement));
     }
   }
 
@@ -364,7 +284,7 @@ struct FusedForward {
   bool combine(int64_t i) {
     Partial& all = partials[i];
     const RadialKernel& kernel = queries[i].kernel;
-    double* v = displacement(0, i);
+    double* v = row(0, i, p.displacement);
     for (int64_t part = 1; part < parts.count; ++part) {
       const Partial& other = partials[part * size + i];
       all.certified &= other.certified;
@@ -374,7 +294,7 @@ struct FusedForward {
       }
       if (!all.certified) continue;
       const OnlineState::Factors factors = all.state.merge(other.state, kernel);
-      const double* theirs = displacement(part, i);
+      const double* theirs = row(part, i, p.displacement);
       for (int64_t c = 0; c < p.dim; ++c) v[c] = factors.own * v[c] + factors.theirs * theirs[c];
     }
     if (!all.certified) return false;
@@ -388,58 +308,12 @@ struct FusedForward {
     return std::isfinite(p.log_mass[b]);
   }
 
-  // Queries whose weights are not precise enough, but that few references can carry weight for.
-  // rest: their rows; index: where they are among the queries.
-  void finish_sparse(const Tiles& rest, const std::vector<int64_t>& index,
-                     std::vector<Area>& areas) {
-    const size_t few = static_cast<size_t>(std::max(kFusedFew, p.count / kFusedShare));
-    parallel_for(p.num_threads, rest.count(), [&](int64_t tile, int thread) {
-      float limits[kTileQueries];
-      std::fill_n(limits, kTileQueries, -INFINITY);
-      for (int q = 0; q < rest.size(tile); ++q) limits[q] = limit(index[tile * kTileQueries + q]);
-      std::vector<int32_t> lists[kTileQueries];
-      list_candidates(rest, tile, few, limits, lists, areas[thread]);
-      for (int q = 0; q < rest.size(tile); ++q) {
-        const int64_t b = rest.row(tile, q);
-        uncertified[b] = lists[q].size() > few || lists[q].empty();
-        if (uncertified[b]) continue;
-        const int64_t size = static_cast<int64_t>(lists[q].size());
-        SparseQuery query{b, &lists[q], std::vector<Pair>(size)};
-        compute_pairs(reader, nullptr, query, 0, size);
-        finish_sparse_forward(p, reader, query);
-      }
-    });
-  }
-
   // Largest r that a reference of any weight can have.
   float limit(int64_t i) const {
     const FusedQuery& query = queries[i];
     const double smallest = double{partials[i].nearest} + centre;
     const double most = cutoff(query.bound, smallest + query.error) + query.error - centre;
     return std::nextafter(static_cast<float>(most), INFINITY);
-  }
-
-  void list_candidates(const Tiles& rest, int64_t tile, size_t few, float* limits,
-                       std::vector<int32_t>* lists, Area& area) {
-    const int64_t width = rest.width(tile);
-    double residuals[kTileQueries];
-    pack_queries(p, o, rest, tile, area.packed.get(), residuals);
-    FusedBlock block{area.y.get(), origin.data(), p.dim};
-    for (int64_t first = 0; first < p.count; first += kFusedRows) {
-      const int64_t count = std::min(p.count - first, kFusedRows);
-      block.load(p, o, centre, first, count);
-      block.multiply(area.packed.get(), p.dim + 1, width, area.r.get());
-      for (int64_t v = 0; v < width; v += kFloatLanes) {
-        for (int64_t j = 0; j < count; ++j) {
-          const VecF r = load(area.r.get() + j * width + v);
-          for (unsigned mask = float_bits(r <= load(limits + v)); mask; mask &= mask - 1) {
-            const int64_t q = v + __builtin_ctz(mask);
-            lists[q].push_back(static_cast<int32_t>(first + j));
-            if (lists[q].size() > few) limits[q] = -INFINITY;
-          }
-        }
-      }
-    }
   }
 };
 
@@ -449,13 +323,10 @@ void PFGM_ISA::fused_forward(const FieldParams& p, uint8_t* uncertified) {
   const Operands operands = make_operands(p);
   Tiles tiles;
   for (int64_t b = 0; b < p.batch; ++b) {
-    const QueryNorms norms = query_norms(p, operands, b);
-    // Also false for NaN: what is not finite, here or in a reference, goes to the exact kernel.
-    const bool usable = norms.squared + norms.t_squared < 1e30 && operands.radius < 1e15;
-    uncertified[b] = !usable;
-    if (usable) tiles.rows.push_back(b);
+    uncertified[b] = !in_range(p, operands, b);
+    if (!uncertified[b]) tiles.rows.push_back(b);
   }
-  if (!tiles.rows.empty()) FusedForward{p, operands, tiles, uncertified}.run();
+  if (!tiles.rows.empty()) FusedForward(p, operands, tiles, uncertified).run();
 }
 
 }  // namespace pfgm

@@ -12,7 +12,7 @@ namespace pfgm {
 namespace {
 
 constexpr int64_t kPrepareRows = 64;
-constexpr int64_t kSampleSize = 1 << 16;  // values that the grid is guessed from
+constexpr int64_t kSampleSize = 1 << 13;  // values that the grid is guessed from
 // Decoding images rounds a few times, relative to the largest value.
 constexpr double kGridTolerance = 0x1p-22;
 

@@ -72,6 +72,26 @@ inline Vec widen(const int32_t* p) {
   return __builtin_convertvector(Half(*reinterpret_cast<const HalfUnaligned*>(p)), Vec);
 }
 
+inline Vec widen(const uint8_t* p) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return (Vec)_mm512_cvtepi32_pd(_mm256_cvtepu8_epi32(bytes));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+// v rounded to floats.
+inline Vec round_to_float(Vec v) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtps_pd(_mm512_cvtpd_ps((__m512d)v));
+#else
+  return __builtin_convertvector(__builtin_convertvector(v, HalfF), Vec);
+#endif
+}
+
 // A bit for each lane whose mask is set.
 inline unsigned bits(VecInt mask) {
 #if defined(__AVX512F__)

@@ -9,38 +9,55 @@
 namespace pfgm {
 namespace {
 
-// Reads references as vectors of doubles.
+// How references are read as doubles. kAffine: every code stands for float(low + step · code),
+// which is computed faster than it is looked up.
+enum class Source { kFloats, kTable, kAffine };
+
 struct RowReader {
   const FieldParams& p;
-  bool affine =
-      false;  // every code stands for float(low + step · code), which is faster to compute
+  Source source = Source::kFloats;
   double low = 0, step = 0;
 
   explicit RowReader(const FieldParams& p) : p(p) {
     if (p.value_type != ValueType::kUint8) return;
     low = p.table[0];
     step = (double{p.table[255]} - low) / 255;
-    affine = true;
+    bool affine = true;
     for (int u = 0; u < 256; ++u) affine &= static_cast<float>(low + step * u) == p.table[u];
+    source = affine ? Source::kAffine : Source::kTable;
   }
 
-  template <ValueType kType>
-  Vec read(int64_t index) const {
-    if constexpr (kType == ValueType::kFloat32) {
-      return widen(static_cast<const float*>(p.values) + index);
+  int64_t row_bytes() const { return p.dim * (source == Source::kFloats ? 4 : 1); }
+  const char* row(int64_t j) const { return static_cast<const char*>(p.values) + j * row_bytes(); }
+};
+
+// One reference; passed by value, so that a loop that stores doubles need not read it again.
+template <Source kSource>
+struct Row {
+  const char* values;
+  const float* table;
+  double low, step;
+
+  Row(const RowReader& reader, int64_t j)
+      : values(reader.row(j)), table(reader.p.table), low(reader.low), step(reader.step) {}
+
+  Vec read(int64_t c) const {
+    if constexpr (kSource == Source::kFloats) {
+      return widen(reinterpret_cast<const float*>(values) + c);
+    } else if constexpr (kSource == Source::kAffine) {
+      return round_to_float(low + step * widen(reinterpret_cast<const uint8_t*>(values) + c));
     } else {
-      const uint8_t* codes = static_cast<const uint8_t*>(p.values) + index;
-      if (!affine) {
-        Vec v = {};
-        for (int i = 0; i < kLanes; ++i) v[i] = p.table[codes[i]];
-        return v;
-      }
-      typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-      typedef int32_t Words __attribute__((vector_size(4 * kLanes)));
-      Bytes bytes;
-      __builtin_memcpy(&bytes, codes, kLanes);
-      const Vec code = __builtin_convertvector(__builtin_convertvector(bytes, Words), Vec);
-      return __builtin_convertvector(__builtin_convertvector(low + step * code, HalfF), Vec);
+      Vec v = {};
+      for (int i = 0; i < kLanes; ++i) v[i] = read_one(c + i);
+      return v;
+    }
+  }
+
+  double read_one(int64_t c) const {
+    if constexpr (kSource == Source::kFloats) {
+      return reinterpret_cast<const float*>(values)[c];
+    } else {
+      return table[reinterpret_cast<const uint8_t*>(values)[c]];
     }
   }
 };
@@ -50,13 +67,12 @@ struct Pair {
   double distance = 0, projection = 0;
 };
 
-template <ValueType kType, bool kProject>
-inline Pair pair_sums(const RowReader& reader, const double* x, const double* g, int64_t j) {
-  const int64_t dim = reader.p.dim, start = j * dim;
+template <Source kSource, bool kProject>
+inline Pair pair_sums(const Row<kSource> row, int64_t dim, const double* x, const double* g) {
   constexpr int kChains = 4;  // sums in flight
   Vec distances[kChains] = {}, projections[kChains] = {};
   const auto add = [&](int64_t c, int chain) {
-    const Vec difference = reader.read<kType>(start + c) - load(x + c);
+    const Vec difference = row.read(c) - load(x + c);
     distances[chain] += difference * difference;
     if constexpr (kProject) projections[chain] += load(g + c) * difference;
   };
@@ -67,7 +83,7 @@ inline Pair pair_sums(const RowReader& reader, const double* x, const double* g,
   for (; c + kLanes <= dim; c += kLanes) add(c, 0);
   Pair pair;
   for (; c < dim; ++c) {
-    const double difference = decode(reader.p, start + c) - x[c];
+    const double difference = row.read_one(c) - x[c];
     pair.distance += difference * difference;
     if constexpr (kProject) pair.projection += g[c] * difference;
   }
@@ -79,34 +95,44 @@ inline Pair pair_sums(const RowReader& reader, const double* x, const double* g,
   return pair;
 }
 
-inline Pair pair_sums(const RowReader& reader, const double* x, const double* g, int64_t j) {
-  if (reader.p.value_type == ValueType::kFloat32) {
-    return g ? pair_sums<ValueType::kFloat32, true>(reader, x, g, j)
-             : pair_sums<ValueType::kFloat32, false>(reader, x, g, j);
-  }
-  return g ? pair_sums<ValueType::kUint8, true>(reader, x, g, j)
-           : pair_sums<ValueType::kUint8, false>(reader, x, g, j);
-}
-
 // sums[c] += weight (x0_j[c] − x[c])
-template <ValueType kType>
-inline void add_row(const RowReader& reader, const double* x, int64_t j, double weight,
+template <Source kSource>
+inline void add_row(const Row<kSource> row, int64_t dim, const double* x, double weight,
                     double* sums) {
-  const int64_t dim = reader.p.dim, start = j * dim;
   int64_t c = 0;
   for (; c + kLanes <= dim; c += kLanes) {
-    const Vec difference = reader.read<kType>(start + c) - load(x + c);
-    store(sums + c, load(sums + c) + weight * difference);
+    store(sums + c, load(sums + c) + weight * (row.read(c) - load(x + c)));
   }
-  for (; c < dim; ++c) sums[c] += weight * (decode(reader.p, start + c) - x[c]);
+  for (; c < dim; ++c) sums[c] += weight * (row.read_one(c) - x[c]);
+}
+
+template <Source kSource>
+inline Pair pair_sums_from(const RowReader& reader, const double* x, const double* g, int64_t j) {
+  const Row<kSource> row(reader, j);
+  return g ? pair_sums<kSource, true>(row, reader.p.dim, x, g)
+           : pair_sums<kSource, false>(row, reader.p.dim, x, g);
+}
+
+inline Pair pair_sums(const RowReader& reader, const double* x, const double* g, int64_t j) {
+  switch (reader.source) {
+    case Source::kFloats:
+      return pair_sums_from<Source::kFloats>(reader, x, g, j);
+    case Source::kTable:
+      return pair_sums_from<Source::kTable>(reader, x, g, j);
+    default:
+      return pair_sums_from<Source::kAffine>(reader, x, g, j);
+  }
 }
 
 inline void add_row(const RowReader& reader, const double* x, int64_t j, double weight,
                     double* sums) {
-  if (reader.p.value_type == ValueType::kFloat32) {
-    add_row<ValueType::kFloat32>(reader, x, j, weight, sums);
-  } else {
-    add_row<ValueType::kUint8>(reader, x, j, weight, sums);
+  switch (reader.source) {
+    case Source::kFloats:
+      return add_row(Row<Source::kFloats>(reader, j), reader.p.dim, x, weight, sums);
+    case Source::kTable:
+      return add_row(Row<Source::kTable>(reader, j), reader.p.dim, x, weight, sums);
+    default:
+      return add_row(Row<Source::kAffine>(reader, j), reader.p.dim, x, weight, sums);
   }
 }
 

@@ -26,10 +26,12 @@ def unsupported_reason(
 
 
 def chunk_shape(batch: int, count: int, d: int, workspace: int) -> tuple[int, int]:
-    """The kernels for larger d keep a float for each query and reference, at times two."""
+    """The kernels for larger d keep a float for each query and reference, at times two, in what the
+    operands leave of the workspace.
+    """
     if d <= MAX_DIRECT_DIM:
         return batch, count
-    pairs = workspace // 2 // (2 * 4)
+    pairs = workspace * 3 // 8 // (2 * 4)
     count = max(1, min(count, pairs // TILE))
     return max(TILE, pairs // count // TILE * TILE), count
 
