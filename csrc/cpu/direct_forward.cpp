@@ -5,6 +5,8 @@
 //
 // Threads take tiles of queries and, where these are too few, parts of the references, whose
 // states are combined at the end. The nearest reference of each part is weighed again in double.
+#include <algorithm>
+
 #include "direct.h"
 #include "kernels.h"
 
@@ -113,7 +115,7 @@ void add_block(const Pass& pass, const DirectBlock& block, int32_t first_run, Qu
   squared_distances(block, queries.x, v);
   queries.admit(v, block.padded, first_run);
   queries.follow(pass);
-  constexpr int kGroup = 4;  // for instruction-level parallelism
+  constexpr int kGroup = 8;  // for instruction-level parallelism
   for (int r = 0; r < block.padded; r += kGroup) {
     pass.weights.weigh<kWeighing, kGroup>(queries.scale, v + r);
   }
@@ -221,10 +223,12 @@ void PFGM_ISA::direct_forward(const FieldParams& p, uint8_t* uncertified) {
                                               parts.get() + out, displacements.get() + out * ld);
     });
   });
-  for (int64_t b = 0; b < p.batch; ++b) {
-    uncertified[b] =
-        !combine(p, b, parts.get() + b, displacements.get() + b * ld, p.batch, num_parts);
-  }
+  parallel_for(p.num_threads, tiles, [&](int64_t tile, int) {
+    for (int64_t b = tile * kQueries; b < std::min(p.batch, (tile + 1) * kQueries); ++b) {
+      uncertified[b] =
+          !combine(p, b, parts.get() + b, displacements.get() + b * ld, p.batch, num_parts);
+    }
+  });
 }
 
 }  // namespace pfgm
