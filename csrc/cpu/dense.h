@@ -158,6 +158,11 @@ struct SecondPass {
     return any;
   }
 
+  float& weight(int64_t i, int64_t j) const {
+    const int64_t tile = i / kTileQueries;
+    return screen.tile_products(tile)[j * tiles.width(tile) + i % kTileQueries];
+  }
+
   double total(int64_t i) const {
     double sum = 0;
     for (int64_t block = 0; block < num_blocks; ++block) {

@@ -302,6 +302,9 @@ struct FusedForward : FusedPass {
     const double sum = all.state.sum, offset = kernel.s_offset(p.t[b]);
     for (int64_t c = 0; c < p.dim; ++c) v[c] /= sum;
     const double s = pair_sums(reader, p.x + b * ld, nullptr, all.anchor).distance + offset;
+    const double nominal = (all.nearest + centre + queries[i].bound.offset) * o.unit * o.unit;
+    const double off = std::abs(kernel.relative_logit<ScalarMath>(nominal, s));
+    if (!(off <= anchor_tolerance(o))) return false;
     p.anchor[b] = all.anchor;
     p.log_mass[b] = kernel.logit(all.state.nearest) + ::log(sum);
     p.anchor_log_weight[b] = kernel.relative_logit<ScalarMath>(s, all.state.nearest) - ::log(sum);

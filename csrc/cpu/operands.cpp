@@ -5,7 +5,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <limits>
+#include <cstring>
+#include <utility>
 #include <vector>
 
 namespace pfgm {
@@ -123,16 +124,34 @@ void sample_mean(const FieldParams& p, double* mean) {
   for (int64_t c = 0; c < p.dim; ++c) mean[c] = static_cast<float>(mean[c] / rows);
 }
 
-// grid: unit, deviation (negative: there are no codes), origin (d,).
+// Whether a sample of the references holds equal ones: then there are many of them.
+bool has_crowds(const FieldParams& p) {
+  constexpr int64_t kSampleRows = 1024;
+  const int64_t rows = std::min(p.count, kSampleRows), size = p.dim * value_size(p.value_type);
+  std::vector<std::pair<double, const char*>> sample;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t j = p.count * i / rows;
+    sample.emplace_back(p.norms[j], static_cast<const char*>(p.values) + j * size);
+  }
+  std::sort(sample.begin(), sample.end());
+  for (int64_t i = 1; i < rows; ++i) {
+    if (sample[i].first == sample[i - 1].first &&
+        std::memcmp(sample[i].second, sample[i - 1].second, size) == 0) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// See operands.h.
 void write_grid(const FieldParams& p, const Grid& grid, double* out) {
   out[0] = grid.step;
   out[1] = std::sqrt(static_cast<double>(p.dim)) * 2 * grid.tolerance / std::abs(grid.step);
-  std::fill(out + 2, out + 2 + p.dim, grid.low + kCodeOrigin * grid.step);
+  std::fill(out + kGridHeader, out + kGridHeader + p.dim, grid.low + kCodeOrigin * grid.step);
 }
 
-}  // namespace
-
-void PFGM_ISA::prepare_references(const FieldParams& p) {
+// Codes, norms and all of the grid but whether there are crowds.
+void encode_or_centre(const FieldParams& p) {
   if (p.value_type == ValueType::kUint8) {
     const Grid grid = table_grid(p.table);
     if (grid.step != 0) {
@@ -155,7 +174,7 @@ void PFGM_ISA::prepare_references(const FieldParams& p) {
   }
   p.grid[0] = 1;
   p.grid[1] = -1;
-  double* origin = p.grid + 2;
+  double* origin = p.grid + kGridHeader;
   sample_mean(p, origin);
   for_rows(p, [&](int64_t j) {
     double sum = 0;
@@ -165,6 +184,13 @@ void PFGM_ISA::prepare_references(const FieldParams& p) {
     }
     p.norms[j] = sum - sum == 0 ? sum : NAN;
   });
+}
+
+}  // namespace
+
+void PFGM_ISA::prepare_references(const FieldParams& p) {
+  encode_or_centre(p);
+  p.grid[2] = has_crowds(p);
 }
 
 }  // namespace pfgm

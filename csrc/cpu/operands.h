@@ -24,12 +24,19 @@ struct Operands {
   double unit, inverse_unit;
   double deviation;      // ‖x0 − (origin + unit · y)‖ / unit at most, where there are codes
   const double* origin;  // (d,)
+  bool crowds;           // there are many equal references
   double radius;         // max ‖y‖, NaN where any reference is not finite
   Buffer<double> roots;  // (N,) ‖y‖
 };
 
-// What prepare_references wrote. FieldParams' grid: unit, deviation (negative: no codes), origin
-// (d,).
+// FieldParams' grid: unit, deviation (negative: there are no codes), crowds, origin (d,).
+constexpr int64_t kGridHeader = 3;
+
+inline int64_t value_size(ValueType type) {
+  return type == ValueType::kFloat64 ? 8 : type == ValueType::kFloat32 ? 4 : 1;
+}
+
+// What prepare_references wrote.
 inline Operands make_operands(const FieldParams& p) {
   Operands o{};
   const bool coded = p.grid[1] >= 0;
@@ -38,7 +45,8 @@ inline Operands make_operands(const FieldParams& p) {
   o.unit = p.grid[0];
   o.inverse_unit = 1 / o.unit;
   o.deviation = coded ? p.grid[1] : 0;
-  o.origin = p.grid + 2;
+  o.crowds = p.grid[2] != 0;
+  o.origin = p.grid + kGridHeader;
   o.roots = Buffer<double>(p.count);
   for (int64_t j = 0; j < p.count; ++j) {
     o.roots[j] = ::sqrt(o.norms[j]);

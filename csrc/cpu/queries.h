@@ -18,6 +18,10 @@ constexpr double kSingleCutoff = 16;
 constexpr double kFloatRounding = 0x1p-24;
 constexpr int kColumnBlock = 256;  // columns whose products are summed in one go, from zero
 
+// By how much the logit of a query's anchor, which is known exactly, may be off in the products.
+// Errors are independent, and sums average them out; only equal references err alike.
+inline double anchor_tolerance(const Operands& o) { return o.crowds ? 1e-6 : INFINITY; }
+
 inline double cutoff_depth(const FieldParams& p) {
   return kSingleCutoff + ::log(static_cast<double>(p.count));
 }
@@ -80,7 +84,7 @@ void pack_floats(const Tiles& tiles, int64_t tile, int64_t dim, const Value& val
 }
 
 #if defined(PFGM_INTEGER_PRODUCT)
-constexpr int kDigits = 3;
+constexpr int kDigits = 4;  // three would do for all but equal references, which err alike
 // Each digit has 1/254 of the unit of the one before: remainders of half a unit become ±127.
 constexpr double kDigitBase = 254;
 

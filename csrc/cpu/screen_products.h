@@ -73,9 +73,10 @@ inline void screen_integers(Screen& screen, const double* base) {
     for (int q = begin; q < begin + kFloatLanes && q < tiles.size(tile); ++q) {
       const int64_t b = tiles.row(tile, q);
       const Digits digits = pack_digits(p, screen.o, b, q, width, to);
-      const double lower = (digits.sums[1] + digits.sums[2] / kDigitBase) / kDigitBase;
+      double sum = 0;  // of all digits, in units of the first
+      for (int n = kDigits - 1; n >= 0; --n) sum = digits.sums[n] + sum / kDigitBase;
       units[tile * kTileQueries + q] = digits.unit;
-      shifts[tile * kTileQueries + q] = kCodeOrigin * digits.unit * (digits.sums[0] + lower);
+      shifts[tile * kTileQueries + q] = kCodeOrigin * digits.unit * sum;
       Bound& bound = screen.bounds[b];
       bound = make_bound(p, screen.o, b, query_norms(p, screen.o, b), refine ? -1 : 2 * digits.unit,
                          digits.residuals[refine ? kDigits - 1 : 0], 0);
@@ -116,13 +117,14 @@ inline void screen_integers(Screen& screen, const double* base) {
         continue;
       }
       const int64_t size = rows * width;
-      multiply(1, sums);
-      multiply(2, sums + size);
+      for (int n = 1; n < kDigits; ++n) multiply(n, sums + (n - 1) * size);
       for (int64_t i = 0; i < size; i += kLanes) {
         const int64_t q = tile * kTileQueries + i % width;
-        const Vec rest = widen(sums + i) + widen(sums + size + i) * (1 / kDigitBase);
-        const Vec total =
-            widen(reinterpret_cast<const int32_t*>(out) + i) + rest * (1 / kDigitBase);
+        Vec total = {};
+        for (int n = kDigits - 1; n > 0; --n) {
+          total = (total + widen(sums + (n - 1) * size + i)) * (1 / kDigitBase);
+        }
+        total += widen(reinterpret_cast<const int32_t*>(out) + i);
         const Vec product = total * load(units.get() + q) - load(shifts.get() + q);
         narrow(out + i, screen.o.norms[first + i / width] - 2.0 * product);
       }

@@ -84,7 +84,11 @@ struct Forward {
     std::vector<double> rest(size);  // weight of the references that are not heavy
     std::vector<std::vector<int32_t>> heavy(size);
     parallel_for(p.num_threads, size, [&](int64_t i, int) {
-      if (takes_part(anchors, i)) rest[i] = take_heavy(pass, i, pass.total(i), heavy[i]);
+      if (!takes_part(anchors, i)) return;
+      const int64_t b = tiles.rows[i];
+      const double off = std::abs(double{pass.weight(i, p.anchor[b])} - 1);
+      uncertified[b] = !(off <= anchor_tolerance(o));
+      rest[i] = take_heavy(pass, i, pass.total(i), heavy[i]);
     });
     const Buffer<double> sums(size * p.dim);
     pass.gather(sums.get());

@@ -62,7 +62,6 @@ FieldParams inputs(const Problem& p) {
   params.table = p.table.get();
   params.value_type = p.type;
   params.single = p.single;
-  params.workspace = p.workspace;
   params.num_threads = p.num_threads;
   return params;
 }
@@ -75,15 +74,17 @@ Outputs compute(const Problem& p) {
   forward.anchor = outputs.anchor.get();
   forward.log_mass = outputs.log_mass.get();
   forward.anchor_log_weight = outputs.anchor_log_weight.get();
-  Array<double> norms(p.prepared ? p.count : 0, p.skewed);
-  Array<double> grid(p.prepared ? 2 + p.dim : 0, p.skewed);
-  Array<uint8_t> codes(p.prepared ? p.floats.size() : 0, p.skewed);
+  const bool prepare = p.type != ValueType::kFloat64;
+  Array<double> norms(prepare ? p.count : 0, p.skewed);
+  Array<double> grid(prepare ? 3 + p.dim : 0, p.skewed);
+  Array<uint8_t> codes(p.encode ? p.floats.size() : 0, p.skewed);
   for (FieldParams* params : {&forward, &backward}) {
     params->norms = norms.get();
     params->grid = grid.get();
-    params->codes = codes.get();
+    params->codes = p.encode ? codes.get() : nullptr;
   }
-  if (p.prepared) pfgm::prepare_references_cpu(forward);
+  if (prepare) pfgm::prepare_references_cpu(forward);
+  if (p.encode && grid[1] < 0) forward.codes = backward.codes = nullptr;
   pfgm::field_forward_cpu(forward);
 
   Array<double> anchor_s(p.batch, p.skewed), projection(p.batch, p.skewed);
@@ -155,7 +156,6 @@ void check(const Problem& p, const Truth& truth, const Outputs& out) {
   }
 }
 
-constexpr int64_t kSmall = 1 << 20, kLarge = 1 << 28;
 constexpr ValueType kTypes[] = {ValueType::kFloat32, ValueType::kFloat64, ValueType::kUint8};
 
 // Each dimension with each type of values and of queries; the rest by lot, as far as N · B · d
@@ -180,13 +180,12 @@ std::vector<Spec> drawn_cases() {
                 i % 2 == 0,
                 data,
                 random.below(2) == 0,
-                threads[random.below(4)],
-                random.below(2) == 0 ? kSmall : kLarge};
+                threads[random.below(4)]};
       do {
         spec.batch = batches[random.below(12)];
         spec.count = counts[random.below(12)];
       } while (spec.batch * spec.count * dim > 300'000);
-      spec.prepared = spec.type != ValueType::kFloat64 && random.below(2) == 0;
+      spec.encode = spec.type == ValueType::kFloat32 && random.below(2) == 0;
       cases.push_back(spec);
     }
   }
@@ -194,29 +193,29 @@ std::vector<Spec> drawn_cases() {
 }
 
 // What a draw may miss: several tiles of queries and blocks of references at once, with a
-// remainder of each; operands larger than the workspace; more threads than tasks.
+// remainder of each; more threads than tasks.
 std::vector<Spec> named_cases() {
   constexpr ValueType f32 = ValueType::kFloat32, f64 = ValueType::kFloat64, u8 = ValueType::kUint8;
   return {
-      {0, 7, 3, 1, f32, true, Data::kNormal, false, 2, kLarge},
-      {0, 7, 300, 1, u8, true, Data::kGrid, false, 2, kLarge},
-      {130, 1000, 2, 1, f32, true, Data::kNormal, true, 3, kSmall},
-      {65, 513, 32, INFINITY, f32, true, Data::kDuplicates, true, 2, kSmall},
-      {17, 257, 31, 2.5, f32, true, Data::kOffset, true, 7, kSmall},
-      {65, 513, 33, 1, f32, true, Data::kNormal, true, 2, kSmall},
-      {63, 257, 65, 1, f32, true, Data::kDuplicates, true, 3, kLarge, true},
-      {17, 513, 255, 1, f32, true, Data::kNormal, true, 2, kSmall},
-      {9, 1000, 257, 1, f32, true, Data::kGrid, true, 3, kSmall, true},
-      {17, 513, 784, 1, f32, true, Data::kGrid, true, 2, kSmall},
-      {9, 513, 784, INFINITY, f32, true, Data::kNormal, true, 3, kSmall},
-      {15, 257, 785, 1, u8, true, Data::kGrid, true, 2, kSmall, true},
-      {65, 65, 784, 1, u8, true, Data::kDuplicates, true, 7, kLarge},
-      {9, 513, 300, 1, u8, true, Data::kNormal, true, 2, kSmall},
-      {9, 65, 3072, 1, u8, true, Data::kGrid, true, 3, kSmall},
-      {8, 63, 3072, 1, f32, true, Data::kOffset, false, 2, kSmall},
-      {9, 257, 300, 2.5, f64, false, Data::kDuplicates, true, 2, kSmall},
-      {1, 1000, 64, 1, f32, true, Data::kNormal, true, 7, kSmall},
-      {64, 1, 1, 0, f32, true, Data::kNormal, false, 7, kSmall},
+      {0, 7, 3, 1, f32, true, Data::kNormal, false, 2},
+      {0, 7, 300, 1, u8, true, Data::kGrid, false, 2},
+      {130, 1000, 2, 1, f32, true, Data::kNormal, true, 3},
+      {65, 513, 32, INFINITY, f32, true, Data::kDuplicates, true, 2},
+      {17, 257, 31, 2.5, f32, true, Data::kOffset, true, 7},
+      {65, 513, 33, 1, f32, true, Data::kNormal, true, 2},
+      {63, 257, 65, 1, f32, true, Data::kDuplicates, true, 3, true},
+      {17, 513, 255, 1, f32, true, Data::kNormal, true, 2},
+      {9, 1000, 257, 1, f32, true, Data::kGrid, true, 3, true},
+      {17, 513, 784, 1, f32, true, Data::kGrid, true, 2},
+      {9, 513, 784, INFINITY, f32, true, Data::kNormal, true, 3},
+      {15, 257, 785, 1, u8, true, Data::kGrid, true, 2, true},
+      {65, 65, 784, 1, u8, true, Data::kDuplicates, true, 7},
+      {9, 513, 300, 1, u8, true, Data::kNormal, true, 2},
+      {9, 65, 3072, 1, u8, true, Data::kGrid, true, 3},
+      {8, 63, 3072, 1, f32, true, Data::kOffset, false, 2},
+      {9, 257, 300, 2.5, f64, false, Data::kDuplicates, true, 2},
+      {1, 1000, 64, 1, f32, true, Data::kNormal, true, 7},
+      {64, 1, 1, 0, f32, true, Data::kNormal, false, 7},
   };
 }
 
@@ -280,7 +279,7 @@ int run_not_finite() {
   for (const int64_t dim : {3, 32, 40, 300}) {
     for (const double D : {1.0, double{INFINITY}}) {
       for (const auto& kind : kinds) {
-        const Spec spec{9, 65, dim, D, kind.type, kind.single, kind.data, true, 2, kSmall};
+        const Spec spec{9, 65, dim, D, kind.type, kind.single, kind.data, true, 2};
         for (const double bad : {double{NAN}, double{INFINITY}, -double{INFINITY}}) {
           run_spoilt_queries(spec, bad);
           ++problems;
@@ -304,8 +303,7 @@ bool refuses(const std::function<void()>& call) {
 }
 
 void run_refusals() {
-  const Problem problem({9, 5, 3, 1, ValueType::kFloat32, true, Data::kNormal, false, 2, kSmall},
-                        7);
+  const Problem problem({9, 5, 3, 1, ValueType::kFloat32, true, Data::kNormal, false, 2}, 7);
   const std::vector<std::pair<const char*, std::function<void(FieldParams*)>>> faults = {
       {"batch < 0", [](FieldParams* p) { p->batch = -1; }},
       {"count = 0", [](FieldParams* p) { p->count = 0; }},

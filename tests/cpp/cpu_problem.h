@@ -53,8 +53,7 @@ struct Spec {
   Data data;
   bool skewed;
   int num_threads;
-  int64_t workspace;
-  bool prepared = false;  // whether prepare_references_cpu runs before the kernels
+  bool encode = false;  // whether floats are looked at for a grid
 
   int64_t ld() const { return (dim + 7) / 8 * 8; }
 
@@ -64,9 +63,8 @@ struct Spec {
     return "B=" + std::to_string(batch) + " N=" + std::to_string(count) +
            " d=" + std::to_string(dim) + " D=" + std::to_string(D) + " " +
            types[static_cast<int>(type)] + (single ? " single " : " double ") +
-           kinds[static_cast<int>(data)] + (skewed ? " skewed" : "") +
-           (prepared ? " prepared" : "") + " threads=" + std::to_string(num_threads) +
-           " workspace=" + std::to_string(workspace);
+           kinds[static_cast<int>(data)] + (skewed ? " skewed" : "") + (encode ? " encode" : "") +
+           " threads=" + std::to_string(num_threads);
   }
 };
 
