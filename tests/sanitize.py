@@ -40,7 +40,7 @@ def read_setup() -> dict[str, Any]:
 
 def ninja_file(setup: dict[str, Any]) -> str:
     """Per sanitizer, every source as setup.py compiles it, and the program that runs them."""
-    compile_ = f"{setup['CXX']} {setup['FLAGS']} -O1 -g1 -DPFGM_POISON $flags -c $in -o $out"
+    compile_ = f"{setup['CXX']} {setup['FLAGS']} -O1 -g1 -Wno-maybe-uninitialized -DPFGM_POISON $flags -c $in -o $out"
     lines = [f"rule cxx\n  command = {compile_} -MD -MF $out.d\n  deps = gcc\n  depfile = $out.d"]
     lines += [f"rule link\n  command = {setup['CXX']} -fopenmp $flags $in -o $out"]
     kernels, tests = setup["SOURCES"] / "cpu", ROOT / "tests" / "cpp"
@@ -70,7 +70,12 @@ def main() -> int:
     failed = False
     for sanitizer in SANITIZERS:
         start = time.monotonic()
-        program = [BUILD / sanitizer / "cpu_kernels", *setup["ISA_FLAGS"]]
+        isas = list(setup["ISA_FLAGS"])
+        # How threads share the work does not depend on the instruction set: the first and the last.
+        program = [
+            BUILD / sanitizer / "cpu_kernels",
+            *({isas[0], isas[-1]} if sanitizer == "thread" else isas),
+        ]
         status = subprocess.run(program, env=os.environ | OPTIONS).returncode
         failed |= status != 0
         outcome = f"failed with {status}" if status else "passed"

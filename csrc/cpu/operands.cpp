@@ -14,7 +14,8 @@ namespace {
 
 constexpr int64_t kPrepareRows = 64;
 constexpr int64_t kSampleSize = 1 << 13;  // values that the grid is guessed from
-// Decoding images rounds a few times, relative to the largest value.
+// Decoding images rounds a few times. Relative to the range: far from zero floats are coarser than
+// that, and what they are off the grid by would show in the result.
 constexpr double kGridTolerance = 0x1p-22;
 
 // codes ↦ low + step · code, within tolerance. step = 0: no grid.
@@ -26,12 +27,11 @@ Grid table_grid(const float* table) {
   Grid grid;
   grid.low = table[0];
   grid.step = (double{table[255]} - table[0]) / 255;
-  double deviation = 0, largest = 0;
+  grid.tolerance = kGridTolerance * std::abs(255 * grid.step);
+  double deviation = 0;
   for (int u = 0; u < 256; ++u) {
     deviation = std::max(deviation, std::abs(table[u] - (grid.low + grid.step * u)));
-    largest = std::max(largest, std::abs(double{table[u]}));
   }
-  grid.tolerance = kGridTolerance * largest;
   if (!(deviation <= grid.tolerance)) grid.step = 0;
   return grid;
 }
@@ -53,7 +53,7 @@ Grid sample_grid(const FieldParams& p) {
   sample.erase(std::unique(sample.begin(), sample.end()), sample.end());
   const double low = sample.front(), range = sample.back() - low;
   if (!(range > 0) || !std::isfinite(range)) return grid;
-  grid.tolerance = kGridTolerance * std::max(std::abs(low), low + range);
+  grid.tolerance = kGridTolerance * range;
   double step = range;
   for (size_t i = 1; i < sample.size(); ++i) {
     const double gap = double{sample[i]} - sample[i - 1];
