@@ -95,6 +95,14 @@ def on_data_points(d: int) -> Case:
     return Case(x0[90:99].clone(), t, x0)
 
 
+def crowds(d: int) -> Case:
+    """Four references with many copies each, whose float32 errors are all the same."""
+    generator = seeded(d)
+    x0 = torch.randn(4, d, generator=generator).repeat(60, 1)
+    x = torch.randn(12, d, generator=generator)
+    return Case(x, torch.linspace(0.2, 2, 12) * math.sqrt(d), x0, dense=True, named=d <= 16)
+
+
 def far_away(d: int) -> Case:
     """Queries far outside of data that are themselves far from the origin."""
     generator = seeded(d)
@@ -110,11 +118,13 @@ def register(name: str, build: Callable[..., Case], *arguments: float, **options
 
 for d in (1, 2, 3, 16, 17, 63, 64, 65, 100, 512, 784, 3072):
     register(f"normal d={d}", normal, d, 777 if d < 512 else 333, 37 if d < 512 else 9)
-# Blocks of the CPU kernels hold 512 (d ≤ 16), 256 (d ≤ 32) and at most 64 references.
+# Blocks of the exact CPU kernel hold 512 (d ≤ 16), 256 (d ≤ 32) and at most 64 references, those of
+# the others 256 (d ≤ 32), 240 (d ≤ 256) and 96.
 for d, counts in {
     2: (2, 9, 511, 512, 513, 1025),
     20: (256, 257),
-    64: (7, 8, 63, 64, 65, 129),
+    64: (7, 8, 63, 64, 65, 129, 239, 241),
+    257: (95, 96, 97, 257),
 }.items():
     for count in counts:
         register(f"N={count} d={d}", normal, d, count, 5, dense=count > 7)
@@ -140,5 +150,7 @@ for d, distance in ((2, 1e-3), (64, 1e-5), (64, 1e-2), (784, 1e-4)):
     register(f"near-duplicates d={d} distance={distance:g}", near_duplicates, d, distance)
 for d in (1, 3, 64, 100):
     register(f"on data points d={d}", on_data_points, d)
+for d in (3, 33, 64, 256, 300, 3072):
+    register(f"crowds d={d}", crowds, d)
 for d in (2, 17, 100):
     register(f"far away d={d}", far_away, d)

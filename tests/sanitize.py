@@ -40,7 +40,8 @@ def read_setup() -> dict[str, Any]:
 
 def ninja_file(setup: dict[str, Any]) -> str:
     """Per sanitizer, every source as setup.py compiles it, and the program that runs them."""
-    compile_ = f"{setup['CXX']} {setup['FLAGS']} -O1 -g1 -Wno-maybe-uninitialized -DPFGM_POISON $flags -c $in -o $out"
+    flags = f"{setup['FLAGS']} -O1 -g1 -Wno-maybe-uninitialized -DPFGM_POISON $flags"
+    compile_ = f"{setup['CXX']} {flags} -c $in -o $out"
     lines = [f"rule cxx\n  command = {compile_} -MD -MF $out.d\n  deps = gcc\n  depfile = $out.d"]
     lines += [f"rule link\n  command = {setup['CXX']} -fopenmp $flags $in -o $out"]
     kernels, tests = setup["SOURCES"] / "cpu", ROOT / "tests" / "cpp"

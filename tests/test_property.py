@@ -50,7 +50,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    d = draw(st.sampled_from([1, 2, 3, 5, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64, 65, 100]))
+    d = draw(st.sampled_from([1, 2, 3, 5, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64, 65, 100, 257, 301]))
     count, batch = draw(st.integers(1, 300)), draw(st.integers(1, 12))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     scale = 10 ** draw(st.sampled_from([-2.0, 0.0, 0.0, 0.0, 2.0]))
@@ -60,7 +60,10 @@ def problems(draw: st.DrawFn) -> Problem:
         offset, scale = 0.0, 1.0
 
     x0 = offset + scale * torch.randn(count, d, dtype=torch.float64, generator=generator)
-    copies = draw(st.integers(0, 3))
+    if draw(st.sampled_from([False, False, True])):  # on a grid of 256 steps, as 8-bit images are
+        step = scale / 40
+        x0 = offset + step * ((x0 - offset) / step).round().clamp(-128, 127)
+    copies = draw(st.sampled_from([0, 1, 3, 100]))
     nudge = draw(st.sampled_from([0.0, 1e-6, 1e-3]))
     for _ in range(copies):
         source, target = torch.randint(count, (2,), generator=generator)

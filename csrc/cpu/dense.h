@@ -19,6 +19,7 @@ constexpr double kDenseTolerance = 5e-6;
 // Whether the products of a query are precise enough for the weights of all its references.
 inline bool certify(const FieldParams& p, const Operands& o, int64_t b, const Bound& bound,
                     double anchor_s) {
+  if (o.crowds && bound.roundings > 0) return false;
   const RadialKernel kernel(p.half_k, p.t[b]);
   const double slope = kernel.gaussian ? kernel.inverse_two_t2 : p.half_k / anchor_s;
   const double root_dim = ::sqrt(static_cast<double>(p.dim)), x_norm = ::sqrt(bound.squared);

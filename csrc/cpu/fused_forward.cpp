@@ -304,7 +304,7 @@ struct FusedForward : FusedPass {
     const double s = pair_sums(reader, p.x + b * ld, nullptr, all.anchor).distance + offset;
     const double nominal = (all.nearest + centre + queries[i].bound.offset) * o.unit * o.unit;
     const double off = std::abs(kernel.relative_logit<ScalarMath>(nominal, s));
-    if (!(off <= anchor_tolerance(o))) return false;
+    if (sum * kHeavy > 1 && !(off <= kAnchorTolerance)) return false;
     p.anchor[b] = all.anchor;
     p.log_mass[b] = kernel.logit(all.state.nearest) + ::log(sum);
     p.anchor_log_weight[b] = kernel.relative_logit<ScalarMath>(s, all.state.nearest) - ::log(sum);
@@ -326,7 +326,7 @@ void PFGM_ISA::fused_forward(const FieldParams& p, uint8_t* uncertified) {
   const Operands operands = make_operands(p);
   Tiles tiles;
   for (int64_t b = 0; b < p.batch; ++b) {
-    uncertified[b] = !in_range(p, operands, b);
+    uncertified[b] = operands.crowds || !in_range(p, operands, b);
     if (!uncertified[b]) tiles.rows.push_back(b);
   }
   if (!tiles.rows.empty()) FusedForward(p, operands, tiles, uncertified).run();

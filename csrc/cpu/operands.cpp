@@ -124,9 +124,9 @@ void sample_mean(const FieldParams& p, double* mean) {
   for (int64_t c = 0; c < p.dim; ++c) mean[c] = static_cast<float>(mean[c] / rows);
 }
 
-// Whether a sample of the references holds equal ones: then there are many of them.
+// Whether many references are equal, judged by a sample.
 bool has_crowds(const FieldParams& p) {
-  constexpr int64_t kSampleRows = 1024;
+  constexpr int64_t kSampleRows = 1024, kCrowd = 8;
   const int64_t rows = std::min(p.count, kSampleRows), size = p.dim * value_size(p.value_type);
   std::vector<std::pair<double, const char*>> sample;
   for (int64_t i = 0; i < rows; ++i) {
@@ -134,13 +134,12 @@ bool has_crowds(const FieldParams& p) {
     sample.emplace_back(p.norms[j], static_cast<const char*>(p.values) + j * size);
   }
   std::sort(sample.begin(), sample.end());
+  int64_t equal = 0;
   for (int64_t i = 1; i < rows; ++i) {
-    if (sample[i].first == sample[i - 1].first &&
-        std::memcmp(sample[i].second, sample[i - 1].second, size) == 0) {
-      return true;
-    }
+    equal += sample[i].first == sample[i - 1].first &&
+             std::memcmp(sample[i].second, sample[i - 1].second, size) == 0;
   }
-  return false;
+  return equal >= kCrowd;
 }
 
 // See operands.h.

@@ -24,7 +24,9 @@ struct Operands {
   double unit, inverse_unit;
   double deviation;      // ‖x0 − (origin + unit · y)‖ / unit at most, where there are codes
   const double* origin;  // (d,)
-  bool crowds;           // there are many equal references
+  // Many references are equal: rounding errors of float products are then equal, too, and no sum
+  // averages them out.
+  bool crowds;
   double radius;         // max ‖y‖, NaN where any reference is not finite
   Buffer<double> roots;  // (N,) ‖y‖
 };

@@ -15,12 +15,14 @@ namespace {
 
 // Weights below exp(−kSingleCutoff)/N of the nearest's cannot be seen in a float32 result.
 constexpr double kSingleCutoff = 16;
+// A reference with more than 1/128 of the weight is taken by direct differences.
+constexpr double kHeavy = 1.0 / 128;
 constexpr double kFloatRounding = 0x1p-24;
 constexpr int kColumnBlock = 256;  // columns whose products are summed in one go, from zero
 
-// By how much the logit of a query's anchor, which is known exactly, may be off in the products.
-// Errors are independent, and sums average them out; only equal references err alike.
-inline double anchor_tolerance(const Operands& o) { return o.crowds ? 1e-6 : INFINITY; }
+// By how much the logit of an anchor that is not heavy, known exactly, may be off in the products:
+// that there are others like it may be because there are copies, which err alike.
+constexpr double kAnchorTolerance = 1e-6;
 
 inline double cutoff_depth(const FieldParams& p) {
   return kSingleCutoff + ::log(static_cast<double>(p.count));

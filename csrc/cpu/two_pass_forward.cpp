@@ -12,9 +12,6 @@
 namespace pfgm {
 namespace {
 
-// A reference with more than 1/128 of the weight is taken by direct differences.
-constexpr double kHeavy = 1.0 / 128;
-
 struct Forward {
   const FieldParams& p;
   const Operands& o;
@@ -86,9 +83,9 @@ struct Forward {
     parallel_for(p.num_threads, size, [&](int64_t i, int) {
       if (!takes_part(anchors, i)) return;
       const int64_t b = tiles.rows[i];
-      const double off = std::abs(double{pass.weight(i, p.anchor[b])} - 1);
-      uncertified[b] = !(off <= anchor_tolerance(o));
-      rest[i] = take_heavy(pass, i, pass.total(i), heavy[i]);
+      const double total = pass.total(i), off = pass.weight(i, p.anchor[b]) - 1;
+      if (total * kHeavy > 1) uncertified[b] = !(std::abs(off) <= kAnchorTolerance);
+      rest[i] = take_heavy(pass, i, total, heavy[i]);
     });
     const Buffer<double> sums(size * p.dim);
     pass.gather(sums.get());
