@@ -25,17 +25,6 @@ constexpr int64_t kMinPart = 4 * kFusedRows;
 constexpr double kFusedTolerance = 4e-5;
 constexpr double kLeastS = 1e-30;  // of which a float holds the reciprocal
 
-// A bit for each lane whose mask is set.
-inline unsigned float_bits(VecFInt mask) {
-#if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)mask);
-#else
-  unsigned result = 0;
-  for (int i = 0; i < kFloatLanes; ++i) result |= (mask[i] & 1u) << i;
-  return result;
-#endif
-}
-
 // The middle of ‖y‖²: what is left of the norms is rounded to float.
 inline double norm_centre(const FieldParams& p, const Operands& o) {
   const double middle = (o.norms[0] + o.norms[p.count / 2] + o.norms[p.count - 1]) / 3;
@@ -104,41 +93,8 @@ struct FusedBlock {
   }
 };
 
-// log1p and exp as in simd.h, less the care for what cannot occur here: 0 ≤ u ≤ kMostU, and
-// logits of which those that count are in [−87, 0].
+// u is at most this, so that log1p_finite and exp_normal do, which are faster.
 constexpr float kMostU = 1e30f;
-
-inline VecF plain_log1p(VecF u) {
-  const VecF w = 1.0f + u;
-  const VecF lost = u - (w - 1.0f);
-  const VecFInt bits = (VecFInt)w;
-  const VecFInt high = (bits - 0x3f3504f3) & ~0x7fffff;  // exponent << 23
-  const VecF m = (VecF)(bits - high);
-  const VecF unit = (VecF)(0x3f800000 - high);
-  const VecF f = (m - 1.0f) + lost * unit;
-  const VecF e = __builtin_convertvector(high, VecF);  // 2^23 times the exponent
-  constexpr float kLog[] = {0.33333331197f, -0.25000837961f, 0.20001292692f, -0.16622764905f,
-                            0.14199695852f, -0.13164186427f, 0.12779113629f, -0.07646101489f};
-  VecF series = broadcast(kLog[7]);
-#pragma GCC unroll 7
-  for (int i = 6; i >= 0; --i) series = series * f + kLog[i];
-  const VecF tail = (f * f) * (f * series - 0.5f) + e * (-2.12194440e-4f * 0x1p-23f);
-  return e * (0.693359375f * 0x1p-23f) + (f + tail);
-}
-
-inline VecF plain_exp(VecF v) {
-  constexpr float kMagic = 12582912.0f;
-  const VecF shifted = v * 1.44269504f + kMagic;
-  const VecF n = shifted - kMagic;
-  const VecF r = (v - n * 0.693359375f) - n * -2.12194440e-4f;
-  constexpr float kExp[] = {0.49999993440f, 0.16666520522f, 0.04166838934f, 0.00836873020f,
-                            0.00138145708f};
-  VecF series = broadcast(kExp[4]);
-#pragma GCC unroll 4
-  for (int i = 3; i >= 0; --i) series = series * r + kExp[i];
-  const VecF power = 1.0f + (r + r * r * series);
-  return (VecF)((VecFBits)power + ((VecFBits)shifted << 23));
-}
 
 // (k/2) log1p(u), or u for the Gaussian kernel, as scale · log + correction · log: the correction
 // makes up for the rounding of k/2 and, to first order, of the factor in u, which would move all
@@ -154,7 +110,7 @@ struct LogitScale {
     return static_cast<float>((gaussian ? 1 : half_k) * (exact / rounded) - scale);
   }
   VecF logits(VecF u, VecF correction) const {
-    const VecF log = gaussian ? u : plain_log1p(u);
+    const VecF log = gaussian ? u : log1p_finite(u);
     return -(log * scale) - log * correction;
   }
 };
@@ -295,7 +251,7 @@ struct FusedPass {
       for (int64_t v = 0; v < width; v += kFloatLanes) {
         for (int64_t j = 0; j < block.rows; ++j) {
           const VecFInt listed = load(r + j * width + v) <= load(limits + v);
-          for (unsigned mask = float_bits(listed); mask; mask &= mask - 1) {
+          for (unsigned mask = bits(listed); mask; mask &= mask - 1) {
             const int64_t q = v + __builtin_ctz(mask);
             lists[q].push_back(static_cast<int32_t>(first + j));
             if (static_cast<int64_t>(lists[q].size()) > few) limits[q] = -INFINITY;

@@ -76,7 +76,7 @@ struct PullTile {
       const VecF most = load(heavy + v);
       for (int64_t j = 0; j < count; ++j) {
         const VecF value = load(r + j * width + v);
-        const unsigned mask = float_bits(value <= most);
+        const unsigned mask = bits(value <= most);
         if (!mask) continue;
         store(r + j * width + v, value <= most ? broadcast(kMostU) : value);
         for (unsigned left = mask; left; left &= left - 1) {
@@ -101,7 +101,7 @@ struct PullTile {
         sums[v + i].total += total[i];
         sums[v + i].moment += moment[i];
       }
-      any |= float_bits(counts) != 0;
+      any |= bits(counts) != 0;
     }
     return any;
   }
@@ -119,7 +119,7 @@ struct PullTile {
       counts |= near[i];
     }
     for (int i = 0; i < kRows; ++i) weights[i] = scale.logits(u[i], load(correction + v));
-    for (int i = 0; i < kRows; ++i) weights[i] = near[i] ? plain_exp(weights[i]) : VecF{};
+    for (int i = 0; i < kRows; ++i) weights[i] = near[i] ? exp_normal(weights[i]) : VecF{};
     for (int i = 0; i < kRows; ++i) {
       const VecF a = load(projections + at + i * width) + load(constant + v) + load(rest + v);
       const VecF c = weights[i] * a;

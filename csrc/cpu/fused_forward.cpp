@@ -154,7 +154,7 @@ struct FusedTile {
       u[i] = u[i] < kMostU ? u[i] : broadcast(kMostU);
     }
     for (int i = 0; i < kRows; ++i) u[i] = scale.logits(u[i], low);
-    for (int i = 0; i < kRows; ++i) weights[i] = u[i] >= least ? plain_exp(u[i]) : VecF{};
+    for (int i = 0; i < kRows; ++i) weights[i] = u[i] >= least ? exp_normal(u[i]) : VecF{};
     for (int i = 0; i < kRows; ++i) {
       store(r + i * width, weights[i]);
       sum += weights[i];
@@ -169,11 +169,11 @@ struct FusedTile {
       const double total = light[v + i] + taken[v + i] + sums_[i];
       threshold[i] = static_cast<float>(kFusedHeavy * total);
     }
-    if (float_bits(most > load(threshold))) {
+    if (bits(most > load(threshold))) {
       sum = VecF{};
       for (int64_t j = 0; j < count; ++j) {
         const VecF w = load(weights + j * width);
-        unsigned mask = float_bits(w > load(threshold));
+        unsigned mask = bits(w > load(threshold));
         if (mask) {
           store(weights + j * width, w > load(threshold) ? VecF{} : w);
           for (; mask; mask &= mask - 1) {

@@ -103,6 +103,16 @@ inline unsigned bits(VecInt mask) {
 #endif
 }
 
+inline unsigned bits(VecFInt mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#else
+  unsigned result = 0;
+  for (int i = 0; i < kFloatLanes; ++i) result |= (mask[i] & 1u) << i;
+  return result;
+#endif
+}
+
 inline double reduce_add(Vec v) {
   double sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += v[i];
@@ -157,31 +167,33 @@ inline Vec exp(Vec v) {
   return v != v ? v : result;
 }
 
-// log(1 + u) of u > −1 to about one unit in the last place of the result, also for small u; NaN
-// stays NaN, infinity becomes NaN. w = 1 + u loses u − (w − 1), which is put back after the
-// exponent is taken off: log(1 + f) = f − f²/2 + f³ P(f) on [√½ − 1, √2 − 1], P fitted to 6e-9.
-inline VecF log1p(VecF u) {
+// log(1 + u) of a finite u > −1 to about one unit in the last place of the result, also for small
+// u. w = 1 + u loses u − (w − 1), which is put back after the exponent is taken off: log(1 + f) =
+// f − f²/2 + f³ P(f) on [√½ − 1, √2 − 1], P fitted to 6e-9.
+inline VecF log1p_finite(VecF u) {
   const VecF w = 1.0f + u;
   const VecF lost = u - (w - 1.0f);
   const VecFBits bits = (VecFBits)w;
-  const VecFInt exponent = (VecFInt)(bits - 0x3f3504f3u) >> 23;
-  const VecF m = (VecF)(bits - ((VecFBits)exponent << 23));
-  const VecF unit = (VecF)(0x3f800000u - ((VecFBits)exponent << 23));  // 2^−exponent
+  const VecFBits high = (bits - 0x3f3504f3u) & ~0x7fffffu;  // exponent << 23
+  const VecF m = (VecF)(bits - high);
+  const VecF unit = (VecF)(0x3f800000u - high);  // 2^−exponent
   const VecF f = (m - 1.0f) + lost * unit;
-  const VecF e = __builtin_convertvector(exponent, VecF);
+  const VecF e = __builtin_convertvector((VecFInt)high, VecF);  // 2^23 times the exponent
   constexpr float kLog[] = {0.33333331197f, -0.25000837961f, 0.20001292692f, -0.16622764905f,
                             0.14199695852f, -0.13164186427f, 0.12779113629f, -0.07646101489f};
   VecF series = broadcast(kLog[7]);
 #pragma GCC unroll 7
   for (int i = 6; i >= 0; --i) series = series * f + kLog[i];
-  const VecF f2 = f * f;
-  const VecF result = e * 0.693359375f + (f + (f2 * (f * series - 0.5f) + e * -2.12194440e-4f));
-  return u - u == 0.0f ? result : u - u;
+  const VecF tail = (f * f) * (f * series - 0.5f) + e * (-2.12194440e-4f * 0x1p-23f);
+  return e * (0.693359375f * 0x1p-23f) + (f + tail);
 }
 
-// exp of v ≤ ~88 to about one unit in the last place, 0 below −87; NaN stays NaN. v = n ln 2 + r,
-// |r| ≤ 0.347, and exp r = 1 + r + r² Q(r), Q fitted to 3e-9.
-inline VecF exp(VecF v) {
+// The same where u may be NaN, which stays NaN, or infinite, which becomes NaN.
+inline VecF log1p(VecF u) { return u - u == 0.0f ? log1p_finite(u) : u - u; }
+
+// exp of −87 ≤ v ≤ 88 to about one unit in the last place. v = n ln 2 + r, |r| ≤ 0.347, and
+// exp r = 1 + r + r² Q(r), Q fitted to 3e-9.
+inline VecF exp_normal(VecF v) {
   constexpr float kMagic = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer
   const VecF shifted = v * 1.44269504f + kMagic;
   const VecF n = shifted - kMagic;
@@ -192,8 +204,12 @@ inline VecF exp(VecF v) {
 #pragma GCC unroll 4
   for (int i = 3; i >= 0; --i) series = series * r + kExp[i];
   const VecF power = 1.0f + (r + r * r * series);
-  const VecFBits scale = ((VecFBits)shifted - (VecFBits)broadcast(kMagic)) << 23;
-  const VecF result = v < -87.0f ? VecF{} : (VecF)((VecFBits)power + scale);
+  return (VecF)((VecFBits)power + ((VecFBits)shifted << 23));
+}
+
+// exp of v ≤ ~88: 0 below −87, and NaN stays NaN.
+inline VecF exp(VecF v) {
+  const VecF result = v < -87.0f ? VecF{} : exp_normal(v);
   return v != v ? v : result;
 }
 
