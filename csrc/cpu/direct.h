@@ -23,7 +23,7 @@ constexpr int kQueries = 64;  // in a tile: they share a decoded block of refere
 constexpr int kBlock = 256;   // references in a block, whose float sums go into double
 constexpr int kRun = 16;      // references whose sums start from zero: equal terms round alike
 constexpr int kColumns = 8;   // columns whose sums stay in registers
-constexpr int kMaxDim = 32;   // kMaxDirectDim
+constexpr int kMaxDim = 24;   // kMaxDirectDim
 constexpr int kTileVectors = kQueries / kFloatLanes;
 
 // How weights relative to the scale are computed. kLowPower: powers of the reciprocal root as it
@@ -60,7 +60,7 @@ void dispatch(Weighing weighing, const Task& task) {
 inline bool fits_float(const RadialKernel& kernel, double distance, double s) {
   const double size = kernel.gaussian ? 1 / kernel.inverse_two_t2 : s;
   const double slope = kernel.gaussian ? kernel.inverse_two_t2 : kernel.half_k / s;
-  return size > 1e-25 && size < 1e25 && distance < 1e25 && distance * slope <= 18;
+  return size > 1e-25 && size < 1e25 && distance < 1e25 && distance * slope <= 14;
 }
 
 // Parts of the references: several where there are too few tiles for the threads to share evenly.

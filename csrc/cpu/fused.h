@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the fused kernels for 32 < d ≤ 256 share: one pass over the references in blocks that stay
+// What the fused kernels for 24 < d ≤ 256 share: one pass over the references in blocks that stay
 // in the cache, with nothing of size B · N in memory. A product
 //
 //   r_j = (‖y_j‖² − centre) − 2 x'·y_j,   s_j / unit² = r_j + offset

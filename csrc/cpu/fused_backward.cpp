@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradients for x and t (exact_backward.cpp) for 32 < d ≤ 256 and float32 queries, in one pass
+// Gradients for x and t (exact_backward.cpp) for 24 < d ≤ 256 and float32 queries, in one pass
 // (fused.h). With g' = g unit / scale, and relative to the anchor's s,
 //
 //   c_j ∝ exp(−(k/2 + 1) log1p((r_j − r_a)/s_a)) (g'·y_j + K)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Displacement and log mass, Eqs. (3) and (12), for 32 < d ≤ 256 and float32 queries, in one pass
+// Displacement and log mass, Eqs. (3) and (12), for 24 < d ≤ 256 and float32 queries, in one pass
 // with an online state (fused.h). Weights are relative to the smallest r so far,
 //
 //   w_j = exp(−(k/2) log1p((r_j − r_min)/s_min)),   s_min = unit² (r_min + offset)
@@ -301,10 +301,12 @@ struct FusedForward : FusedPass {
     const int64_t b = tiles.rows[i];
     const double sum = all.state.sum, offset = kernel.s_offset(p.t[b]);
     for (int64_t c = 0; c < p.dim; ++c) v[c] /= sum;
-    const double s = pair_sums(reader, p.x + b * ld, nullptr, all.anchor).distance + offset;
+    const double squared = pair_sums(reader, p.x + b * ld, nullptr, all.anchor).distance;
+    if (!resolves(p, o, v, ::sqrt(squared))) return false;
+    const double s = squared + offset;
     const double nominal = (all.nearest + centre + queries[i].bound.offset) * o.unit * o.unit;
     const double off = std::abs(kernel.relative_logit<ScalarMath>(nominal, s));
-    if (sum * kHeavy > 1 && !(off <= kAnchorTolerance)) return false;
+    if (sum * kHeavy > 0.25 && !(off <= kAnchorTolerance)) return false;
     p.anchor[b] = all.anchor;
     p.log_mass[b] = kernel.logit(all.state.nearest) + ::log(sum);
     p.anchor_log_weight[b] = kernel.relative_logit<ScalarMath>(s, all.state.nearest) - ::log(sum);

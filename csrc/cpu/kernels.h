@@ -33,7 +33,7 @@ void exact_backward_queries(const FieldParams&, Rows);
 
 // Direct differences in float, for d ≤ kMaxDirectDim. uncertified (B,): set to 1 for the queries
 // whose distances leave the range in which float keeps its relative precision; 0 for the others.
-constexpr int64_t kMaxDirectDim = 32;
+constexpr int64_t kMaxDirectDim = 24;
 void direct_forward(const FieldParams&, uint8_t* uncertified);
 void direct_backward_queries(const FieldParams&, uint8_t* uncertified);
 

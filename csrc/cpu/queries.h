@@ -22,10 +22,19 @@ constexpr int kColumnBlock = 256;  // columns whose products are summed in one g
 
 // By how much the logit of an anchor that is not heavy, known exactly, may be off in the products:
 // that there are others like it may be because there are copies, which err alike.
-constexpr double kAnchorTolerance = 1e-6;
+constexpr double kAnchorTolerance = 8e-7;
 
 inline double cutoff_depth(const FieldParams& p) {
   return kSingleCutoff + ::log(static_cast<double>(p.count));
+}
+
+// Whether float sums of y resolve a displacement v: it must not be small beside the data's width,
+// nor may the distances that it averages be. anchor_distance: ‖x − x0_a‖, the smallest of these.
+inline bool resolves(const FieldParams& p, const Operands& o, const double* v,
+                     double anchor_distance) {
+  double squared = anchor_distance * anchor_distance;
+  for (int64_t c = 0; c < p.dim; ++c) squared += v[c] * v[c];
+  return ::sqrt(squared) >= o.unit * o.radius / 4;
 }
 
 // Which queries the tiles hold. The last tile is only as wide as it must be.

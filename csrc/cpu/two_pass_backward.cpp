@@ -151,6 +151,13 @@ struct Backward {
     return dense;
   }
 
+  // Whether float sums of y resolve what the distances weigh: gradients are held to 1e-5.
+  bool resolves(int64_t b) const {
+    const double offset = RadialKernel(p.half_k, p.t[b]).s_offset(p.t[b]);
+    const double distance = ::sqrt(std::max(0.0, p.anchor_s[b] - offset));
+    return distance >= o.unit * o.radius / 64;
+  }
+
   void finish_dense(const Screen& screen, const std::vector<Candidates>& candidates) {
     const Tiles& tiles = screen.tiles;
     const int64_t size = static_cast<int64_t>(tiles.rows.size());
@@ -159,7 +166,7 @@ struct Backward {
     for (int64_t i = 0; i < size; ++i) {
       const int64_t b = tiles.rows[i];
       if (!candidates[b].too_many) continue;
-      uncertified[b] = !certify(p, o, b, screen.bounds[b], p.anchor_s[b]);
+      uncertified[b] = !certify(p, o, b, screen.bounds[b], p.anchor_s[b]) || !resolves(b);
       if (uncertified[b]) continue;
       anchors.set(p, o, screen.bounds[b], i, b, p.anchor_s[b], depth(b));
       any = true;

@@ -18,7 +18,7 @@ struct Forward {
   const RowReader reader{p};
   uint8_t* uncertified;
 
-  // The queries of `rows`, whose products fit into the workspace.
+  // All queries of the tiles.
   void run(const Tiles& tiles) {
     Screen screen(p, o, tiles);
     std::vector<Candidates> candidates(p.batch);
@@ -138,6 +138,8 @@ struct Forward {
       add_row(reader, x, j, weight, displacement);
     }
     for (int64_t c = 0; c < p.dim; ++c) displacement[c] /= total;
+    const double distance = ::sqrt(std::max(0.0, anchor_s - kernel.s_offset(p.t[b])));
+    if (!resolves(p, o, displacement, distance)) uncertified[b] = 1;
     p.log_mass[b] = kernel.logit(anchor_s) + ::log(total);
     p.anchor_log_weight[b] = -::log(total);
   }

@@ -12,7 +12,7 @@ from pfgm_kernels.backends import _native
 
 PAD = 8  # the kernels read rows padded to a multiple of this
 TILE = 64  # queries that they take at a time
-MAX_DIRECT_DIM = 32  # up to here they need nothing prepared
+MAX_DIRECT_DIM = 24  # up to here they need nothing prepared
 
 
 def unsupported_reason(
