@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.machine import fma_peak_gflops, sgemm_gflops
+from benchmarks.machine import gflops
 from benchmarks.measure import Result, race
 from benchmarks.problems import Problem, Shape
 from benchmarks.providers import Provider
@@ -75,8 +75,9 @@ def pytest_benchmark_update_machine_info(
     )
     machine_info["threads"] = torch.get_num_threads()
     machine_info["simd"] = torch.backends.cpu.get_cpu_capability()
-    machine_info["fma_peak_gflops"] = None if cuda else fma_peak_gflops()
-    machine_info["sgemm_gflops"] = {} if cuda else sgemm_gflops()
+    speeds = {} if cuda else gflops()
+    machine_info["fma_peak_gflops"] = speeds.pop("fma_peak", None)
+    machine_info["sgemm_gflops"] = speeds
     machine_info["backends"] = dict(report())
     machine_info["versions"] = {
         "pfgm_kernels": version("pfgm_kernels"),

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Fused multiply-adds as fast as this machine does them: independent chains that stay in registers.
 
-#include <thread>
-#include <vector>
-
 namespace {
 
 // As many chains as hide the latency of an addition (4 cycles on 2 units: at least 8), and still
@@ -40,7 +37,7 @@ extern "C" int lane_count() { return lanes; }
 // Each thread takes `lanes` values from each number below `chains` through steps of
 // value = value * factor + addend, and writes their sum to sums[thread].
 extern "C" void fma_chains(int threads, long steps, float factor, float addend, float* sums) {
-  std::vector<std::thread> workers;
-  for (int i = 0; i < threads; ++i) workers.emplace_back(run, steps, factor, addend, sums + i);
-  for (std::thread& worker : workers) worker.join();
+  // The threads that the products wait for spin: any others would compete with them.
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+  for (int i = 0; i < threads; ++i) run(steps, factor, addend, sums + i);
 }

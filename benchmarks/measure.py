@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from torch import Tensor
 from benchmarks.peers import Field, RefusedError
 from benchmarks.problems import Problem
 from benchmarks.providers import Provider
+from pfgm_kernels.memory import PeakMemory
 
 DIRECTIONS = ("forward", "gradient")
 """The field, or the field and its gradients for x and t together, as a training step needs them."""
@@ -93,7 +92,9 @@ def qualify(problem: Problem, direction: str, provider: Provider) -> tuple[Resul
         first = queries if provider.one_batch_size else queries[:1]
         _call(problem, gradient, prepared, first, len(first))()
         call = _call(problem, gradient, prepared, queries, chunk)
-        outputs, result.peak_bytes = peak_extra_bytes(call, device)
+        with PeakMemory(device) as peak:
+            outputs = call()
+        result.peak_bytes = peak.extra_bytes
     except (RefusedError, torch.OutOfMemoryError) as refusal:
         result.status, result.note = "refused", str(refusal).splitlines()[0]
         return result, None
@@ -165,35 +166,6 @@ def _timed(call: Call, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:
-    """What the call returns, and the most memory that it held beyond what was held before.
-
-    On the CPU the kernel's own high-water mark of the process's resident memory, which misses no
-    spike; None where the kernel does not let it be reset. Results count as extra memory.
-    """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        output = call()
-        torch.cuda.synchronize(device)
-        return output, torch.cuda.max_memory_allocated(device) - before
-    # Freed memory that the allocator still holds would hide what the call takes.
-    ctypes.CDLL(None).malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return call(), None
-    before = _status_bytes("VmRSS")
-    output = call()
-    return output, max(0, _status_bytes("VmHWM") - before)
-
-
-def _status_bytes(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key + ":"))
 
 
 def _free_bytes(device: torch.device) -> int:

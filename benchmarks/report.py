@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -53,13 +54,14 @@ def _header(run: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     dirty = " with uncommitted changes" if commit["dirty"] else ""
     peak, products = machine["fma_peak_gflops"], machine["sgemm_gflops"]
-    speeds = {"fused multiply-add peak": peak} if peak else {}
-    speeds |= {f"float32 matrix product by {name}": value for name, value in products.items()}
-    measured = ", ".join(f"{name} {value:,.0f} GFLOP/s" for name, value in speeds.items())
+    measured = [f"fused multiply-add peak {peak:,.0f} GFLOP/s"] if peak else []
+    for name, gflops in products.items():
+        share = f" ({gflops / peak:.0%} of the peak)" if peak else ""
+        measured.append(f"float32 matrix product by {name} {gflops:,.0f} GFLOP/s{share}")
     return (
         f"{machine['device']}, {machine['threads']} threads, {machine['simd']}; {versions}; "
         f"revision {commit['id'][:12]}{dirty}; {run['datetime'][:16].replace('T', ' ')} UTC\n\n"
-        f"Measured in the same run: {measured or 'no speeds of the processor'}.\n\n"
+        f"Measured in the same run: {', '.join(measured) or 'no speeds of the processor'}.\n\n"
         "Speed-up: how many times faster than the fastest peer of the same run. Worst error: of a "
         "row against float64 direct differences, relative, divided by its condition number (for "
         "gradients: relative to the sum of the sizes of its terms). Of FMA peak: 4·B·N·d "
@@ -68,17 +70,26 @@ def _header(run: dict[str, Any]) -> str:
 
 
 def _problem(group: list[Row], peak: float | None) -> str:
-    shape, direction = group[0]["shape"], group[0]["direction"]
-    data = SOURCES.get(shape["source"], f"{shape['source']}, queries of Eq. 11")
-    title = f"### {shape['B']} × {shape['N']}, d = {shape['d']}, {data}: {TITLES[direction]}"
     peers = [row for row in group if row["status"] == "timed" and not row["ours"]]
     fastest = min(peers, key=lambda row: median(row["seconds"]), default=None)
+    winner = "none was timed" if fastest is None else fastest["provider"]
     lines = [COLUMNS, *(_cells(row, fastest, peak) for row in group)]
+    heading = f"### {title(group[0]['shape'])}: {TITLES[group[0]['direction']]}"
+    return f"{heading}\n\nFastest peer: {winner}.\n\n{markdown(lines)}"
+
+
+def title(shape: dict[str, Any]) -> str:
+    """A shape in words, and its data."""
+    data = SOURCES.get(shape["source"], f"{shape['source']}, queries of Eq. 11")
+    return f"{shape['B']} × {shape['N']}, d = {shape['d']}, {data}"
+
+
+def markdown(lines: Sequence[tuple[str, ...]]) -> str:
+    """A table of which the first line is the head."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
     rule = "|".join(["", *("-" * (width + 2) for width in widths), ""])
-    winner = "none was timed" if fastest is None else fastest["provider"]
-    return "\n".join([title, "", f"Fastest peer: {winner}.", "", text[0], rule, *text[1:]])
+    return "\n".join([text[0], rule, *text[1:]])
 
 
 def _cells(row: Row, fastest: Row | None, peak: float | None) -> tuple[str, ...]:
@@ -91,11 +102,11 @@ def _cells(row: Row, fastest: Row | None, peak: float | None) -> tuple[str, ...]
     milliseconds = 1e3 * np.asarray(row["seconds"])
     middle = float(np.median(milliseconds))
     low, high = np.quantile(milliseconds, [0.2, 0.8])
-    ratio = "–" if fastest is None else _figures(1e3 * median(fastest["seconds"]) / middle)
+    ratio = "–" if fastest is None else figures(1e3 * median(fastest["seconds"]) / middle)
     return (
         row["provider"],
-        _figures(middle),
-        f"{_figures(low)}–{_figures(high)}" if len(milliseconds) > 2 else "–",
+        figures(middle),
+        f"{figures(low)}–{figures(high)}" if len(milliseconds) > 2 else "–",
         str(len(milliseconds)),
         ratio,
         "–" if peak is None else f"{_gflops(row, middle / 1e3) / peak:.1%}",
@@ -111,7 +122,7 @@ def _gflops(row: Row, seconds: float) -> float:
     return FLOPS[row["direction"]] * shape["B"] * shape["N"] * shape["d"] / seconds / 1e9
 
 
-def _figures(value: float) -> str:
+def figures(value: float) -> str:
     """Three significant figures, without an exponent."""
     return f"{value:,.{max(0, 2 - int(np.floor(np.log10(value))))}f}"
 

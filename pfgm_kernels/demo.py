@@ -22,6 +22,7 @@ from torch import Tensor
 import pfgm_kernels
 from pfgm_kernels import figures
 from pfgm_kernels.flow import Trajectory, perturb, sample, sample_prior
+from pfgm_kernels.memory import PeakMemory
 from pfgm_kernels.training import data as data_sets
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.evaluation import Evaluation, evaluate
@@ -149,24 +150,10 @@ def check_op(data: DataSet, config: TrainConfig) -> list[Measurement]:
 
 
 def peak_extra_memory(compute: Callable[[], object]) -> float | None:
-    """MiB by which the resident memory of this process grows, at its peak, while computing.
-
-    None where the system does not let a process start its peak anew.
-    """
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    before = _status_bytes("VmRSS")
-    compute()
-    return max(0, _status_bytes("VmHWM") - before) / 2**20
-
-
-def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}")
+    """MiB that computing takes at its peak; None where the system does not tell."""
+    with PeakMemory() as peak:
+        compute()
+    return None if peak.extra_bytes is None else peak.extra_bytes / 2**20
 
 
 def _median_seconds(compute: Callable[[], object], repeats: int = 5) -> float:

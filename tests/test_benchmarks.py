@@ -17,10 +17,10 @@ import torch
 pytest.importorskip("pytest_benchmark")
 
 from benchmarks import machine, measure, peers
-from benchmarks.measure import DIRECTIONS, peak_extra_bytes, race
+from benchmarks.measure import DIRECTIONS, race
 from benchmarks.peers import RefusedError, composite
 from benchmarks.problems import GAMMA, Problem, Shape, synthetic_images
-from benchmarks.providers import Provider, providers
+from benchmarks.providers import Provider, ours, providers
 from benchmarks.report import table
 
 CPU = torch.device("cpu")
@@ -187,7 +187,7 @@ def test_keops_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_without_a_compiler_nothing_that_needs_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert machine.fma_peak_gflops() is None
+    assert set(machine.gflops(B=64, d=16, N=32)) <= {"mkl", "blas", "onednn"}
     (result,) = race(
         problem_of(SHAPES[0]), "forward", [by_name("float32 composite, torch.compile")]
     )
@@ -198,7 +198,7 @@ def test_without_a_compiler_nothing_that_needs_one_runs(monkeypatch: pytest.Monk
 
 
 def test_the_peak_is_of_multiply_adds_that_are_all_done() -> None:
-    library = machine.fma_library()
+    library = machine.compiled("fma_peak.cpp")
     if library is None:
         pytest.skip("fma_peak.cpp cannot be compiled here")
     chains, lanes = library.chain_count(), library.lane_count()
@@ -207,27 +207,74 @@ def test_the_peak_is_of_multiply_adds_that_are_all_done() -> None:
     expected = float(lanes * (6 + (starts - 6) / 2**5).sum())
     assert machine.fma_sums(library, 3, 5, 0.5, 3.0) == [expected] * 3
     assert machine.fma_sums(library, 1, 100, 1.0, 1.0) == [float(lanes * (starts + 100).sum())]
-    peak = machine.fma_peak_gflops()
-    assert peak is not None
-    assert peak > 0
 
 
-def test_matrix_products_are_measured() -> None:
-    speeds = machine.sgemm_gflops(B=8, d=16, N=32)
-    assert set(speeds) <= {"mkl", "blas", "onednn"}
+def test_our_product_gives_every_product() -> None:
+    """101 references are one block of 96 and 5 more, of 300 columns 256 are multiplied first."""
+    library = machine.compiled("product.cpp")
+    if library is None:
+        pytest.skip("product.cpp cannot be compiled here")
+    generator = torch.Generator().manual_seed(0)
+    # Products and sums of small integers are exact in float32.
+    x = torch.randint(-50, 50, (192, 300), generator=generator).float()
+    x0 = torch.randint(-50, 50, (101, 300), generator=generator).float()
+    packed = machine.pack_queries(library, x)
+    assert torch.equal(packed, x.view(3, 64, 300).transpose(1, 2))
+    exact = (x0.double() @ x.double().T).view(101, 3, 64).transpose(0, 1)
+    assert torch.equal(machine.tile_products(library, packed, x0).double(), exact)
+    with pytest.raises(ValueError, match="expected a multiple of 64 queries, got 65"):
+        machine.pack_queries(library, torch.zeros(65, 3))
+
+
+def test_the_peak_and_matrix_products_are_measured() -> None:
+    speeds = machine.gflops(B=64, d=16, N=32)
+    expected = {"mkl" if torch.backends.mkl.is_available() else "blas"}
+    expected |= {"onednn"} if torch.backends.mkldnn.is_available() else set()
+    if machine.compiled("product.cpp") is not None:
+        expected |= {"fma_peak", "pfgm_kernels", "pfgm_kernels on packed queries"}
+    assert set(speeds) == expected
     assert all(speed > 0 for speed in speeds.values())
-    assert len(speeds) == 1 + torch.backends.mkldnn.is_available()
+
+
+@pytest.mark.parametrize("wrong", [None, "portable"])
+def test_each_instruction_set_computes_and_a_wrong_one_fails(
+    wrong: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _C = pytest.importorskip("pfgm_kernels._C", reason="the extension is not built")
+    from benchmarks import instruction_sets
+
+    def prepare(problem: Problem, gradient: bool) -> Any:
+        def field(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            used.append(_C.build_info()["instruction set"])
+            return right(x, t) * (1.001 if used[-1] == wrong else 1)
+
+        right = ours("cpu", True)(problem, gradient)
+        return field
+
+    used: list[str] = []
+    monkeypatch.setattr(instruction_sets, "shapes", lambda: [SHAPES[1]])
+    monkeypatch.setattr(instruction_sets, "ours", lambda *_, **__: prepare)
+    names = instruction_sets.available()
+    assert instruction_sets.main() == (wrong is not None)
+    assert set(used) == set(names)
+    assert _C.build_info()["instruction set"] == names[0]
+    cells = map(str.strip, capsys.readouterr().out.splitlines()[-1].split("|")[2:-1])
+    for name, cell in zip(names, cells, strict=True):
+        text, _, error = cell.partition(", ")
+        assert text == "wrong" if name == wrong else float(text) > 0
+        assert (float(error) <= 1e-6) == (name != wrong)
 
 
 def test_peak_memory_sees_what_was_freed_again() -> None:
-    def call() -> float:
-        return float(torch.ones(32 << 20).sum())
+    def prepare(problem: Problem, gradient: bool) -> Any:
+        right = composite(torch.float64)(problem, gradient)
+        return lambda x, t: right(x, t) + 0 * torch.ones(32 << 20).sum()
 
-    value, peak = peak_extra_bytes(call, CPU)
-    assert value == 32 << 20
-    if peak is None:
-        pytest.skip("this kernel does not let the high-water mark be reset")
-    assert peak == pytest.approx(4 * 32 << 20, rel=0.1)
+    provider = Provider("wasteful", prepare, (1e-6, 1e-5))
+    (result,) = race(problem_of(SHAPES[0]), "forward", [provider])
+    if result.peak_bytes is None:
+        pytest.skip("this system does not let a process reset its peak memory")
+    assert result.peak_bytes == pytest.approx(4 * 32 << 20, rel=0.1)
 
 
 def test_synthetic_images_have_the_spectrum_of_photographs() -> None:
@@ -302,7 +349,7 @@ def test_the_report_shows_every_row_and_the_ratio_to_the_fastest_peer() -> None:
     assert "Fastest peer: fast." in lines
     assert "revision 0123456789ab with uncommitted changes; 2026-01-02 03:04 UTC" in text
     assert "fused multiply-add peak 200 GFLOP/s" in text
-    assert "float32 matrix product by onednn 170 GFLOP/s" in text
+    assert "float32 matrix product by onednn 170 GFLOP/s (85% of the peak)" in text
     assert cells["slow"][:7] == ["400", "400–400", "3", "0.500", "0.0%", "2.5e-05", "3.0"]
     assert cells["fast"][:4] == ["200", "140–260", "3", "1.00"]
     assert cells["mine"][:6] == ["50.0", "–", "1", "4.00", "0.0%", "3.0e-08"]

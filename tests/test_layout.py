@@ -30,7 +30,7 @@ LAYERS = [
     ("field",),
     ("",),
     ("flow",),
-    ("training", "figures"),
+    ("training", "figures", "memory"),
     ("demo",),
     ("cli",),
 ]

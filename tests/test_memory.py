@@ -8,45 +8,18 @@ measured at each in turn.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from pfgm_kernels import memory
+from pfgm_kernels.memory import PeakMemory
+
 LIMIT = 300  # MiB
 SIZES = {"eager": [(4, 50_000), (128, 2_000)]}
-
-
-def host_memory(field: str) -> float:
-    """A field of /proc/self/status in MiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-class Peak:
-    """Peak memory above that at the start, in MiB."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-
-    def __enter__(self) -> Peak:
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated() / 2**20
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-            self.start = host_memory("VmRSS")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.device == "cuda":
-            self.extra = torch.cuda.max_memory_allocated() / 2**20 - self.start
-        else:
-            self.extra = host_memory("VmHWM") - self.start
 
 
 def measure(backend: str, device: str, batch: int, count: int) -> None:
@@ -61,36 +34,42 @@ def measure(backend: str, device: str, batch: int, count: int) -> None:
     )
     (small[0].sum() + small[1].sum()).backward()
     references = ReferenceSet.from_images(images)
-    with Peak(device) as known:
+    with PeakMemory(device) as known:
         torch.ones(100 << 18, device=device)  # 100 MiB, released at once
-    with Peak(device) as forward:
+    with PeakMemory(device) as forward:
         v, log_mass = poisson_displacement(x, 30 * t, references, backend=backend)
-    with Peak(device) as backward:
+    with PeakMemory(device) as backward:
         torch.autograd.grad([v.sum() + log_mass.sum()], [x, t])
-    print(known.extra, forward.extra, backward.extra)
+    print(*[peak.extra_bytes for peak in (known, forward, backward)])
 
 
-@pytest.fixture(scope="module")
-def clear_refs() -> None:
-    if not torch.cuda.is_available():
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError as error:
-            pytest.skip(f"this machine does not let a process reset its peak memory ({error})")
-
-
-def test_extra_memory(backend, clear_refs):
+def test_extra_memory(backend):
     reason = backend.reason(3072, requires_grad=True)
     if reason is not None:
         pytest.skip(f"{backend.name}: {reason}")
+    with PeakMemory(backend.device) as meter:
+        pass
+    if meter.reason is not None:
+        pytest.skip(meter.reason)
     for batch, count in SIZES.get(backend.name, [(128, 50_000)]):
         arguments = [backend.name, backend.device.type, str(batch), str(count)]
         command = [sys.executable, __file__, *arguments]
         run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-        known, forward, backward = map(float, run.stdout.split())
+        known, forward, backward = (int(part) / 2**20 for part in run.stdout.split())
         assert 95 < known < 120  # the meter works
         assert 0 <= forward < LIMIT
         assert 0 <= backward < LIMIT
+
+
+def test_a_system_that_keeps_its_high_water_mark_gives_no_figure(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "CLEAR_REFS", tmp_path / "nowhere" / "clear_refs")
+    with PeakMemory() as peak:
+        torch.ones(100)
+    assert peak.extra_bytes is None
+    assert re.fullmatch(
+        r"this system does not let a process reset its peak memory \(.*No such file.*\)",
+        peak.reason,
+    )
 
 
 if __name__ == "__main__":
