@@ -17,8 +17,10 @@ constexpr int64_t kGatherStrip = 4;     // kGatherColumns that a task takes at m
 constexpr double kDenseTolerance = 5e-6;
 
 // Whether the products of a query are precise enough for the weights of all its references.
-inline bool certify(const FieldParams& p, const Operands& o, int64_t b, const Bound& bound,
-                    double anchor_s) {
+inline bool certify(const Screen& screen, int64_t b, double anchor_s) {
+  const FieldParams& p = screen.p;
+  const Operands& o = screen.o;
+  const Bound& bound = screen.bounds[b];
   if (o.crowds && bound.roundings > 0) return false;
   const RadialKernel kernel(p.half_k, p.t[b]);
   const double slope = kernel.gaussian ? kernel.inverse_two_t2 : p.half_k / anchor_s;
@@ -33,8 +35,8 @@ inline bool certify(const FieldParams& p, const Operands& o, int64_t b, const Bo
   return slope * error * o.unit * o.unit <= kDenseTolerance && x_norm * o.radius < 1e30;
 }
 
-// Takes the columns of some queries from one screen into another.
-inline void compact(const Screen& from, Screen& to) {
+// Moves the columns of some queries from one screen into another.
+inline void compact(Screen& from, Screen& to) {
   const int64_t count = from.p.count;
   std::vector<const float*> sources;  // a query's products with the first references
   std::vector<int64_t> strides;
@@ -58,6 +60,9 @@ inline void compact(const Screen& from, Screen& to) {
       }
     }
   });
+  from.products = Buffer<float>();
+  to.integers = from.integers;
+  for (const int64_t b : to.tiles.rows) to.bounds[b] = from.bounds[b];
 }
 
 inline VecF relative_logits(const FieldParams& p, VecF u) {
@@ -73,22 +78,20 @@ inline VecF relative_logits(const FieldParams& p, VecF u) {
 // whole vectors: r and s of a reference near the nearest one, s exactly; lanes with no query, or
 // with one that another kernel computes, take no part.
 struct Anchors {
-  Buffer<double> r;        // s / unit² − offset
-  Buffer<double> inverse;  // what turns r − r of the anchor into the argument of the logit
-  Buffer<float> cutoff;  // logits below this count for nothing: all of them where no part is taken
+  std::vector<double> s, r;     // r = s / unit² − offset
+  std::vector<double> inverse;  // what turns r − r of the anchor into the argument of the logit
+  std::vector<float> cutoff;    // logits below this count for nothing: all where no part is taken
 
-  explicit Anchors(int64_t padded) : r(padded), inverse(padded), cutoff(padded) {
-    std::fill_n(r.get(), padded, 0.0);
-    std::fill_n(inverse.get(), padded, 0.0);
-    std::fill_n(cutoff.get(), padded, INFINITY);
-  }
+  explicit Anchors(int64_t padded)
+      : s(padded), r(padded), inverse(padded), cutoff(padded, INFINITY) {}
 
-  void set(const FieldParams& p, const Operands& o, const Bound& bound, int64_t i, int64_t b,
-           double s, double depth) {
-    const RadialKernel kernel(p.half_k, p.t[b]);
-    const double scale = o.unit * o.unit;
-    r[i] = s / scale - bound.offset;
-    inverse[i] = kernel.gaussian ? scale * kernel.inverse_two_t2 : scale / s;
+  void set(const Screen& screen, int64_t i, double anchor_s, double depth) {
+    const int64_t b = screen.tiles.rows[i];
+    const RadialKernel kernel(screen.p.half_k, screen.p.t[b]);
+    const double scale = screen.o.unit * screen.o.unit;
+    s[i] = anchor_s;
+    r[i] = anchor_s / scale - screen.bounds[b].offset;
+    inverse[i] = kernel.gaussian ? scale * kernel.inverse_two_t2 : scale / anchor_s;
     cutoff[i] = static_cast<float>(-depth);
   }
 };
@@ -96,30 +99,30 @@ struct Anchors {
 // The second pass over the queries of a screen whose products are floats.
 struct SecondPass {
   const Screen& screen;
-  const FieldParams& p;
-  const Operands& o;
-  const Tiles& tiles;
   const Anchors& anchors;
-  int64_t num_blocks;
-  Buffer<uint8_t> active;     // (tiles, blocks): whether any weight of a block counts
-  Buffer<double> block_sums;  // (blocks, padded)
+  const FieldParams& p = screen.p;
+  const Operands& o = screen.o;
+  const Tiles& tiles = screen.tiles;
+  int64_t num_blocks = (p.count + kGatherRows - 1) / kGatherRows;
+  Buffer<uint8_t> active{tiles.count() * num_blocks};  // (tiles, blocks): whether any weight counts
+  Buffer<double> block_sums{num_blocks * tiles.padded()};  // (blocks, padded)
 
-  SecondPass(const Screen& screen, const Anchors& anchors)
-      : screen(screen),
-        p(screen.p),
-        o(screen.o),
-        tiles(screen.tiles),
-        anchors(anchors),
-        num_blocks((p.count + kGatherRows - 1) / kGatherRows),
-        active(tiles.count() * num_blocks),
-        block_sums(num_blocks * tiles.padded()) {}
+  SecondPass(const Screen& screen, const Anchors& anchors) : screen(screen), anchors(anchors) {}
+
+  // Calls task(i, b) for the queries that take part.
+  template <class Task>
+  void for_queries(const Task& task) const {
+    parallel_for(p.num_threads, static_cast<int64_t>(tiles.rows.size()), [&](int64_t i, int) {
+      if (anchors.cutoff[i] < 0) task(i, tiles.rows[i]);
+    });
+  }
 
   // The arguments u of the logits of reference j and kFloatLanes queries from i = 64 tile + q.
   VecF arguments(const float* products, int64_t j, int64_t i) const {
     const double factor = screen.norms == o.norms ? 2 : -1;
     const auto half = [&](int64_t lane) {
       const Vec r = screen.norms[j] - factor * widen(products + lane);
-      return (r - load(anchors.r.get() + i + lane)) * load(anchors.inverse.get() + i + lane);
+      return (r - load(&anchors.r[i + lane])) * load(&anchors.inverse[i + lane]);
     };
     return narrow(half(0), half(kLanes));
   }
@@ -132,7 +135,7 @@ struct SecondPass {
       bool any = false;
       for (int64_t q = 0; q < width; q += kFloatLanes) {
         const int64_t i = tile * kTileQueries + q;
-        const VecF cutoff = load(anchors.cutoff.get() + i);
+        const VecF cutoff = load(&anchors.cutoff[i]);
         VecF sum = {};
         for (int64_t j = first; j < std::min(p.count, first + kGatherRows); ++j) {
           float* products = screen.tile_products(tile) + j * width + q;
@@ -141,22 +144,17 @@ struct SecondPass {
           store(products, weights);
           sum += weights;
         }
-        any |= put_block_sums(block, i, sum);
+        put(block_sums, block, i, sum);
+        any |= bits(sum != 0.0f) != 0;
       }
       active[task] = any;
     });
   }
 
-  bool put_block_sums(int64_t block, int64_t i, VecF sum) const {
-    float lanes[kFloatLanes];
-    store(lanes, sum);
-    double* out = block_sums.get() + block * tiles.padded() + i;
-    bool any = false;
-    for (int lane = 0; lane < kFloatLanes; ++lane) {
-      out[lane] = lanes[lane];
-      any |= lanes[lane] != 0;
-    }
-    return any;
+  // Puts the sums over a block for kFloatLanes queries from i into sums (blocks, padded).
+  void put(const Buffer<double>& sums, int64_t block, int64_t i, VecF sum) const {
+    double* out = sums.get() + block * tiles.padded() + i;
+    for (int lane = 0; lane < kFloatLanes; ++lane) out[lane] = sum[lane];
   }
 
   float& weight(int64_t i, int64_t j) const {
@@ -164,18 +162,18 @@ struct SecondPass {
     return screen.tile_products(tile)[j * tiles.width(tile) + i % kTileQueries];
   }
 
-  double total(int64_t i) const {
+  // The total of sums (blocks, padded) for query i.
+  double total(const Buffer<double>& sums, int64_t i) const {
     double sum = 0;
-    for (int64_t block = 0; block < num_blocks; ++block) {
-      sum += block_sums[block * tiles.padded() + i];
-    }
+    for (int64_t block = 0; block < num_blocks; ++block) sum += sums[block * tiles.padded() + i];
     return sum;
   }
 
-  // sums (queries, d) = Σ_j w_j y_j with what stands in the place of the products as weights. A
-  // task takes a tile and a strip of columns, so that the weights of a block are read once for
-  // several kGatherColumns.
-  void gather(double* sums) const {
+  // (queries, d) Σ_j w_j y_j with what stands in the place of the products as weights. A task takes
+  // a tile and a strip of columns, so that the weights of a block are read once for several
+  // kGatherColumns.
+  Buffer<double> gather() const {
+    Buffer<double> sums(static_cast<int64_t>(tiles.rows.size()) * p.dim);
     const int64_t groups = (p.dim + kGatherColumns - 1) / kGatherColumns;
     const int64_t fair = groups * tiles.count() / (2 * p.num_threads);
     const int64_t most = std::clamp<int64_t>(fair, 1, kGatherStrip);
@@ -206,10 +204,11 @@ struct SecondPass {
         }
       }
       for (int q = 0; q < tiles.size(tile); ++q) {
-        double* row = sums + (tile * kTileQueries + q) * p.dim;
+        double* row = sums.get() + (tile * kTileQueries + q) * p.dim;
         for (int64_t c = start; c < end; ++c) row[c] = total[(c - start) * width + q];
       }
     });
+    return sums;
   }
 };
 

@@ -53,9 +53,10 @@ struct Screen {
   const Tiles& tiles;
   std::vector<Bound> bounds;  // (B,), indexed by the rows of the batch
   const double* norms;        // (N,) ‖y_j‖², or zeros where the products hold r itself
+  bool integers = false;      // whether the products are int32
   Buffer<float> products;
   Buffer<double> least, most;
-  Buffer<double> own_norms;
+  std::vector<double> zeros;  // (N,), where they are needed
 
   Screen(const FieldParams& p, const Operands& o, const Tiles& tiles)
       : p(p),
@@ -66,13 +67,6 @@ struct Screen {
         products(p.count * tiles.padded()),
         least(num_blocks() * tiles.padded()),
         most(num_blocks() * tiles.padded()) {}
-
-  // What the norms are where the products hold r itself.
-  const double* zeros() {
-    own_norms = Buffer<double>(p.count);
-    std::fill_n(own_norms.get(), p.count, 0.0);
-    return own_norms.get();
-  }
 
   int64_t num_blocks() const { return (p.count + kScreenRows - 1) / kScreenRows; }
   float* tile_products(int64_t tile) const {
@@ -125,7 +119,7 @@ struct Candidates {
   int64_t nearest = 0;  // the reference whose r is the smallest
 };
 
-// Largest r + offset that counts: by default relative to the nearest reference.
+// Largest r that counts beside the nearest reference.
 inline double cutoff(const Bound& bound, double smallest) {
   return bound.ratio * (smallest + bound.offset) + bound.shift - bound.offset;
 }
@@ -140,12 +134,16 @@ inline Vec smallest_r(const Screen& screen, int64_t tile, int64_t q) {
   return smallest;
 }
 
-// Fills candidates (B,) for the queries of the tiles. limits (B,): the largest r that counts, or
-// null for the cutoff relative to the nearest. At most `most` candidates are listed.
-template <class Element>
-void select_as(const Screen& screen, const double* limits, int64_t most,
-               std::vector<Candidates>& candidates) {
+// Candidates up to which a query is finished by direct differences: a pair then costs more, but
+// there are fewer of them.
+inline int64_t few_candidates(const FieldParams& p) { return std::max<int64_t>(64, p.count / 16); }
+
+// Lists the candidates of the queries of the tiles, up to one too many. largest(b, smallest): the
+// largest r that counts.
+template <class Element, class Largest>
+void select_as(const Screen& screen, const Largest& largest, std::vector<Candidates>& candidates) {
   const FieldParams& p = screen.p;
+  const int64_t few = few_candidates(p);
   const int64_t groups = kTileQueries / kLanes, num_blocks = screen.num_blocks();
   parallel_for(p.num_threads, screen.tiles.count() * groups, [&](int64_t task, int) {
     const int64_t tile = task / groups, q = task % groups * kLanes;
@@ -156,8 +154,7 @@ void select_as(const Screen& screen, const double* limits, int64_t most,
     const Vec smallest = smallest_r(screen, tile, q);
     Vec limit = broadcast(-double{INFINITY});
     for (int i = 0; i < kLanes && i < count; ++i) {
-      const int64_t row = screen.tiles.row(tile, static_cast<int>(q) + i);
-      limit[i] = limits ? limits[row] : cutoff(screen.bounds[row], smallest[i]);
+      limit[i] = largest(screen.tiles.row(tile, static_cast<int>(q) + i), smallest[i]);
     }
     const Element* sums = reinterpret_cast<const Element*>(screen.tile_products(tile));
     Vec nearest_r = broadcast(double{INFINITY}), nearest = {};
@@ -175,7 +172,7 @@ void select_as(const Screen& screen, const double* limits, int64_t most,
           const int i = __builtin_ctz(mask);
           Candidates& found = candidates[screen.tiles.row(tile, static_cast<int>(q) + i)];
           found.list.push_back(static_cast<int32_t>(j));
-          if (static_cast<int64_t>(found.list.size()) > most) listing &= ~(1u << i);
+          if (static_cast<int64_t>(found.list.size()) > few) listing &= ~(1u << i);
         }
       }
     }
@@ -188,15 +185,12 @@ void select_as(const Screen& screen, const double* limits, int64_t most,
   });
 }
 
-inline void select(const Screen& screen, bool integers, const double* limits, int64_t most,
-                   std::vector<Candidates>& candidates) {
+template <class Largest>
+void select(const Screen& screen, const Largest& largest, std::vector<Candidates>& candidates) {
   for (const int64_t b : screen.tiles.rows) candidates[b] = Candidates();
-  (integers ? select_as<int32_t> : select_as<float>)(screen, limits, most, candidates);
+  screen.integers ? select_as<int32_t>(screen, largest, candidates)
+                  : select_as<float>(screen, largest, candidates);
 }
-
-// Candidates up to which a query is finished by direct differences: a pair then costs more, but
-// there are fewer of them.
-inline int64_t few_candidates(const FieldParams& p) { return std::max<int64_t>(64, p.count / 16); }
 
 // Whether float holds the squares of everything. False for NaN, so that what is not finite, in a
 // query or in any reference, goes to the exact kernel.

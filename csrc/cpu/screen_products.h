@@ -7,11 +7,27 @@
 namespace pfgm {
 namespace {
 
+// Products of references first to first + rows with what is packed for each tile, (dim, width), in
+// float: out(tile) is (rows, width). y: work area of rows × kColumnBlock.
+template <class Out>
+void multiply_floats(const FieldParams& p, const Operands& o, const Tiles& tiles, int64_t first,
+                     int64_t rows, float* y, const float* packed, const Out& out) {
+  for (int64_t column = 0; column < p.dim; column += kColumnBlock) {
+    const int64_t columns = std::min<int64_t>(p.dim - column, kColumnBlock);
+    decode_block(p, o, first, rows, column, columns, y, kColumnBlock);
+    for (int64_t tile = 0; tile < tiles.count(); ++tile) {
+      const int64_t width = tiles.width(tile);
+      product<FloatProduct>(y, rows, kColumnBlock, 1,
+                            packed + tile * kTileQueries * p.dim + column * width, width, columns,
+                            out(tile), column > 0);
+    }
+  }
+}
+
 // Products of every query with the blocks of references, in float.
 inline void screen_floats(Screen& screen) {
   const FieldParams& p = screen.p;
   const Tiles& tiles = screen.tiles;
-  std::vector<QueryNorms> norms(p.batch);
   const Buffer<float> packed(tiles.padded() * p.dim);
   parallel_for(p.num_threads, tiles.count(), [&](int64_t tile, int) {
     double residuals[kTileQueries];
@@ -27,17 +43,10 @@ inline void screen_floats(Screen& screen) {
   const Buffer<float> decoded(p.num_threads * kScreenRows * kColumnBlock);
   parallel_for(p.num_threads, screen.num_blocks(), [&](int64_t block, int thread) {
     const int64_t first = block * kScreenRows, rows = std::min(p.count - first, kScreenRows);
-    float* y = decoded.get() + thread * kScreenRows * kColumnBlock;
-    for (int64_t column = 0; column < p.dim; column += kColumnBlock) {
-      const int64_t columns = std::min<int64_t>(p.dim - column, kColumnBlock);
-      decode_block(p, screen.o, first, rows, column, columns, y, kColumnBlock);
-      for (int64_t tile = 0; tile < tiles.count(); ++tile) {
-        const int64_t width = tiles.width(tile);
-        product<FloatProduct>(y, rows, kColumnBlock, 1,
-                              packed.get() + tile * kTileQueries * p.dim + column * width, width,
-                              columns, screen.tile_products(tile) + first * width, column > 0);
-      }
-    }
+    multiply_floats(
+        p, screen.o, tiles, first, rows, decoded.get() + thread * kScreenRows * kColumnBlock,
+        packed.get(),
+        [&](int64_t tile) { return screen.tile_products(tile) + first * tiles.width(tile); });
     for (int64_t tile = 0; tile < tiles.count(); ++tile) screen.bound_block<float>(tile, block);
   });
 }
@@ -45,110 +54,127 @@ inline void screen_floats(Screen& screen) {
 #if defined(PFGM_INTEGER_PRODUCT)
 // Integer products with digits of the queries. The first digit alone screens. To refine, the others
 // are added to its products, which become r − base: what counts is near zero, and float holds it
-// with all its digits. base (B,), or null to screen.
-inline void screen_integers(Screen& screen, const double* base) {
-  const bool refine = base != nullptr;
+// with all its digits.
+struct IntegerProducts {
+  Screen& screen;
+  const double* base;  // (B,), or null to screen
   const FieldParams& p = screen.p;
   const Tiles& tiles = screen.tiles;
-  const int64_t steps = (p.dim + 3) / 4;
-  const int first_digit = refine ? 1 : 0, num_digits = refine ? kDigits - 1 : 1;
-  const Buffer<int32_t> packed(num_digits * tiles.padded() * steps);
-  const auto packed_digit = [&](int64_t tile, int digit) {
+  int64_t steps = (p.dim + 3) / 4;
+  int first_digit = base ? 1 : 0, end_digit = base ? kDigits : 1;
+  Buffer<int32_t> packed{(end_digit - first_digit) * tiles.padded() * steps};
+  std::vector<double> units, shifts;  // (padded,)
+
+  IntegerProducts(Screen& screen, const double* base)
+      : screen(screen), base(base), units(tiles.padded()), shifts(tiles.padded()) {}
+
+  void run() {
+    screen.integers = !base;
+    if (base) {
+      screen.zeros.assign(p.count, 0.0);
+      screen.norms = screen.zeros.data();
+    }
+    parallel_for(p.num_threads, tiles.padded() / kFloatLanes, [&](int64_t task, int) {
+      pack(task * kFloatLanes / kTileQueries, static_cast<int>(task * kFloatLanes % kTileQueries));
+    });
+    const Buffer<uint8_t> copies(p.num_threads * kScreenRows * steps * 4);
+    const Buffer<int32_t> digits(p.num_threads * kDigits * kScreenRows * kTileQueries);
+    parallel_for(p.num_threads, screen.num_blocks(), [&](int64_t block, int thread) {
+      const int64_t first = block * kScreenRows, rows = std::min(p.count - first, kScreenRows);
+      const int32_t* codes =
+          read_codes(first, rows, copies.get() + thread * kScreenRows * steps * 4);
+      int32_t* sums = digits.get() + thread * kDigits * kScreenRows * kTileQueries;
+      for (int64_t tile = 0; tile < tiles.count(); ++tile) {
+        float* out = screen.tile_products(tile) + first * tiles.width(tile);
+        if (base) {
+          add_digits(tile, codes, first, rows, sums, out);
+          screen.bound_block<float>(tile, block);
+        } else {
+          multiply(tile, 0, codes, rows, reinterpret_cast<int32_t*>(out));
+          screen.bound_block<int32_t>(tile, block);
+        }
+      }
+    });
+  }
+
+  int32_t* packed_digit(int64_t tile, int digit) const {
     return packed.get() + (digit - first_digit) * tiles.padded() * steps +
            tile * kTileQueries * steps;
-  };
-  const Buffer<double> units(tiles.padded()), shifts(tiles.padded());
-  std::fill_n(units.get(), tiles.padded(), 0.0);
-  std::fill_n(shifts.get(), tiles.padded(), 0.0);
-  parallel_for(p.num_threads, tiles.padded() / kFloatLanes, [&](int64_t task, int) {
-    const int64_t tile = task * kFloatLanes / kTileQueries, width = tiles.width(tile);
-    const int begin = static_cast<int>(task * kFloatLanes % kTileQueries);
+  }
+
+  // Packs kFloatLanes queries of a tile and bounds their products.
+  void pack(int64_t tile, int begin) {
+    const int64_t width = tiles.width(tile);
     int32_t* to[kDigits] = {};
-    for (int n = first_digit; n < first_digit + num_digits; ++n) {
+    for (int n = first_digit; n < end_digit; ++n) {
       to[n] = packed_digit(tile, n);
-      for (int64_t k = 0; k < steps; ++k) {
-        std::fill_n(to[n] + k * width + begin, kFloatLanes, 0);
-      }
+      for (int64_t k = 0; k < steps; ++k) std::fill_n(to[n] + k * width + begin, kFloatLanes, 0);
     }
     for (int q = begin; q < begin + kFloatLanes && q < tiles.size(tile); ++q) {
-      const int64_t b = tiles.row(tile, q);
+      const int64_t b = tiles.row(tile, q), i = tile * kTileQueries + q;
       const Digits digits = pack_digits(p, screen.o, b, q, width, to);
       double sum = 0;  // of all digits, in units of the first
       for (int n = kDigits - 1; n >= 0; --n) sum = digits.sums[n] + sum / kDigitBase;
-      units[tile * kTileQueries + q] = digits.unit;
-      shifts[tile * kTileQueries + q] = kCodeOrigin * digits.unit * sum;
+      units[i] = digits.unit;
+      shifts[i] = kCodeOrigin * digits.unit * sum;
       Bound& bound = screen.bounds[b];
-      bound = make_bound(p, screen.o, b, query_norms(p, screen.o, b), refine ? -1 : 2 * digits.unit,
-                         digits.residuals[refine ? kDigits - 1 : 0], 0);
-      bound.offset += refine ? base[b] : 2 * kCodeOrigin * digits.unit * digits.sums[0];
-      if (refine) shifts[tile * kTileQueries + q] -= base[b] / 2;
+      bound = make_bound(p, screen.o, b, query_norms(p, screen.o, b), base ? -1 : 2 * digits.unit,
+                         digits.residuals[end_digit - 1], 0);
+      bound.offset += base ? base[b] : 2 * kCodeOrigin * digits.unit * digits.sums[0];
+      if (base) shifts[i] -= base[b] / 2;
     }
-  });
-  const bool whole = p.dim % 4 == 0;  // else rows are copied, with zeros beyond d
-  const Buffer<uint8_t> copies(whole ? 0 : p.num_threads * kScreenRows * steps * 4);
-  if (refine) screen.norms = screen.zeros();
-  const Buffer<int32_t> digits(p.num_threads * kDigits * kScreenRows * kTileQueries);
-  parallel_for(p.num_threads, screen.num_blocks(), [&](int64_t block, int thread) {
-    const int64_t first = block * kScreenRows, rows = std::min(p.count - first, kScreenRows);
+  }
+
+  // Codes, (rows, steps) of four columns each: a copy with zeros beyond d where there must be some.
+  const int32_t* read_codes(int64_t first, int64_t rows, uint8_t* copy) const {
     const uint8_t* codes = screen.o.codes + first * p.dim;
-    if (!whole) {
-      uint8_t* copy = copies.get() + thread * kScreenRows * steps * 4;
-      for (int64_t r = 0; r < rows; ++r) {
-        std::copy_n(codes + r * p.dim, p.dim, copy + r * steps * 4);
-        std::fill(copy + r * steps * 4 + p.dim, copy + (r + 1) * steps * 4, uint8_t{0});
-      }
-      codes = copy;
+    if (p.dim % 4 == 0) return reinterpret_cast<const int32_t*>(codes);
+    for (int64_t r = 0; r < rows; ++r) {
+      std::copy_n(codes + r * p.dim, p.dim, copy + r * steps * 4);
+      std::fill(copy + r * steps * 4 + p.dim, copy + (r + 1) * steps * 4, uint8_t{0});
     }
-    const int32_t* rows_of_four = reinterpret_cast<const int32_t*>(codes);
-    int32_t* sums = digits.get() + thread * kDigits * kScreenRows * kTileQueries;
-    for (int64_t tile = 0; tile < tiles.count(); ++tile) {
-      const int64_t width = tiles.width(tile);
-      float* out = screen.tile_products(tile) + first * width;
-      const auto multiply = [&](int digit, int32_t* to) {
-        for (int64_t k = 0; k < steps; k += kColumnBlock) {
-          product<IntegerProduct>(rows_of_four + k, rows, steps, 1,
-                                  packed_digit(tile, digit) + k * width, width,
-                                  std::min<int64_t>(steps - k, kColumnBlock), to, k > 0);
-        }
-      };
-      if (!refine) {
-        multiply(0, reinterpret_cast<int32_t*>(out));
-        screen.bound_block<int32_t>(tile, block);
-        continue;
-      }
-      const int64_t size = rows * width;
-      for (int n = 1; n < kDigits; ++n) multiply(n, sums + (n - 1) * size);
-      for (int64_t i = 0; i < size; i += kLanes) {
-        const int64_t q = tile * kTileQueries + i % width;
-        Vec total = {};
-        for (int n = kDigits - 1; n > 0; --n) {
-          total = (total + widen(sums + (n - 1) * size + i)) * (1 / kDigitBase);
-        }
-        total += widen(reinterpret_cast<const int32_t*>(out) + i);
-        const Vec product = total * load(units.get() + q) - load(shifts.get() + q);
-        narrow(out + i, screen.o.norms[first + i / width] - 2.0 * product);
-      }
-      screen.bound_block<float>(tile, block);
+    return reinterpret_cast<const int32_t*>(copy);
+  }
+
+  void multiply(int64_t tile, int digit, const int32_t* codes, int64_t rows, int32_t* out) const {
+    const int64_t width = tiles.width(tile);
+    for (int64_t k = 0; k < steps; k += kColumnBlock) {
+      product<IntegerProduct>(codes + k, rows, steps, 1, packed_digit(tile, digit) + k * width,
+                              width, std::min<int64_t>(steps - k, kColumnBlock), out, k > 0);
     }
-  });
-}
+  }
+
+  // Turns products of the first digit into r − base. sums: work area of the other digits.
+  void add_digits(int64_t tile, const int32_t* codes, int64_t first, int64_t rows, int32_t* sums,
+                  float* out) const {
+    const int64_t width = tiles.width(tile), size = rows * width;
+    for (int n = 1; n < kDigits; ++n) multiply(tile, n, codes, rows, sums + (n - 1) * size);
+    for (int64_t i = 0; i < size; i += kLanes) {
+      const int64_t q = tile * kTileQueries + i % width;
+      Vec total = {};
+      for (int n = kDigits - 1; n > 0; --n) {
+        total = (total + widen(sums + (n - 1) * size + i)) * (1 / kDigitBase);
+      }
+      total += widen(reinterpret_cast<const int32_t*>(out) + i);
+      const Vec product = total * load(&units[q]) - load(&shifts[q]);
+      narrow(out + i, screen.o.norms[first + i / width] - 2.0 * product);
+    }
+  }
+};
 #endif
 
-// Fills a screen with the cheapest products there are; returns whether they are integers.
-inline bool screen_references(Screen& screen) {
+// Fills a screen with the cheapest products there are.
+inline void screen_references(Screen& screen) {
 #if defined(PFGM_INTEGER_PRODUCT)
-  if (screen.o.codes) {
-    screen_integers(screen, nullptr);
-    return true;
-  }
+  if (screen.o.codes) return IntegerProducts(screen, nullptr).run();
 #endif
   screen_floats(screen);
-  return false;
 }
 
 // Adds digits to the integer products of a screen, whose bounds and candidates are those of one
 // digit. The products become floats.
-inline void refine(Screen& screen, const std::vector<Candidates>& candidates) {
+inline void refine([[maybe_unused]] Screen& screen,
+                   [[maybe_unused]] const std::vector<Candidates>& candidates) {
 #if defined(PFGM_INTEGER_PRODUCT)
   std::vector<double> base(screen.p.batch);
   for (const int64_t b : screen.tiles.rows) {
@@ -156,10 +182,7 @@ inline void refine(Screen& screen, const std::vector<Candidates>& candidates) {
     const QueryNorms norms = query_norms(screen.p, screen.o, b);
     base[b] = candidates[b].smallest + screen.bounds[b].offset - norms.squared - norms.t_squared;
   }
-  screen_integers(screen, base.data());
-#else
-  static_cast<void>(screen);
-  static_cast<void>(candidates);
+  IntegerProducts(screen, base.data()).run();
 #endif
 }
 

@@ -45,9 +45,11 @@ inline VecF load(const float* p) { return *reinterpret_cast<const VecFUnaligned*
 inline void store(float* p, VecF v) { *reinterpret_cast<VecFUnaligned*>(p) = v; }
 inline VecF broadcast(float v) { return v - VecF{}; }
 
-// kLanes floats as doubles, and back.
-inline Vec widen(const float* p) {
-  return __builtin_convertvector(*reinterpret_cast<const HalfFUnaligned*>(p), Vec);
+// kLanes floats or int32s as doubles, and back.
+template <class T>
+Vec widen(const T* p) {
+  typedef T Half __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Half*>(p), Vec);
 }
 inline void narrow(float* p, Vec v) {
   *reinterpret_cast<HalfFUnaligned*>(p) = __builtin_convertvector(v, HalfF);
@@ -64,12 +66,6 @@ inline VecF narrow(Vec a, Vec b) {
   __builtin_memcpy(reinterpret_cast<char*>(&v) + sizeof low, &high, sizeof high);
   return v;
 #endif
-}
-
-inline Vec widen(const int32_t* p) {
-  typedef int32_t Half __attribute__((vector_size(4 * kLanes)));
-  typedef int32_t HalfUnaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-  return __builtin_convertvector(Half(*reinterpret_cast<const HalfUnaligned*>(p)), Vec);
 }
 
 inline Vec widen(const uint8_t* p) {
@@ -92,23 +88,15 @@ inline Vec round_to_float(Vec v) {
 #endif
 }
 
-// A bit for each lane whose mask is set.
-inline unsigned bits(VecInt mask) {
+// A bit for each lane whose mask, a VecInt or a VecFInt, is set.
+template <class Mask>
+unsigned bits(Mask mask) {
 #if defined(__AVX512F__)
-  return _mm512_movepi64_mask((__m512i)mask);
-#else
-  unsigned result = 0;
-  for (int i = 0; i < kLanes; ++i) result |= static_cast<unsigned>(mask[i] & 1) << i;
-  return result;
-#endif
-}
-
-inline unsigned bits(VecFInt mask) {
-#if defined(__AVX512F__)
+  if constexpr (sizeof mask[0] == 8) return _mm512_movepi64_mask((__m512i)mask);
   return _mm512_movepi32_mask((__m512i)mask);
 #else
   unsigned result = 0;
-  for (int i = 0; i < kFloatLanes; ++i) result |= (mask[i] & 1u) << i;
+  for (size_t i = 0; i < sizeof mask / sizeof mask[0]; ++i) result |= (mask[i] & 1u) << i;
   return result;
 #endif
 }

@@ -67,7 +67,7 @@ struct Pair {
   double distance = 0, projection = 0;
 };
 
-template <Source kSource, bool kProject>
+template <bool kProject, Source kSource>
 inline Pair pair_sums(const Row<kSource> row, int64_t dim, const double* x, const double* g) {
   constexpr int kChains = 4;  // sums in flight
   Vec distances[kChains] = {}, projections[kChains] = {};
@@ -106,34 +106,29 @@ inline void add_row(const Row<kSource> row, int64_t dim, const double* x, double
   for (; c < dim; ++c) sums[c] += weight * (row.read_one(c) - x[c]);
 }
 
-template <Source kSource>
-inline Pair pair_sums_from(const RowReader& reader, const double* x, const double* g, int64_t j) {
-  const Row<kSource> row(reader, j);
-  return g ? pair_sums<kSource, true>(row, reader.p.dim, x, g)
-           : pair_sums<kSource, false>(row, reader.p.dim, x, g);
+// task(row of reference j)
+template <class Task>
+inline auto with_row(const RowReader& reader, int64_t j, const Task& task) {
+  switch (reader.source) {
+    case Source::kFloats:
+      return task(Row<Source::kFloats>(reader, j));
+    case Source::kTable:
+      return task(Row<Source::kTable>(reader, j));
+    default:
+      return task(Row<Source::kAffine>(reader, j));
+  }
 }
 
 inline Pair pair_sums(const RowReader& reader, const double* x, const double* g, int64_t j) {
-  switch (reader.source) {
-    case Source::kFloats:
-      return pair_sums_from<Source::kFloats>(reader, x, g, j);
-    case Source::kTable:
-      return pair_sums_from<Source::kTable>(reader, x, g, j);
-    default:
-      return pair_sums_from<Source::kAffine>(reader, x, g, j);
-  }
+  const int64_t dim = reader.p.dim;
+  return with_row(reader, j, [&](const auto& row) {
+    return g ? pair_sums<true>(row, dim, x, g) : pair_sums<false>(row, dim, x, g);
+  });
 }
 
 inline void add_row(const RowReader& reader, const double* x, int64_t j, double weight,
                     double* sums) {
-  switch (reader.source) {
-    case Source::kFloats:
-      return add_row(Row<Source::kFloats>(reader, j), reader.p.dim, x, weight, sums);
-    case Source::kTable:
-      return add_row(Row<Source::kTable>(reader, j), reader.p.dim, x, weight, sums);
-    default:
-      return add_row(Row<Source::kAffine>(reader, j), reader.p.dim, x, weight, sums);
-  }
+  with_row(reader, j, [&](const auto& row) { add_row(row, reader.p.dim, x, weight, sums); });
 }
 
 // A query and the references that may carry weight for it.
@@ -151,25 +146,6 @@ inline void compute_pairs(const RowReader& reader, const double* g, SparseQuery&
     query.pairs[i] =
         pair_sums(reader, reader.p.x + start, g ? g + start : nullptr, (*query.list)[i]);
   }
-}
-
-// The sums of all pairs, shared out evenly: some lists are long.
-inline void compute_pairs(const FieldParams& p, const RowReader& reader, const double* g,
-                          std::vector<SparseQuery>& queries) {
-  constexpr int64_t kPairs = 32;                   // of a task
-  std::vector<std::pair<int64_t, int64_t>> tasks;  // query, first of its list
-  for (size_t i = 0; i < queries.size(); ++i) {
-    const int64_t size = static_cast<int64_t>(queries[i].list->size());
-    queries[i].pairs.resize(size);
-    for (int64_t first = 0; first < size; first += kPairs) {
-      tasks.emplace_back(static_cast<int64_t>(i), first);
-    }
-  }
-  parallel_for(p.num_threads, static_cast<int64_t>(tasks.size()), [&](int64_t task, int) {
-    SparseQuery& query = queries[tasks[task].first];
-    const int64_t first = tasks[task].second, size = static_cast<int64_t>(query.pairs.size());
-    compute_pairs(reader, g, query, first, std::min(size, first + kPairs));
-  });
 }
 
 // Displacement and log mass over the listed references (Eqs. 3 and 12).
@@ -200,13 +176,6 @@ inline void finish_sparse_forward(const FieldParams& p, const RowReader& reader,
   p.anchor_log_weight[b] = -::log(sum);
 }
 
-inline void sparse_forward(const FieldParams& p, const RowReader& reader,
-                           std::vector<SparseQuery>& queries) {
-  compute_pairs(p, reader, nullptr, queries);
-  parallel_for(p.num_threads, static_cast<int64_t>(queries.size()),
-               [&](int64_t i, int) { finish_sparse_forward(p, reader, queries[i]); });
-}
-
 // Gradients for x and t over the listed references (exact_backward.cpp).
 inline void finish_sparse_backward(const FieldParams& p, const RowReader& reader,
                                    const SparseQuery& query) {
@@ -229,11 +198,27 @@ inline void finish_sparse_backward(const FieldParams& p, const RowReader& reader
   p.dt[b] = sum * (kernel.gaussian ? 2 / p.t[b] : -2 * p.t[b]);
 }
 
-inline void sparse_backward(const FieldParams& p, const RowReader& reader,
-                            std::vector<SparseQuery>& queries) {
-  compute_pairs(p, reader, p.grad_displacement, queries);
-  parallel_for(p.num_threads, static_cast<int64_t>(queries.size()),
-               [&](int64_t i, int) { finish_sparse_backward(p, reader, queries[i]); });
+// Calls finish(query) for all queries once their pairs are known, with g (B, ld) or null. The pairs
+// are shared out evenly: some lists are long.
+template <class Finish>
+void finish_all(const RowReader& reader, const double* g, std::vector<SparseQuery>& queries,
+                const Finish& finish) {
+  constexpr int64_t kPairs = 32;                   // of a task
+  std::vector<std::pair<int64_t, int64_t>> tasks;  // query, first of its list
+  for (size_t i = 0; i < queries.size(); ++i) {
+    const int64_t size = static_cast<int64_t>(queries[i].list->size());
+    queries[i].pairs.resize(size);
+    for (int64_t first = 0; first < size; first += kPairs) {
+      tasks.emplace_back(static_cast<int64_t>(i), first);
+    }
+  }
+  parallel_for(reader.p.num_threads, static_cast<int64_t>(tasks.size()), [&](int64_t task, int) {
+    SparseQuery& query = queries[tasks[task].first];
+    const int64_t first = tasks[task].second, size = static_cast<int64_t>(query.pairs.size());
+    compute_pairs(reader, g, query, first, std::min(size, first + kPairs));
+  });
+  parallel_for(reader.p.num_threads, static_cast<int64_t>(queries.size()),
+               [&](int64_t i, int) { finish(queries[i]); });
 }
 
 }  // namespace

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradients for x and t (exact_backward.cpp) for larger d and float32 queries, in two passes as in
-// two_pass_forward.cpp. For the queries of the second pass, with g' = g / about the largest |g|,
+// Gradients for x and t (exact_backward.cpp) for larger d and float32 queries, in the passes of
+// two_pass.h. In the second one, with g' = g / about the largest |g|,
 //
-//   c_j ∝ w_j (g'·y_j + K) s_a / s_j,   Σ_j c_j (x0_j − x) ∝ unit Σ_j c_j y_j + (origin − x) Σ_j
-//   c_j
+//   c_j ∝ w_j (g'·y_j + K) s_a / s_j
+//   Σ_j c_j (x0_j − x) ∝ unit Σ_j c_j y_j + (origin − x) Σ_j c_j
 //
 // where K holds all of a_j that does not depend on j, in double.
-#include "dense.h"
-#include "screen_products.h"
+#include "two_pass.h"
 
 namespace pfgm {
 namespace {
@@ -15,26 +14,18 @@ namespace {
 // The coefficients c_j of the queries of a second pass, in place of the products.
 struct Pull {
   const SecondPass& pass;
-  const FieldParams& p;
-  const Tiles& tiles;
-  Buffer<float> cotangents;  // g' packed, (dim, width) for each tile
+  const FieldParams& p = pass.p;
+  const Tiles& tiles = pass.tiles;
+  Buffer<float> cotangents{tiles.padded() * p.dim};  // g' packed, (dim, width) for each tile
   // (padded,) K to twice the digits, for it nearly cancels g'·y; and the anchors' log weights.
-  Buffer<float> constants, corrections, masses;
-  Buffer<double> moments;  // (blocks, padded) Σ c u over a block, for the Gaussian kernel
+  std::vector<float> constants, corrections, masses;
+  Buffer<double> moments{pass.num_blocks * tiles.padded()};  // as pass.block_sums, of c u
 
   explicit Pull(const SecondPass& pass)
       : pass(pass),
-        p(pass.p),
-        tiles(pass.tiles),
-        cotangents(tiles.padded() * p.dim),
         constants(tiles.padded()),
         corrections(tiles.padded()),
-        masses(tiles.padded()),
-        moments(pass.num_blocks * tiles.padded()) {
-    std::fill_n(constants.get(), tiles.padded(), 0.0f);
-    std::fill_n(corrections.get(), tiles.padded(), 0.0f);
-    std::fill_n(masses.get(), tiles.padded(), 0.0f);
-  }
+        masses(tiles.padded()) {}
 
   void run() const {
     const Buffer<float> decoded(p.num_threads * kGatherRows * kColumnBlock);
@@ -43,18 +34,10 @@ struct Pull {
       const int64_t first = block * kGatherRows, rows = std::min(p.count - first, kGatherRows);
       float* y = decoded.get() + thread * kGatherRows * kColumnBlock;
       float* out = projections.get() + thread * kGatherRows * tiles.padded();
-      for (int64_t column = 0; column < p.dim; column += kColumnBlock) {
-        const int64_t columns = std::min<int64_t>(p.dim - column, kColumnBlock);
-        decode_block(p, pass.o, first, rows, column, columns, y, kColumnBlock);
-        for (int64_t tile = 0; tile < tiles.count(); ++tile) {
-          const int64_t width = tiles.width(tile), start = tile * kTileQueries;
-          product<FloatProduct>(y, rows, kColumnBlock, 1,
-                                cotangents.get() + start * p.dim + column * width, width, columns,
-                                out + start * kGatherRows, column > 0);
-        }
-      }
+      const auto tile_out = [&](int64_t tile) { return out + tile * kTileQueries * kGatherRows; };
+      multiply_floats(p, pass.o, tiles, first, rows, y, cotangents.get(), tile_out);
       for (int64_t tile = 0; tile < tiles.count(); ++tile) {
-        coefficients(tile, block, out + tile * kTileQueries * kGatherRows);
+        coefficients(tile, block, tile_out(tile));
       }
     });
   }
@@ -65,9 +48,9 @@ struct Pull {
     bool any = false;
     for (int64_t q = 0; q < width; q += kFloatLanes) {
       const int64_t i = tile * kTileQueries + q;
-      const VecF cutoff = load(pass.anchors.cutoff.get() + i);
-      const VecF constant = load(constants.get() + i);
-      const VecF correction = load(corrections.get() + i), mass = load(masses.get() + i);
+      const VecF cutoff = load(&pass.anchors.cutoff[i]);
+      const VecF constant = load(&constants[i]);
+      const VecF correction = load(&corrections[i]), mass = load(&masses[i]);
       VecF sum = {}, moment = {}, mass_here = {};
       for (int64_t j = first; j < last; ++j) {
         float* products = pass.screen.tile_products(tile) + j * width + q;
@@ -82,114 +65,60 @@ struct Pull {
         moment += finite * u;
         mass_here += weights;
       }
-      pass.put_block_sums(block, i, sum);
-      for (int lane = 0; lane < kFloatLanes; ++lane) {
-        moments[block * tiles.padded() + i + lane] = moment[lane];
-        any |= mass_here[lane] != 0;
-      }
+      pass.put(pass.block_sums, block, i, sum);
+      pass.put(moments, block, i, moment);
+      any |= bits(mass_here != 0.0f) != 0;
     }
     pass.active[tile * pass.num_blocks + block] = any;
   }
-
-  double total_moment(int64_t i) const {
-    double sum = 0;
-    for (int64_t block = 0; block < pass.num_blocks; ++block) {
-      sum += moments[block * tiles.padded() + i];
-    }
-    return sum;
-  }
 };
 
-struct Backward {
-  const FieldParams& p;
-  const Operands& o;
-  const RowReader reader{p};
-  uint8_t* uncertified;
+struct Backward : TwoPass {
+  using TwoPass::TwoPass;
 
-  void run(const Tiles& tiles) {
-    Screen screen(p, o, tiles);
-    std::vector<Candidates> candidates(p.batch);
-    const bool integers = screen_references(screen);
-    const Tiles dense = finish_sparse(screen, integers, candidates);
-    if (dense.rows.empty()) return;
-    if (!integers && dense.rows.size() == tiles.rows.size())
-      return finish_dense(screen, candidates);
-    Screen rest(p, o, dense);
-    compact(screen, rest);
-    screen.products = Buffer<float>();
-    for (const int64_t b : dense.rows) rest.bounds[b] = screen.bounds[b];
-    if (integers) {
-      refine(rest, candidates);
-      finish_sparse(rest, false, candidates);
-    }
-    finish_dense(rest, candidates);
+  bool usable(int64_t b) const override {
+    const bool singular = p.half_k != INFINITY && p.anchor_s[b] == 0;
+    return !singular && TwoPass::usable(b);
   }
 
-  // How far below the anchor's logit those lie that count.
-  double depth(int64_t b) const { return cutoff_depth(p) + p.anchor_log_weight[b]; }
+  double depth(int64_t b) const override { return cutoff_depth(p) + p.anchor_log_weight[b]; }
 
-  // Finishes the queries with few candidates and returns the others.
-  Tiles finish_sparse(const Screen& screen, bool integers, std::vector<Candidates>& candidates) {
-    std::vector<double> limits(p.batch);
-    for (const int64_t b : screen.tiles.rows) {
-      const RadialKernel kernel(p.half_k, p.t[b]);
-      const double s = kernel.gaussian ? p.anchor_s[b] + depth(b) / kernel.inverse_two_t2
-                                       : p.anchor_s[b] * ::exp(depth(b) / p.half_k);
-      limits[b] = s / (o.unit * o.unit) - screen.bounds[b].offset;
-    }
-    select(screen, integers, limits.data(), few_candidates(p), candidates);
-    Tiles dense;
-    std::vector<SparseQuery> sparse;
-    for (const int64_t b : screen.tiles.rows) {
-      if (candidates[b].too_many) {
-        dense.rows.push_back(b);
-      } else {
-        sparse.push_back({b, &candidates[b].list, {}});
-      }
-    }
-    sparse_backward(p, reader, sparse);
-    return dense;
+  double limit(const Bound& bound, int64_t b, double) const override {
+    const RadialKernel kernel(p.half_k, p.t[b]);
+    const double s = kernel.gaussian ? p.anchor_s[b] + depth(b) / kernel.inverse_two_t2
+                                     : p.anchor_s[b] * ::exp(depth(b) / p.half_k);
+    return s / (o.unit * o.unit) - bound.offset;
   }
 
-  // Whether float sums of y resolve what the distances weigh: gradients are held to 1e-5.
-  bool resolves(int64_t b) const {
+  void finish_sparse(std::vector<SparseQuery>& queries) const override {
+    finish_all(reader, p.grad_displacement, queries,
+               [&](const SparseQuery& query) { finish_sparse_backward(p, reader, query); });
+  }
+
+  double anchor_s(int64_t b, int64_t) const override { return p.anchor_s[b]; }
+
+  // Float sums of y must resolve what the distances weigh: gradients are held to 1e-5.
+  bool precise(const Screen& screen, int64_t b, double s) const override {
     const double offset = RadialKernel(p.half_k, p.t[b]).s_offset(p.t[b]);
-    const double distance = ::sqrt(std::max(0.0, p.anchor_s[b] - offset));
-    return distance >= o.unit * o.radius / 64;
+    const double distance = ::sqrt(std::max(0.0, s - offset));
+    return TwoPass::precise(screen, b, s) && distance >= o.unit * o.radius / 64;
   }
 
-  void finish_dense(const Screen& screen, const std::vector<Candidates>& candidates) {
-    const Tiles& tiles = screen.tiles;
-    const int64_t size = static_cast<int64_t>(tiles.rows.size());
-    Anchors anchors(tiles.padded());
-    bool any = false;
-    for (int64_t i = 0; i < size; ++i) {
-      const int64_t b = tiles.rows[i];
-      if (!candidates[b].too_many) continue;
-      uncertified[b] = !certify(p, o, b, screen.bounds[b], p.anchor_s[b]) || !resolves(b);
-      if (uncertified[b]) continue;
-      anchors.set(p, o, screen.bounds[b], i, b, p.anchor_s[b], depth(b));
-      any = true;
-    }
-    if (!any) return;
-    const SecondPass pass(screen, anchors);
-    const Pull pull(pass);
-    std::vector<double> scales(size);
-    parallel_for(p.num_threads, tiles.count(),
+  void finish_dense(const SecondPass& pass) const override {
+    Pull pull(pass);
+    std::vector<double> scales(pass.tiles.rows.size());
+    parallel_for(p.num_threads, pass.tiles.count(),
                  [&](int64_t tile, int) { pack(pull, tile, scales); });
     pull.run();
-    const Buffer<double> sums(size * p.dim);
-    pass.gather(sums.get());
-    parallel_for(p.num_threads, size, [&](int64_t i, int) {
-      if (anchors.cutoff[i] < 0) {
-        finish(tiles.rows[i], scales[i], pass.total(i), pull.total_moment(i),
-               sums.get() + i * p.dim);
-      }
+    const Buffer<double> sums = pass.gather();
+    pass.for_queries([&](int64_t i, int64_t b) {
+      finish(b, scales[i], pass.total(pass.block_sums, i), pass.total(pull.moments, i),
+             sums.get() + i * p.dim);
     });
   }
 
   // g', K and what they are to be multiplied by, for the queries of a tile.
-  void pack(const Pull& pull, int64_t tile, std::vector<double>& scales) const {
+  void pack(Pull& pull, int64_t tile, std::vector<double>& scales) const {
     const int64_t ld = round_up(p.dim, kPad);
     for (int q = 0; q < pull.tiles.size(tile); ++q) {
       const int64_t b = pull.tiles.row(tile, q), i = tile * kTileQueries + q;
@@ -233,14 +162,7 @@ struct Backward {
 }  // namespace
 
 void PFGM_ISA::two_pass_backward_queries(const FieldParams& p, uint8_t* uncertified) {
-  const Operands operands = make_operands(p);
-  Tiles usable;
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const bool singular = p.half_k != INFINITY && p.anchor_s[b] == 0;
-    uncertified[b] = singular || !in_range(p, operands, b);
-    if (!uncertified[b]) usable.rows.push_back(b);
-  }
-  if (!usable.rows.empty()) Backward{p, operands, RowReader(p), uncertified}.run(usable);
+  Backward(p, uncertified).run();
 }
 
 }  // namespace pfgm

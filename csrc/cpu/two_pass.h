@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+// The order of the two passes for larger d and float32 queries, the same for the field and for its
+// gradients:
+//
+//   1. products of queries and references bound every s_j (screen.h); queries that few references
+//      can carry weight for are finished by direct differences in double (sparse.h). Products of
+//      8-bit integers are refined for the other queries, and these are screened again;
+//   2. the rest are finished with weights of all references, relative to an anchor (dense.h).
+#pragma once
+
+#include "dense.h"
+#include "screen_products.h"
+
+namespace pfgm {
+namespace {
+
+struct TwoPass {
+  const FieldParams& p;
+  uint8_t* uncertified;  // (B,)
+  Operands o = make_operands(p);
+  RowReader reader{p};
+
+  TwoPass(const FieldParams& p, uint8_t* uncertified) : p(p), uncertified(uncertified) {}
+
+  // Whether these passes can compute a query at all.
+  virtual bool usable(int64_t b) const { return in_range(p, o, b); }
+  // The largest r that counts, no r being certain to be smaller than `smallest`.
+  virtual double limit(const Bound& bound, int64_t b, double smallest) const = 0;
+  // Finishes queries by the references on their lists.
+  virtual void finish_sparse(std::vector<SparseQuery>& queries) const = 0;
+
+  // s of the anchor, exactly; `nearest` is the reference whose r is the smallest.
+  virtual double anchor_s(int64_t b, int64_t nearest) const = 0;
+  // How far below the anchor's logit those lie that count.
+  virtual double depth(int64_t) const { return cutoff_depth(p); }
+  // Whether the second pass is precise enough for a query with its anchor at s.
+  virtual bool precise(const Screen& screen, int64_t b, double s) const {
+    return certify(screen, b, s);
+  }
+  // Finishes the queries that take part in a second pass, or marks them as uncertified.
+  virtual void finish_dense(const SecondPass& pass) const = 0;
+
+  // All queries of the batch.
+  void run() const {
+    Tiles tiles;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      uncertified[b] = !usable(b);
+      if (!uncertified[b]) tiles.rows.push_back(b);
+    }
+    if (tiles.rows.empty()) return;
+    Screen screen(p, o, tiles);
+    std::vector<Candidates> candidates(p.batch);
+    screen_references(screen);
+    const Tiles dense = first_pass(screen, candidates);
+    if (dense.rows.empty()) return;
+    if (!screen.integers && dense.rows.size() == tiles.rows.size()) {
+      return second_pass(screen, candidates);
+    }
+    Screen rest(p, o, dense);
+    compact(screen, rest);
+    if (rest.integers) {
+      refine(rest, candidates);
+      first_pass(rest, candidates);
+    }
+    second_pass(rest, candidates);
+  }
+
+  // Finishes the queries with few candidates and returns the others.
+  Tiles first_pass(const Screen& screen, std::vector<Candidates>& candidates) const {
+    const auto largest = [&](int64_t b, double smallest) {
+      return limit(screen.bounds[b], b, smallest);
+    };
+    select(screen, largest, candidates);
+    Tiles dense;
+    std::vector<SparseQuery> sparse;
+    for (const int64_t b : screen.tiles.rows) {
+      if (candidates[b].too_many) {
+        dense.rows.push_back(b);
+      } else {
+        sparse.push_back({b, &candidates[b].list, {}});
+      }
+    }
+    finish_sparse(sparse);
+    return dense;
+  }
+
+  // Finishes the queries with too many candidates, as far as that is precise.
+  void second_pass(const Screen& screen, const std::vector<Candidates>& candidates) const {
+    const Tiles& tiles = screen.tiles;
+    Anchors anchors(tiles.padded());
+    bool any = false;
+    for (size_t i = 0; i < tiles.rows.size(); ++i) {
+      const int64_t b = tiles.rows[i];
+      if (!candidates[b].too_many) continue;
+      const double s = anchor_s(b, candidates[b].nearest);
+      uncertified[b] = !precise(screen, b, s);
+      if (uncertified[b]) continue;
+      anchors.set(screen, i, s, depth(b));
+      any = true;
+    }
+    if (any) finish_dense(SecondPass(screen, anchors));
+  }
+};
+
+}  // namespace
+}  // namespace pfgm
