@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks [pytest options]`: runs the suite, saves the JSON, prints the table."""
+"""`python -m benchmarks [--out FOLDER] [pytest options]`: runs the suite, saves the JSON in the
+folder and prints its table.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -17,6 +20,9 @@ HERE = Path(__file__).parent
 
 
 def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="the JSON's folder")
+    own, arguments = parser.parse_known_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run.json"
         options = ["-q", "-o", "addopts=", "--benchmark-quiet", f"--benchmark-json={output}"]
@@ -27,8 +33,9 @@ def main(arguments: list[str]) -> int:
     run = json.loads(content)
     machine, commit = run["machine_info"], run["commit_info"]
     dirty = "-dirty" if commit["dirty"] else ""
-    name = f"{machine['device']}-{machine['threads']}-threads-{commit['id'][:12]}{dirty}"
-    path = HERE / "results" / (re.sub(r"[^a-z0-9]+", "-", name.lower()) + ".json")
+    threads = "" if "driver" in machine else f"-{machine['threads']}-threads"
+    name = f"{machine['device']}{threads}-{commit['id'][:12]}{dirty}"
+    path = own.out / (re.sub(r"[^a-z0-9]+", "-", name.lower()) + ".json")
     path.write_text(json.dumps(run, indent=1) + "\n")
     print(f"\n{table(run)}\n\nSaved as {path}")
     return int(code)

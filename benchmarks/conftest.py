@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.machine import gflops
+from benchmarks.machine import gflops, gpu
 from benchmarks.measure import Result, race
 from benchmarks.problems import Problem, Shape
 from benchmarks.providers import Provider
@@ -57,6 +58,7 @@ class Races:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOT_TIMED] = []
+    torch.set_float32_matmul_precision("highest")  # whatever the environment says about TF32
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +75,7 @@ def pytest_benchmark_update_machine_info(
     machine_info["device"] = (
         torch.cuda.get_device_name(where) if cuda else machine_info["cpu"]["brand_raw"]
     )
+    machine_info |= gpu(where) if cuda else {}
     machine_info["threads"] = torch.get_num_threads()
     machine_info["simd"] = torch.backends.cpu.get_cpu_capability()
     speeds = {} if cuda else gflops()
@@ -80,11 +83,25 @@ def pytest_benchmark_update_machine_info(
     machine_info["sgemm_gflops"] = speeds
     machine_info["backends"] = dict(report())
     machine_info["versions"] = {
-        "pfgm_kernels": version("pfgm_kernels"),
+        "pfgm_kernels": _version("pfgm_kernels"),
         "torch": torch.__version__,
         "numpy": version("numpy"),
+        **({"triton": _version("triton"), "cuda": torch.version.cuda} if cuda else {}),
         "python": platform.python_version(),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
+    """A copy of the tree without its history is told which revision it is."""
+    if commit_info["id"] == "unversioned":
+        commit_info["id"] = os.environ.get("PFGM_REVISION", "unversioned")
 
 
 def pytest_benchmark_update_json(

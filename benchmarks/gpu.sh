@@ -15,7 +15,6 @@ python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
 mkdir -p "$out"
 out=$(realpath "$out")
-rm -f "$out"/gpu-*.log # of an earlier run
 total=455 # seconds for all stages: the benchmark gets what the others leave
 
 # Some containers set it, and float32 products would no longer be float32.
@@ -33,6 +32,7 @@ if not torch.cuda.is_available():
 print("%d%d" % torch.cuda.get_device_capability(), torch.cuda.get_device_name(), sep="\t")
 '
 device=$("$python" -c "$gpu")
+rm -f "$out"/gpu-*.log # of an earlier run
 IFS=$'\t' read -r arch name <<<"$device"
 echo "$name, sm_$arch, $("$python" --version)"
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,6 +111,24 @@ def gflops(B: int = 128, d: int = 3072, N: int = 4096) -> dict[str, float]:
         calls["fma_peak"] = lambda: fma_sums(peak, threads, STEPS, 0.5, 1.0)
         operations["fma_peak"] = 2 * STEPS * threads * peak.chain_count() * peak.lane_count()
     return {name: operations[name] / seconds / 1e9 for name, seconds in _best(calls).items()}
+
+
+def gpu(device: torch.device) -> dict[str, Any]:
+    """What the JSON tells about a GPU; its driver where nvidia-smi is there to say it."""
+    properties = torch.cuda.get_device_properties(device)
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        version = "unknown"
+    else:
+        version = driver.stdout.splitlines()[0].strip()
+    return {
+        "driver": version,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+    }
 
 
 def _best(calls: dict[str, Callable[[], object]]) -> dict[str, float]:

@@ -23,6 +23,10 @@ DIRECTIONS = ("forward", "gradient")
 SECONDS, PATIENCE = 1.0, 2.0
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
 """A provider plays for SECONDS and MIN_ROUNDS, but not beyond PATIENCE seconds or MAX_ROUNDS."""
+GPU_SECONDS = 0.3
+"""Instead of SECONDS on a GPU, where nobody else computes and times vary little."""
+GPU_ROUND, GPU_CALLS = 0.01, 20
+"""Calls follow one another for as many seconds, but no more than GPU_CALLS: a round on a GPU."""
 WHOLE_BYTES = 2 << 30
 WHOLE_SECONDS, LONGEST = 2.0, 6.0
 """A provider that needs more for all queries at once is run on the checked queries alone; it is
@@ -34,7 +38,7 @@ Call = Callable[[], tuple[Tensor, ...]]
 
 @dataclass
 class Result:
-    """One provider on one problem. status: "timed", "wrong" (not timed) or "refused".
+    """One provider on one problem. status: "timed", or not: "wrong", "refused" or "failed".
 
     queries: how many of the problem's B were run; `seconds` are scaled by B / queries.
     """
@@ -54,25 +58,32 @@ def race(problem: Problem, direction: str, providers: Sequence[Provider]) -> lis
     """Checks every provider, then times those that passed, in rounds of shuffled order, so that
     whatever else the machine does hits all of them alike.
     """
-    results, entries = [], []
+    results, entries, device = [], [], problem.x.device
     for provider in providers:
         result, call = qualify(problem, direction, provider)
         results.append(result)
         if call is not None:
-            entries.append((result, call))
+            entries.append((result, call, _calls_a_round(call, device)))
     order = random.Random(0)
     gc.collect()
-    while entries := [entry for entry in entries if not _done(entry[0].seconds)]:
+    least = GPU_SECONDS if device.type == "cuda" else SECONDS
+    while entries := [entry for entry in entries if not _done(entry[0].seconds, least)]:
         order.shuffle(entries)
-        for result, call in entries:
-            result.seconds.append(_timed(call, problem.x.device))
+        for result, call, count in entries:
+            result.seconds.append(_timed(call, device, count))
     for result in results:
         result.seconds = [s * len(problem.x) / result.queries for s in result.seconds]
     return results
 
 
-def _done(seconds: list[float]) -> bool:
-    enough = sum(seconds) >= SECONDS and len(seconds) >= MIN_ROUNDS
+def _calls_a_round(call: Call, device: torch.device) -> int:
+    if device.type == "cpu":
+        return 1
+    return max(1, min(GPU_CALLS, int(GPU_ROUND / _timed(call, device))))
+
+
+def _done(seconds: list[float], least: float) -> bool:
+    enough = sum(seconds) >= least and len(seconds) >= MIN_ROUNDS
     return enough or sum(seconds) >= PATIENCE or len(seconds) >= MAX_ROUNDS
 
 
@@ -97,6 +108,9 @@ def qualify(problem: Problem, direction: str, provider: Provider) -> tuple[Resul
         result.peak_bytes = peak.extra_bytes
     except (RefusedError, torch.OutOfMemoryError) as refusal:
         result.status, result.note = "refused", str(refusal).splitlines()[0]
+        return result, None
+    except Exception as error:  # a library or kernel that does not work here must not stop the race
+        result.status, result.note = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
         return result, None
     if len(queries) == len(problem.x):
         outputs = tuple(output[exact.rows] for output in outputs)
@@ -159,17 +173,27 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _timed(call: Call, device: torch.device) -> float:
-    """Seconds of one call; whatever came before has been waited for."""
-    start = time.perf_counter()
-    call()
+def _timed(call: Call, device: torch.device, count: int = 1) -> float:
+    """Seconds of one call. On a GPU by its own clock, of `count` calls that follow one another: as
+    in training the host prepares one while the GPU computes the one before.
+    """
     if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+        start.record()
+        for _ in range(count):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / count
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))

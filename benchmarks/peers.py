@@ -74,15 +74,23 @@ def composite(dtype: torch.dtype) -> Callable[[Problem, bool], Field]:
 
 def onednn_composite(problem: Problem, gradient: bool) -> Field:
     """The composite in float32 with both products by oneDNN, on references that it has packed."""
-    if problem.x0.is_cuda or not torch.backends.mkldnn.is_available():
-        raise RefusedError("oneDNN multiplies on the CPU alone, where torch is built with it")
+    if not torch.backends.mkldnn.is_available():
+        raise RefusedError("this torch is built without oneDNN")
     return _in_pieces(problem, _composite(problem, _onednn_products(problem.x0), torch.float32))
+
+
+COMPILED_ON_A_GPU = 64
+"""The largest d for which the composite is compiled on a GPU: it takes seconds for each shape."""
 
 
 def compiled_composite(problem: Problem, gradient: bool) -> Field:
     """The composite in float32 under torch.compile, for the one batch size that it meets."""
     if not problem.x0.is_cuda and cxx_compiler() is None:
         raise RefusedError("torch.compile needs a C++ compiler, and there is none")
+    if problem.x0.is_cuda and problem.x0.shape[1] > COMPILED_ON_A_GPU:
+        raise RefusedError(
+            f"compiled up to d = {COMPILED_ON_A_GPU}: beyond, products take the time"
+        )
     torch.compiler.reset()  # what it made for other problems counts against its limit
     field = _composite(problem, _plain_products(problem.x0), torch.float32)
     return _in_pieces(problem, torch.compile(field, dynamic=False))

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is computed: the shapes, their data, and the exact answer for a few of their queries."""
+"""What is computed: the shapes, their data, and the exact answer for a few of their queries; all
+of it on the device that is measured.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -40,58 +43,74 @@ class Shape:
         return f"{self.B}x{self.N}-d{self.d}-{self.source}"
 
     def problem(self, device: torch.device | str = "cpu") -> Problem:
-        generator = torch.Generator().manual_seed(0)
+        """Made on the device, in seconds: its values are of the device's own generator."""
+        generator = torch.Generator(device).manual_seed(0)
         images = None
         if self.source == "normal":
-            x0 = torch.randn(self.N, self.d, generator=generator)
-            x = torch.randn(self.B, self.d, generator=generator)
-            t = torch.randn(self.B, generator=generator).abs()
+            x0 = torch.randn(self.N, self.d, generator=generator, device=device)
+            x = torch.randn(self.B, self.d, generator=generator, device=device)
+            t = torch.randn(self.B, generator=generator, device=device).abs()
         else:
             if self.source == "synthetic":
                 images = synthetic_images(self.N, self.d, generator)
             else:
-                from pfgm_kernels.training import data  # needs the extra `train`
-
-                images = data.load(self.source).train[: self.N].flatten(1)
+                images = real_images(self.source, self.N).to(device)
             # float32 on the grid that the 8-bit set stands for: both forms are the same data.
             x0 = torch.cat([(-1 + 2 * i.double() / 255).float() for i in images.split(4096)])
             x, t = perturb(x0[: self.B], generator=generator)
-        cotangent = torch.randn(self.B, self.d + 1, generator=generator)
+        cotangent = torch.randn(self.B, self.d + 1, generator=generator, device=device)
         if (len(x0), x0.shape[1]) != (self.N, self.d):
             raise ValueError(f"{self} expects {self.N} references, got shape {tuple(x0.shape)}")
-        return Problem(
-            x.to(device),
-            t.to(device),
-            x0.to(device),
-            cotangent.to(device),
-            None if images is None else images.to(device),
-        )
+        return Problem(x, t, x0, cotangent, images)
 
 
-def shapes() -> list[Shape]:
-    """The shapes of a run; real images take part where PFGM_DATA names their folder."""
-    sizes = (64, 1024, 2), (1024, 16384, 2), (1024, 16384, 16), (512, 8192, 64)
-    normal = [Shape(*size, "normal") for size in sizes]
-    images = [Shape(512, 8192, 784, "synthetic"), Shape(128, 4096, 3072, "synthetic")]
-    if os.environ.get("PFGM_DATA"):
-        images += [Shape(512, 8192, 784, "mnist"), Shape(128, 4096, 3072, "cifar10")]
-        images += [Shape(128, 50000, 3072, "cifar10")]
-    return normal + images
+def shapes(on_gpu: bool = False) -> list[Shape]:
+    """The shapes of a run, larger ones too on a GPU; real images take part where PFGM_DATA names
+    their folder.
+    """
+    sizes = [(64, 1024, 2), (1024, 16384, 2), (1024, 16384, 16), (512, 8192, 64)]
+    images = [(512, 8192, 784), (128, 4096, 3072)]
+    real = [Shape(512, 8192, 784, "mnist"), Shape(128, 4096, 3072, "cifar10")]
+    if on_gpu:
+        sizes += [(4096, 50000, 2), (512, 50000, 64)]
+        images += [(512, 50000, 3072), (4096, 50000, 3072)]
+        real += [Shape(512, 16000, 3072, "cifar10")]
+    else:
+        real += [Shape(128, 50000, 3072, "cifar10")]
+    return [
+        *(Shape(*size, "normal") for size in sizes),
+        *(Shape(*size, "synthetic") for size in images),
+        *(real if os.environ.get("PFGM_DATA") else []),
+    ]
+
+
+def real_images(name: str, count: int) -> Tensor:
+    """The first training images (count, d) of "mnist" or "cifar10", uint8, from the folder that
+    PFGM_DATA names; of CIFAR-10 only the batches that they take are read.
+    """
+    from pfgm_kernels.training import data  # needs the extra `train`
+
+    if name != "cifar10":
+        return data.load(name).train[:count].flatten(1)
+    files = sorted(Path(os.environ["PFGM_DATA"]).glob("cifar*/data_batch_*"))
+    needed = files[: math.ceil(count / data.CIFAR_ROWS)]
+    return torch.cat([data.read_cifar_batch(file)[0] for file in needed])[:count].flatten(1)
 
 
 def synthetic_images(count: int, d: int, generator: torch.Generator) -> Tensor:
     """8-bit images (count, d) of 1 or 3 square channels whose amplitudes fall as 1/f, like
     photographs: most of the variance is in smooth structures that the channels share.
     """
-    channels = 3 if d % 3 == 0 else 1
+    channels, device = 3 if d % 3 == 0 else 1, generator.device
     size = math.isqrt(d // channels)
     if channels * size * size != d:
         raise ValueError(f"synthetic images expect d = size² or 3·size², got {d}")
     frequency = torch.hypot(
-        torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]
+        torch.fft.fftfreq(size, device=device)[:, None],
+        torch.fft.rfftfreq(size, device=device)[None],
     ).clamp_min(1 / size)
-    grey = torch.randn(count, 1, size, size, generator=generator)
-    colour = torch.randn(count, channels, size, size, generator=generator)
+    grey = torch.randn(count, 1, size, size, generator=generator, device=device)
+    colour = torch.randn(count, channels, size, size, generator=generator, device=device)
     smooth = torch.fft.irfft2(torch.fft.rfft2(grey + 0.3 * colour) / frequency, s=(size, size))
     pixels = 127.5 + 60 * smooth / smooth.std()
     return pixels.round().clamp(0, 255).to(torch.uint8).flatten(1)
@@ -126,11 +145,11 @@ class Problem:
     @cached_property
     def exact(self) -> Exact:
         count = min(CHECKED_ROWS, len(self.x), max(1, CHECKED_ELEMENTS // self.x0.numel()))
-        rows = torch.linspace(0, len(self.x) - 1, count).long()
-        x, t, x0 = (part.cpu().double() for part in (self.x[rows], self.t[rows], self.x0))
+        rows = torch.linspace(0, len(self.x) - 1, count).long().to(self.x.device)
+        x, t, x0 = (part.double() for part in (self.x[rows], self.t[rows], self.x0))
         truth = oracle.solve(x, t, x0)
         leaves = (truth.v.clone().requires_grad_(), truth.t.clone().requires_grad_())
-        cotangent = self.cotangent[rows].cpu().double()
+        cotangent = self.cotangent[rows].double()
         g_v, g_t = torch.autograd.grad(self.normalise(*leaves), leaves, cotangent)
         # The c_j of `oracle.differentiate` by matrix products, for which float64 is ample: direct
         # differences of all of CIFAR-10 take most of a minute.
@@ -138,7 +157,7 @@ class Problem:
         c = (x0.shape[1] + 1) / 2 * pull / (truth.distances.square() + t.square()[:, None])
         total, sizes = c.sum(1), c.abs()
         return Exact(
-            rows.to(self.x.device),
+            rows,
             truth.field(GAMMA, self.scale),
             truth.term_norm / truth.norm,
             2 * (c @ x0 - total[:, None] * x) - g_v,
@@ -165,13 +184,13 @@ class Exact:
 
     def forward_error(self, field: Tensor) -> float:
         """Worst row of ‖field − exact‖ / (κ ‖exact‖), for a field of the checked queries."""
-        off = (field.double().cpu() - self.field).norm(dim=1)
+        off = (field.double() - self.field).norm(dim=1)
         return _worst(off / (self.kappa * self.field.norm(dim=1)))
 
     def gradient_error(self, dx: Tensor, dt: Tensor) -> float:
         """Worst row of either gradient's error, relative to the sum of the sizes of its terms."""
-        off_x = (dx.double().cpu() - self.dx).norm(dim=1) / self.dx_terms
-        off_t = (dt.double().cpu() - self.dt).abs() / self.dt_terms
+        off_x = (dx.double() - self.dx).norm(dim=1) / self.dx_terms
+        off_t = (dt.double() - self.dt).abs() / self.dt_terms
         return max(_worst(off_x), _worst(off_t))
 
 

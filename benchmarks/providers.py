@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
+from benchmarks.gpu_peers import split_composite
 from benchmarks.peers import Field, RefusedError
 from benchmarks.problems import GAMMA, Problem
 from pfgm_kernels import poisson_field
@@ -75,21 +76,27 @@ def ours(backend: str, prepared: bool) -> Callable[[Problem, bool], Field]:
 
 
 def providers(device: torch.device) -> list[Provider]:
-    """Peers, then ours by backend that runs on the device."""
+    """Peers that fit the device, then ours by backend that runs on it."""
     tolerances, float32 = PEER_TOLERANCES, torch.float32
     others = [
         Provider("published formula", peers.published, tolerances, peers.published_temporaries),
         Provider("KeOps", peers.keops, tolerances, peers.keops_temporaries),
         Provider("float32 composite", peers.composite(float32), tolerances),
-        Provider("float32 composite, oneDNN", peers.onednn_composite, tolerances),
+        Provider("float64 composite", peers.composite(torch.float64), tolerances),
         Provider(
             "float32 composite, torch.compile",
             peers.compiled_composite,
             tolerances,
             one_batch_size=True,
         ),
-        Provider("float64 composite", peers.composite(torch.float64), tolerances),
     ]
+    if device.type == "cuda":
+        others += [
+            # After the composite that resets torch.compile, and loses what was compiled before it.
+            Provider("bfloat16 split products", split_composite, tolerances, one_batch_size=True),
+        ]
+    else:
+        others += [Provider("float32 composite, oneDNN", peers.onednn_composite, tolerances)]
     available = [name for name, b in BACKENDS.items() if b.unsupported_reason(device) is None]
     return others + [
         Provider(
