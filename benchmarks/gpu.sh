@@ -7,6 +7,8 @@
 #   OUT        folder for the results' JSON and the logs (benchmarks/results)
 #   PFGM_DATA  folder with MNIST and CIFAR-10, which then take part
 #
+# Relative paths start at the repository's root.
+#
 # A stage that fails or takes too long is reported, the later ones still run, and the exit status is
 # 1. A stage whose tool is missing is skipped, and says so.
 set -euo pipefail
