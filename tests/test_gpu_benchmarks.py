@@ -180,7 +180,7 @@ def test_small_shapes_show_what_is_wrong(
 
     monkeypatch.setattr(gpu_small, "poisson_displacement", off)
     assert gpu_small.main(cpu) == 1
-    assert "WRONG: displacement" in capsys.readouterr().out
+    assert "WRONG: AssertionError: displacement" in capsys.readouterr().out
     monkeypatch.setattr(gpu_small, "BACKENDS", {})
     assert gpu_small.main(cpu) == 1
 
