@@ -7,11 +7,11 @@ from types import ModuleType
 
 import torch
 
-from pfgm_kernels.backends import _native, cpu, cuda, eager
+from pfgm_kernels.backends import _native, cpu, cuda, eager, triton
 
 # `cuda` comes after `eager`, which runs everywhere: a kernel that has not been run on hardware is
 # never chosen unless it is asked for by name.
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager, "cuda": cuda}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager, "triton": triton, "cuda": cuda}
 
 
 def choose(backend: str | None, device: torch.device, d: int, requires_grad: bool) -> str:

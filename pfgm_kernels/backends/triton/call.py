@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One chunk of queries and references, and the launches that the forward and backward passes share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import triton
+from torch import Tensor
+
+from pfgm_kernels.backends.triton import exact, products, route
+from pfgm_kernels.backends.triton.configurations import blocks, multiprocessors
+from pfgm_kernels.backends.triton.operands import Operands, split
+
+
+@dataclass(frozen=True)
+class Call:
+    """x (B, d) float32 or float64, t (B,) float64, values (N, d) float32, float64 or uint8 codes
+    into table (256,).
+    """
+
+    x: Tensor
+    t: Tensor
+    values: Tensor
+    table: Tensor
+    k: float
+
+    @property
+    def B(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def N(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def d(self) -> int:
+        return self.x.shape[1]
+
+    @property
+    def codes(self) -> bool:
+        return self.values.dtype == torch.uint8
+
+    @property
+    def gaussian(self) -> bool:
+        return math.isinf(self.k)
+
+    @cached_property
+    def half_k(self) -> Tensor:
+        """k/2 as a float64 tensor: Triton takes Python numbers as float32."""
+        value = 1.0 if self.gaussian else self.k / 2
+        return torch.full((1,), value, dtype=torch.float64, device=self.x.device)
+
+    def rows(self, value: float = 0.0, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.full((self.B,), value, dtype=dtype, device=self.x.device)
+
+    def pairs(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self.B, self.N, dtype=dtype, device=self.x.device)
+
+    # Direct differences (exact.py)
+
+    @cached_property
+    def exact_tiles(self) -> int:
+        return triton.cdiv(self.N, blocks("exact", self.x.device)["TILE"])
+
+    def distances(
+        self, limit: Tensor, r: Tensor | None, g: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """s (B, N), the number of references meant in each tile, and g·(x0_j − x) (B, N)."""
+        s = self.pairs(torch.float64)
+        projection = s if g is None else self.pairs(torch.float64)
+        counts = torch.empty(self.B, self.exact_tiles, dtype=torch.int32, device=s.device)
+        exact.distances_kernel[self.B, self.exact_tiles](
+            self.x,
+            self.t,
+            self.t if g is None else g,
+            self.values,
+            self.table,
+            limit if r is None else r,
+            limit,
+            s,
+            projection,
+            counts,
+            self.N,
+            self.d,
+            CODES=self.codes,
+            GAUSSIAN=self.gaussian,
+            SELECT=r is not None,
+            PROJECT=g is not None,
+            **self._exact_blocks(),
+        )
+        return s, counts, projection
+
+    def gather(
+        self, limit: Tensor, counts: Tensor, weights: Tensor, scale: Tensor, out: Tensor
+    ) -> None:
+        """out (B, d) = scale · Σ_j w_j (x0_j − x) over the references within the limit, for the
+        queries that have one.
+        """
+        sizes = self._exact_blocks()
+        exact.gather_kernel[self.B, triton.cdiv(self.d, sizes["BLOCK_D"])](
+            self.x,
+            self.values,
+            self.table,
+            limit,
+            counts,
+            weights,
+            scale,
+            out,
+            self.N,
+            self.d,
+            self.exact_tiles,
+            CODES=self.codes,
+            TILES=triton.next_power_of_2(self.exact_tiles),
+            **sizes,
+        )
+
+    def row_options(self) -> dict[str, int | bool]:
+        """What the kernels take that have one program for each query."""
+        return {
+            "GAUSSIAN": self.gaussian,
+            "TILE": blocks("exact", self.x.device)["TILE"],
+            "TILES": triton.next_power_of_2(self.exact_tiles),
+        }
+
+    def _exact_blocks(self) -> dict[str, int]:
+        sizes = blocks("exact", self.x.device)
+        return sizes | {"BLOCK_D": min(sizes["BLOCK_D"], triton.next_power_of_2(self.d))}
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Products of the queries of a call with all references, and what they decide (route.py)."""
+
+    call: Call
+    operands: Operands
+    r: Tensor
+    """(B, N) float32"""
+    limit: Tensor
+    """(B,) float32"""
+    cut: Tensor
+    """(B,) float32"""
+    base: Tensor
+    """(B,) float64: s of the anchor"""
+    scales: Tensor
+    """(4, B) float32"""
+
+    @property
+    def unit(self) -> Tensor:
+        return self.operands.header[0]
+
+    @staticmethod
+    def make(
+        call: Call,
+        operands: Operands,
+        wanted: Tensor,
+        anchor: Tensor,
+        base: Tensor | None = None,
+        log_weight: Tensor | None = None,
+    ) -> Screen:
+        """base and log_weight (B,): s and log w of the anchors, for the backward pass; the forward
+        pass writes the anchors of the queries that are wanted to anchor (B,) int64.
+        """
+        inverse_unit = 1 / operands.header[:1]
+        parts, squares, _ = split(call.x, call.table, operands.origin, inverse_unit, 2)
+        r, minima = compare(call, operands, parts, distances=True)
+        backward = base is not None
+        s = call.rows() if base is None else base.clone()
+        limit, cut = call.rows(0, torch.float32), call.rows(0, torch.float32)
+        scales = torch.empty(4, call.B, dtype=torch.float32, device=call.x.device)
+        tiles = minima.shape[1]
+        route.route_kernel[call.B,](
+            call.x,
+            call.t,
+            call.half_k,
+            call.values,
+            call.table,
+            operands.header,
+            squares,
+            r,
+            minima,
+            wanted,
+            s,
+            s if log_weight is None else log_weight,
+            anchor,
+            limit,
+            cut,
+            scales,
+            call.N,
+            call.d,
+            tiles,
+            CODES=call.codes,
+            GAUSSIAN=call.gaussian,
+            BACKWARD=backward,
+            Y_PARTS=len(operands.parts),
+            TILE=blocks("compare", call.x.device)["BLOCK_N"],
+            TILES=triton.next_power_of_2(tiles),
+            BLOCK_D=min(1024, triton.next_power_of_2(call.d)),
+        )
+        return Screen(call, operands, r, limit, cut, s, scales)
+
+    def sum_dense(
+        self,
+        pull: Tensor | None = None,
+        constant: Tensor | None = None,
+        log_weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Σ w y (splits, B, width), Σ w and Σ w u (B,) of the references beyond the limits; for the
+        backward pass, which has pull, constant and log_weight, of c in place of w.
+        """
+        call = self.call
+        sizes = blocks("sum", call.x.device)
+        tile, device = sizes["BLOCK_K"], call.x.device
+        tiles, group = triton.cdiv(call.N, tile), 8
+        parts = self.operands.parts
+        weights = torch.empty(2, call.B, call.N, dtype=parts.dtype, device=device)
+        active = torch.empty(call.B, tiles, dtype=torch.int8, device=device)
+        sums = torch.empty(2, call.B, tiles, dtype=torch.float32, device=device)
+        route.weights_kernel[call.B, triton.cdiv(tiles, group)](
+            call.half_k,
+            self.r,
+            self.r if pull is None else pull,
+            self.r if constant is None else constant,
+            self.r if log_weight is None else log_weight,
+            self.limit,
+            self.cut,
+            self.scales,
+            weights,
+            active,
+            sums,
+            call.N,
+            tiles,
+            GAUSSIAN=call.gaussian,
+            BACKWARD=pull is not None,
+            TILE=tile,
+            GROUP=group,
+        )
+        query_blocks = triton.cdiv(call.B, sizes["BLOCK_M"])
+        listed = torch.empty(query_blocks, tiles, dtype=torch.int32, device=device)
+        lengths = torch.empty(query_blocks, dtype=torch.int32, device=device)
+        products.list_kernel[query_blocks,](
+            active,
+            listed,
+            lengths,
+            call.B,
+            tiles,
+            BLOCK_M=sizes["BLOCK_M"],
+            TILES=triton.next_power_of_2(tiles),
+        )
+        width = parts.shape[2]
+        column_blocks = triton.cdiv(width, sizes["BLOCK_D"])
+        splits = splits_for(query_blocks * column_blocks, tiles, device)
+        out = torch.empty(splits, call.B, width, dtype=torch.float32, device=device)
+        products.sum_kernel[query_blocks, column_blocks, splits](
+            weights,
+            parts,
+            active,
+            listed,
+            lengths,
+            out,
+            call.B,
+            call.N,
+            width,
+            tiles,
+            Y_PARTS=len(parts),
+            **sizes,
+        )
+        # What belongs to no dense query was not written.
+        written = (self.cut != -math.inf)[:, None] & (active != 0)
+        totals = torch.where(written, sums.double(), 0.0).sum(2)
+        return out, totals[0], totals[1]
+
+    def combine(self, dense: Tensor, rest: Tensor, factor: Tensor, out: Tensor) -> None:
+        """out (B, d) += factor · Σ w (x0 − x) with what `sum_dense` returned."""
+        call = self.call
+        block = min(1024, triton.next_power_of_2(call.d))
+        route.combine_kernel[call.B, triton.cdiv(call.d, block)](
+            call.x,
+            self.operands.header,
+            self.operands.origin,
+            self.cut,
+            rest,
+            factor,
+            dense,
+            out,
+            call.B,
+            call.d,
+            dense.shape[2],
+            SPLITS=dense.shape[0],
+            BLOCK_D=block,
+        )
+
+
+def compare(
+    call: Call, operands: Operands, parts: Tensor, distances: bool
+) -> tuple[Tensor, Tensor]:
+    """r (B, N) and its smallest in each tile, or without `distances` the products themselves, of
+    parts (2, B, width) with the references.
+    """
+    sizes = blocks("compare", call.x.device)
+    tiles = triton.cdiv(call.N, sizes["BLOCK_N"])
+    out = call.pairs(torch.float32)
+    minima = torch.empty(call.B, tiles, dtype=torch.float32, device=out.device)
+    products.compare_kernel[triton.cdiv(call.B, sizes["BLOCK_M"]), tiles](
+        parts,
+        operands.parts,
+        operands.norms,
+        out,
+        minima,
+        call.B,
+        call.N,
+        parts.shape[2],
+        Y_PARTS=len(operands.parts),
+        DISTANCES=distances,
+        **sizes,
+    )
+    return out, minima
+
+
+def splits_for(programs: int, tiles: int, device: torch.device) -> int:
+    """Into how many sums over references a product is split, so that it fills the chip."""
+    wanted = triton.cdiv(2 * multiprocessors(device), programs)
+    return max(1, min(8, wanted, tiles))

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block sizes by kernel and kind of chip. Nothing is tuned when a program runs."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from triton import knobs
+
+INTERPRETED = bool(knobs.runtime.interpret)
+Blocks = dict[str, int]
+
+# Kinds of chip, by what fits into a block's shared memory: 99 KiB (sm_86, 89 and 120), 163 KiB
+# (sm_80), 227 KiB (sm_90 and 100).
+TABLE: dict[str, dict[str, Blocks]] = {
+    "small": {
+        "compare": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=2),
+        "sum": dict(BLOCK_M=64, BLOCK_D=128, BLOCK_K=64, num_warps=4, num_stages=2),
+    },
+    "ampere": {
+        "compare": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=4),
+        "sum": dict(BLOCK_M=128, BLOCK_D=128, BLOCK_K=64, num_warps=8, num_stages=2),
+    },
+    "hopper": {
+        "compare": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+        "sum": dict(BLOCK_M=128, BLOCK_D=128, BLOCK_K=64, num_warps=8, num_stages=3),
+    },
+    "interpreter": {
+        "compare": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
+        "sum": dict(BLOCK_M=128, BLOCK_D=256, BLOCK_K=64),
+        "exact": dict(TILE=1024, GROUP=128, BLOCK_D=1024),
+        "references": dict(BLOCK_N=256, BLOCK_D=256),
+        "split": dict(BLOCK_R=64, BLOCK_D=1024),
+    },
+}
+# Kernels without matrix products run alike on all chips.
+ANY: dict[str, Blocks] = {
+    "exact": dict(TILE=256, GROUP=16, BLOCK_D=256),
+    "references": dict(BLOCK_N=32, BLOCK_D=64),
+    "split": dict(BLOCK_R=8, BLOCK_D=256),
+}
+
+
+def blocks(kernel: str, device: torch.device) -> Blocks:
+    """Block sizes and launch options of a kernel on a device."""
+    table = TABLE[kind(device)]
+    return table[kernel] if kernel in table else ANY[kernel]
+
+
+@functools.cache
+def kind(device: torch.device) -> str:
+    if INTERPRETED:
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if properties.shared_memory_per_block_optin < 160 << 10:
+        return "small"
+    return "hopper" if properties.major >= 9 else "ampere"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if INTERPRETED:
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

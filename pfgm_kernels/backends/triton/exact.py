@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Direct differences in float64: float64 input, whatever float32 is not certified for, and the few
+references that hold much of a query's weight.
+
+A query's `limit` says which references are meant: those whose r (route.py) is at most that; all of
+them where it is NaN, none where it is −∞. Each step is a grid of its own:
+
+    distances     s_j of the references meant, and for the backward pass g·(x0_j − x)
+    weigh         w_j relative to an anchor, and what sums of them give
+    coefficients  c_j, and for the gradient of x0 the weights
+    gather        Σ_j w_j (x0_j − x)
+    references    Σ_b w_bj g_b + 2 c_bj (x_b − x0_j)
+
+s is kept for tiles of TILE references. In a tile of which some references are meant the others have
+s = ∞; a tile of which none is, where `counts` is 0, is neither written nor read.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pfgm_kernels.backends.triton.maths import (
+    load_values,
+    logit_of,
+    relative_logit,
+    s_offset,
+)
+
+
+@triton.jit
+def next_tile(counts, tiles, after, TILES: tl.constexpr):
+    """The first of `tiles` beyond `after` that has a count; TILES where there is none."""
+    return tl.min(tl.where((counts > 0) & (tiles > after), tiles, TILES), 0)
+
+
+@triton.jit
+def members(chosen, rank, j, slots):
+    """The values of j that are chosen, of the ranks `slots`; 0 beyond the last."""
+    hit = (rank[None, :] == slots[:, None]) & chosen[None, :]
+    return tl.sum(tl.where(hit, j[None, :], 0), 1).to(tl.int64)
+
+
+@triton.jit
+def distances_kernel(
+    x_ptr,  # (B, d)
+    t_ptr,  # (B,) float64
+    g_ptr,  # (B, d) float64, for PROJECT
+    values_ptr,  # (N, d)
+    table_ptr,  # (256,) float32, for CODES
+    r_ptr,  # (B, N) float32, for SELECT
+    limit_ptr,  # (B,) float32
+    s_ptr,  # (B, N) float64
+    projection_ptr,  # (B, N) float64, for PROJECT
+    counts_ptr,  # (B, tiles) int32
+    N,
+    d,
+    CODES: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    SELECT: tl.constexpr,
+    PROJECT: tl.constexpr,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """s_j = ‖x − x0_j‖² + t² of one query and one tile. References meant are taken GROUP at a time:
+    the work follows their number.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    limit = tl.load(limit_ptr + b)
+    j = tile * TILE + tl.arange(0, TILE)
+    meant = j < tl.where(limit == -float("inf"), 0, N)
+    if SELECT:
+        r = tl.load(r_ptr + b * N + j, mask=meant, other=0.0)
+        meant = meant & ((r > limit) == 0)  # which NaN does not leave out
+    count = tl.sum(meant.to(tl.int32), 0)
+    tl.store(counts_ptr + b * tl.num_programs(1) + tile, count)
+    if count > 0:
+        tl.store(s_ptr + b * N + j, float("inf"), mask=(j < N) & (meant == 0))
+        offset = s_offset(tl.load(t_ptr + b), GAUSSIAN)
+        rank = tl.cumsum(meant.to(tl.int32), 0) - 1
+        start = 0
+        while start < count:
+            slots = start + tl.arange(0, GROUP)
+            rows = members(meant, rank, j, slots)
+            s = tl.zeros((GROUP,), tl.float64)
+            projection = tl.zeros((GROUP,), tl.float64)
+            for first in range(0, d, BLOCK_D):
+                column = first + tl.arange(0, BLOCK_D)
+                inside = column < d
+                mask = (slots < count)[:, None] & inside[None, :]
+                index = rows[:, None] * d + column[None, :]
+                x = tl.load(x_ptr + b * d + column, mask=inside, other=0.0).to(tl.float64)
+                y = load_values(values_ptr, table_ptr, index, mask, CODES)
+                difference = tl.where(mask, y - x[None, :], 0.0)
+                s += tl.sum(difference * difference, 1)
+                if PROJECT:
+                    g = tl.load(g_ptr + b * d + column, mask=inside, other=0.0)
+                    projection += tl.sum(difference * g[None, :], 1)
+            s += offset
+            s += s - s  # an infinite s becomes NaN: it must not pass for a small weight
+            tl.store(s_ptr + b * N + rows, s, mask=slots < count)
+            if PROJECT:
+                tl.store(projection_ptr + b * N + rows, projection, mask=slots < count)
+            start += GROUP
+
+
+@triton.jit
+def weigh_kernel(
+    t_ptr,  # (B,) float64
+    half_k_ptr,  # (1,) float64
+    limit_ptr,  # (B,) float32
+    counts_ptr,  # (B, tiles) int32
+    s_ptr,  # (B, N) float64; becomes the weights
+    base_ptr,  # (B,) float64: s of the anchor of queries whose other references were summed
+    anchor_ptr,  # (B,) int64
+    rest_ptr,  # (B,) float64: the weight of those others
+    total_ptr,  # (B,) float64
+    log_mass_ptr,  # (B,) float64
+    anchor_log_weight_ptr,  # (B,) float64
+    N,
+    tiles,
+    GAUSSIAN: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """w_j = s_j's weight relative to the anchor's in place of s_j, and log_mass, for one query. The
+    anchor is the nearest reference, except where base is not NaN.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    t, half_k = tl.load(t_ptr + b), tl.load(half_k_ptr)
+    base, anchor, total = tl.load(base_ptr + b), tl.load(anchor_ptr + b), tl.load(rest_ptr + b)
+    ids = tl.arange(0, TILES)
+    counts = tl.load(counts_ptr + b * tiles + ids, mask=ids < tiles, other=0)
+    if base != base:
+        base = float("inf") + 0 * total
+        tile = next_tile(counts, ids, -1, TILES)
+        while tile < TILES:
+            j = tile * TILE + tl.arange(0, TILE)
+            s = tl.load(s_ptr + b * N + j, mask=j < N, other=float("inf"))
+            nearest = tl.min(s, 0)
+            if nearest < base:
+                base = nearest
+                anchor = tl.min(tl.where(s == nearest, j, N), 0).to(tl.int64)
+            tile = next_tile(counts, ids, tile, TILES)
+    tile = next_tile(counts, ids, -1, TILES)
+    while tile < TILES:
+        j = tile * TILE + tl.arange(0, TILE)
+        s = tl.load(s_ptr + b * N + j, mask=j < N, other=float("inf"))
+        logit = relative_logit(s, base, half_k, t, GAUSSIAN)
+        weights = tl.where(s == float("inf"), 0.0, tl.exp(logit))
+        total += tl.sum(weights, 0)
+        tl.store(s_ptr + b * N + j, weights, mask=j < N)
+        tile = next_tile(counts, ids, tile, TILES)
+    tl.store(anchor_ptr + b, anchor)
+    tl.store(total_ptr + b, total)
+    tl.store(log_mass_ptr + b, logit_of(base, half_k, t, GAUSSIAN) + tl.log(total))
+    tl.store(anchor_log_weight_ptr + b, -tl.log(total))
+
+
+@triton.jit
+def coefficients_kernel(
+    t_ptr,  # (B,) float64
+    half_k_ptr,  # (1,) float64
+    limit_ptr,  # (B,) float32
+    counts_ptr,  # (B, tiles) int32
+    s_ptr,  # (B, N) float64; becomes the weights
+    projection_ptr,  # (B, N) float64 g·(x0_j − x); becomes c_j
+    base_ptr,  # (B,) float64, s of the anchor
+    log_weight_ptr,  # (B,) float64, log w of the anchor
+    constant_ptr,  # (B,) float64, g_m − g·v
+    dt_ptr,  # (B,) float64
+    N,
+    tiles,
+    GAUSSIAN: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """c_j = (k/2) w_j (a_j + g_m)/s_j in place of the projections of one query, w_j in place of
+    s_j, and dt = −2t Σ_j c_j (Gaussian: c_j = w_j (a_j + g_m)/(2t²), dt = (2/t) Σ_j c_j s_j).
+    """
+    b = tl.program_id(0).to(tl.int64)
+    if tl.load(limit_ptr + b) == -float("inf"):
+        return
+    t, half_k = tl.load(t_ptr + b), tl.load(half_k_ptr)
+    base, log_weight = tl.load(base_ptr + b), tl.load(log_weight_ptr + b)
+    constant = tl.load(constant_ptr + b)
+    ids = tl.arange(0, TILES)
+    counts = tl.load(counts_ptr + b * tiles + ids, mask=ids < tiles, other=0)
+    dt = 0 * half_k
+    if GAUSSIAN:
+        dt = 0 * base
+    tile = next_tile(counts, ids, -1, TILES)
+    while tile < TILES:
+        j = tile * TILE + tl.arange(0, TILE)
+        s = tl.load(s_ptr + b * N + j, mask=j < N, other=float("inf"))
+        a = tl.load(projection_ptr + b * N + j, mask=s < float("inf"), other=0.0) + constant
+        weights = tl.exp(relative_logit(s, base, half_k, t, GAUSSIAN) + log_weight)
+        weights = tl.where(s == float("inf"), 0.0, weights)
+        if GAUSSIAN:
+            c = weights * a * (0.5 / (t * t))
+            dt += tl.sum(tl.where(weights == 0, 0.0, c * s), 0) * 2 / t
+        else:
+            weights = tl.where(base == 0, 0.0, weights)  # the singular point: zero gradients
+            c = tl.where(weights == 0, 0.0, weights * a * half_k / tl.where(s == 0, 1.0, s))
+            dt -= 2 * t * tl.sum(c, 0)
+        tl.store(s_ptr + b * N + j, weights, mask=j < N)
+        tl.store(projection_ptr + b * N + j, c, mask=j < N)
+        tile = next_tile(counts, ids, tile, TILES)
+    tl.store(dt_ptr + b, dt)
+
+
+@triton.jit
+def gather_kernel(
+    x_ptr,  # (B, d)
+    values_ptr,  # (N, d)
+    table_ptr,  # (256,) float32, for CODES
+    limit_ptr,  # (B,) float32
+    counts_ptr,  # (B, tiles) int32
+    weights_ptr,  # (B, N) float64
+    scale_ptr,  # (B,) float64
+    out_ptr,  # (B, d) float64
+    N,
+    d,
+    tiles,
+    CODES: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """scale · Σ_j w_j (x0_j − x) of one query over BLOCK_D columns. Only references with weight are
+    read.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    if tl.load(limit_ptr + b) == -float("inf"):
+        return
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < d
+    x = tl.load(x_ptr + b * d + column, mask=inside, other=0.0).to(tl.float64)
+    ids = tl.arange(0, TILES)
+    counts = tl.load(counts_ptr + b * tiles + ids, mask=ids < tiles, other=0)
+    accumulator = tl.zeros((BLOCK_D,), tl.float64)
+    tile = next_tile(counts, ids, -1, TILES)
+    while tile < TILES:
+        j = tile * TILE + tl.arange(0, TILE)
+        weights = tl.load(weights_ptr + b * N + j, mask=j < N, other=0.0)
+        heavy = weights != 0
+        rank = tl.cumsum(heavy.to(tl.int32), 0) - 1
+        count = tl.sum(heavy.to(tl.int32), 0)
+        start = 0
+        while start < count:
+            slots = start + tl.arange(0, GROUP)
+            rows = members(heavy, rank, j, slots)
+            mask = (slots < count)[:, None] & inside[None, :]
+            index = rows[:, None] * d + column[None, :]
+            y = load_values(values_ptr, table_ptr, index, mask, CODES)
+            w = tl.load(weights_ptr + b * N + rows, mask=slots < count, other=0.0)
+            term = tl.where(mask, w[:, None] * (y - x[None, :]), 0.0)
+            accumulator += tl.sum(term, 0)
+            start += GROUP
+        tile = next_tile(counts, ids, tile, TILES)
+    scaled = accumulator * tl.load(scale_ptr + b)
+    tl.store(out_ptr + b * d + column, scaled, mask=inside)
+
+
+@triton.jit
+def references_kernel(
+    x_ptr,  # (B, d)
+    g_ptr,  # (B, d) float64
+    values_ptr,  # (N, d) floats
+    weights_ptr,  # (B, N) float64
+    c_ptr,  # (B, N) float64
+    out_ptr,  # (N, d)
+    B,
+    N,
+    d,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dx0_j = Σ_b w_bj g_b + 2 c_bj (x_b − x0_j) over BLOCK_N references and BLOCK_D columns."""
+    j = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = (j < N)[:, None] & (column < d)[None, :]
+    y = tl.load(values_ptr + j[:, None] * d + column[None, :], mask=mask, other=0.0).to(tl.float64)
+    accumulator = tl.zeros((BLOCK_N, BLOCK_D), tl.float64)
+    for b in range(0, B):
+        row = tl.cast(b, tl.int64)
+        weights = tl.load(weights_ptr + row * N + j, mask=j < N, other=0.0)
+        if tl.sum((weights != 0).to(tl.int32), 0) > 0:
+            c = tl.load(c_ptr + row * N + j, mask=j < N, other=0.0)
+            x = tl.load(x_ptr + row * d + column, mask=column < d, other=0.0).to(tl.float64)
+            g = tl.load(g_ptr + row * d + column, mask=column < d, other=0.0)
+            accumulator += weights[:, None] * g[None, :] + 2 * c[:, None] * (x[None, :] - y)
+    tl.store(out_ptr + j[:, None] * d + column[None, :], accumulator, mask=mask)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mathematics of the field that the Triton kernels share.
+
+    s_j = ‖x − x0_j‖² + t²,  logit_j = −(k/2) log s_j      (Eqs. 3 and 12, k = d + D)
+    s_j = ‖x − x0_j‖²,       logit_j = −s_j / (2t²)        (k = ∞, GAUSSIAN)
+
+Logits are only ever formed relative to a reference near the nearest one.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def log1p_float(u):
+    """log(1 + u) in float32 to about one unit in the last place, for 0 ≥ u > −1 or u ≤ 1e30.
+
+    The hardware's logarithm is off by 2⁻²² absolutely, which a logit multiplies by (d + D)/2. Here
+    1 + u = 2^e (1 + f) with |f| ≤ 0.42, what the sum lost is put back, and log(1 + f) is a series.
+    """
+    w = 1.0 + u
+    lost = u - (w - 1.0)
+    bits = w.to(tl.int32, bitcast=True)
+    high = (bits - 0x3F3504F3) & -0x800000  # exponent << 23
+    unit = (0x3F800000 - high).to(tl.float32, bitcast=True)  # 2^−exponent
+    f = ((bits - high).to(tl.float32, bitcast=True) - 1.0) + lost * unit
+    e = high.to(tl.float32) * 1.1920928955078125e-07
+    series = -0.07646101489 * f + 0.12779113629
+    series = series * f - 0.13164186427
+    series = series * f + 0.14199695852
+    series = series * f - 0.16622764905
+    series = series * f + 0.20001292692
+    series = series * f - 0.25000837961
+    series = series * f + 0.33333331197
+    tail = (f * f) * (f * series - 0.5) + e * -2.12194440e-4
+    return e * 0.693359375 + (f + tail)
+
+
+@triton.jit
+def logits_float(u, half_k, correction, GAUSSIAN: tl.constexpr):
+    """Relative logits in float32 of u = (s_j − s_a)/s_a (Gaussian: (s_j − s_a)/(2t²)).
+
+    correction makes up for the rounding of k/2 and, to first order, of what scaled u: either would
+    move all logits the same way.
+    """
+    if GAUSSIAN:
+        log = u
+    else:
+        log = log1p_float(u)
+    return -(log * half_k) - log * correction
+
+
+@triton.jit
+def relative_logit(s, base, half_k, t, GAUSSIAN: tl.constexpr):
+    """Logit of s minus that of base, in float64. base = 0 (the query is a reference and t = 0)
+    leaves 0 for the references that coincide with the query and −∞ for all others.
+    """
+    if GAUSSIAN:
+        logit = (base - s) * (0.5 / (t * t))
+    else:
+        v = (s - base) / tl.where(base == 0, 1.0, base)
+        w = 1.0 + v
+        log = tl.log(w) + (v - (w - 1.0)) / w
+        singular = tl.where(s == 0, 0.0, s * 0.0 - float("inf"))
+        logit = tl.where(base == 0, singular, -half_k * log)
+    return logit
+
+
+@triton.jit
+def logit_of(s, half_k, t, GAUSSIAN: tl.constexpr):
+    if GAUSSIAN:
+        return -s * (0.5 / (t * t))
+    else:
+        return -half_k * tl.log(s)
+
+
+@triton.jit
+def s_offset(t, GAUSSIAN: tl.constexpr):
+    """What t adds to ‖x − x0‖² in s: nothing for the Gaussian kernel, or NaN where t is 0."""
+    if GAUSSIAN:
+        return (t - t) * (0.5 / (t * t))
+    else:
+        return t * t
+
+
+@triton.jit
+def load_values(values_ptr, table_ptr, index, mask, CODES: tl.constexpr):
+    """Stored reference values, 8-bit codes into the table or floats, as float64; 0 where masked."""
+    stored = tl.load(values_ptr + index, mask=mask, other=0)
+    if CODES:
+        return tl.load(table_ptr + stored.to(tl.int32), mask=mask, other=0.0).to(tl.float64)
+    else:
+        return stored.to(tl.float64)
+
+
+@triton.jit
+def round_to_bfloat16(v):
+    """v rounded to the nearest bfloat16, ties to even, in float32. The interpreter truncates where
+    it converts.
+    """
+    bits = v.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return tl.where(v == v, rounded.to(tl.float32, bitcast=True), v)

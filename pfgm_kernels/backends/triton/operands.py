@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""References and queries as the tensor cores read them: y = (x0 − origin)/unit as a sum of bfloat16
+parts.
+
+8-bit codes: unit is the step of their grid and y = code − 128, exact in one part. Floats: unit is 1,
+the origin a point amid the data, and two parts hold 16 bits of y. With x' = (x − origin)/unit
+
+    s_j / unit² = ‖x'‖² + t²/unit² + ‖y_j‖² − 2 x'·y_j
+
+Under the interpreter, whose products of bfloat16 are wrong, the parts are rounded to bfloat16 all
+the same and held in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pfgm_kernels.backends.triton.configurations import INTERPRETED, blocks
+from pfgm_kernels.backends.triton.maths import load_values, round_to_bfloat16
+
+PART = torch.float32 if INTERPRETED else torch.bfloat16
+DIM_MULTIPLE = 64  # rows are padded to this many columns, with zeros
+CODE_ORIGIN = 128
+SAMPLE, CROWD = 1024, 8  # this many equal references in a sample: rounding errors do not average out
+
+
+@triton.jit
+def split_kernel(
+    values_ptr,  # (rows, d)
+    table_ptr,  # (256,) float32, for CODES
+    origin_ptr,  # (d,) float64
+    inverse_unit_ptr,  # (1,) float64
+    parts_ptr,  # (PARTS, rows, width)
+    norms_ptr,  # (rows,) float64
+    hashes_ptr,  # (rows,) float64
+    rows,
+    d,
+    width,
+    CODES: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Parts and ‖y‖² of BLOCK_R rows; and a sum that is the same for equal rows and hardly else."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inverse_unit = tl.load(inverse_unit_ptr)
+    norm = tl.zeros((BLOCK_R,), tl.float64)
+    mixed = tl.zeros((BLOCK_R,), tl.float64)
+    for first in range(0, width, BLOCK_D):
+        column = first + tl.arange(0, BLOCK_D)
+        mask = (row < rows)[:, None] & (column < d)[None, :]
+        y = load_values(values_ptr, table_ptr, row[:, None] * d + column[None, :], mask, False)
+        if CODES:
+            y = tl.where(mask, y - 128, 0.0)
+        else:
+            origin = tl.load(origin_ptr + column, mask=column < d, other=0.0)
+            y = tl.where(mask, (y - origin[None, :]) * inverse_unit, 0.0)
+        norm += tl.sum(y * y, 1)
+        mixed += tl.sum(y * ((column * 40503) % 65536).to(tl.float64)[None, :], 1)
+        rest = y.to(tl.float32)
+        for part in tl.static_range(PARTS):
+            high = round_to_bfloat16(rest)
+            rest -= high
+            to = (part * tl.cast(rows, tl.int64) + row[:, None]) * width + column[None, :]
+            stored = (row < rows)[:, None] & (column < width)[None, :]
+            tl.store(parts_ptr + to, high.to(parts_ptr.dtype.element_ty), mask=stored)
+    tl.store(norms_ptr + row, norm, mask=row < rows)
+    tl.store(hashes_ptr + row, mixed, mask=row < rows)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What `prepare` makes of N references of dimension d; all on their device."""
+
+    header: Tensor
+    """(5,) float64: unit; ‖x0 − (origin + unit · y)‖/unit at most; whether many references are
+    equal; max ‖y‖; a number amid the ‖y‖², which what follows of them is relative to.
+    """
+    origin: Tensor
+    """(d,) float64"""
+    norms: Tensor
+    """(N,) float32"""
+    parts: Tensor
+    """(parts, N, width)"""
+
+    def tensors(self) -> list[Tensor]:
+        return [self.header, self.origin, self.norms, self.parts]
+
+
+def split(
+    values: Tensor, table: Tensor, origin: Tensor, inverse_unit: Tensor, parts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Parts (parts, rows, width), ‖y‖² (rows,) and hashes (rows,) of values (rows, d)."""
+    rows, d = values.shape
+    width = triton.cdiv(d, DIM_MULTIPLE) * DIM_MULTIPLE
+    out = torch.empty(parts, rows, width, dtype=PART, device=values.device)
+    norms = torch.empty(rows, dtype=torch.float64, device=values.device)
+    hashes = torch.empty_like(norms)
+    if rows:
+        sizes = blocks("split", values.device)
+        sizes = sizes | {"BLOCK_D": min(sizes["BLOCK_D"], triton.next_power_of_2(width))}
+        split_kernel[(triton.cdiv(rows, sizes["BLOCK_R"]),)](
+            values,
+            table,
+            origin,
+            inverse_unit,
+            out,
+            norms,
+            hashes,
+            rows,
+            d,
+            width,
+            CODES=values.dtype == torch.uint8,
+            PARTS=parts,
+            **sizes,
+        )
+    return out, norms, hashes
+
+
+def prepare(values: Tensor, table: Tensor) -> Operands:
+    """Operands of values (N, d) float32, or uint8 codes into table."""
+    count, d = values.shape
+    one = torch.ones(1, dtype=torch.float64, device=values.device)
+    if values.dtype == torch.uint8:
+        codes = torch.arange(256, dtype=torch.float64, device=values.device)
+        low, unit = table[0].double(), (table[255].double() - table[0].double()) / 255
+        deviation = (table.double() - (low + unit * codes)).abs().amax() / unit.abs() * d**0.5
+        origin = (low + CODE_ORIGIN * unit).expand(d).contiguous()
+    else:
+        sample = torch.arange(min(count, 256), device=values.device) * count // min(count, 256)
+        origin = values[sample].double().mean(0).float().double()
+        unit, deviation = one[0], 0 * one[0]
+    parts, squares, hashes = split(
+        values, table, origin, 1 / unit.reshape(1), 1 if values.dtype == torch.uint8 else 2
+    )
+    centre = (squares[0] + squares[count // 2] + squares[-1]) / 3
+    radius = squares.amax().sqrt()
+    header = torch.stack([unit, deviation, _crowded(hashes).double(), radius, centre])
+    return Operands(header, origin, (squares - centre).float(), parts)
+
+
+def _crowded(hashes: Tensor) -> Tensor:
+    """Whether many references are equal, judged by a sample."""
+    rows = min(len(hashes), SAMPLE)
+    sample = torch.arange(rows, device=hashes.device) * len(hashes) // rows
+    ordered = hashes[sample].sort().values
+    return (ordered[1:] == ordered[:-1]).sum() >= CROWD

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matrix products on tensor cores at nearly float32 precision, by sums of products of bfloat16 parts.
+
+A block of BLOCK_K terms is summed from zero, the small products first, and then added to a float32
+accumulator: tensor cores truncate what they add up.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot_parts(a_high, a_low, b_high, b_low, B_PARTS: tl.constexpr):
+    """(a_high + a_low) @ (b_high + b_low) without the product of the low parts. float32 parts stand
+    for bfloat16 ones where the interpreter runs this.
+    """
+    total = tl.dot(a_low, b_high, input_precision="ieee")
+    if B_PARTS == 2:
+        total = tl.dot(a_high, b_low, total, input_precision="ieee")
+    return tl.dot(a_high, b_high, total, input_precision="ieee")
+
+
+@triton.jit
+def compare_kernel(
+    a_ptr,  # (2, B, width) parts of queries or of cotangents
+    y_ptr,  # (Y_PARTS, N, width)
+    norms_ptr,  # (N,) float32, for DISTANCES
+    out_ptr,  # (B, N) float32
+    minima_ptr,  # (B, tiles) float32, for DISTANCES
+    B,
+    N,
+    width,
+    Y_PARTS: tl.constexpr,
+    DISTANCES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """a·y_j, or for DISTANCES r_j = ‖y_j‖² − 2 a·y_j and for each query its smallest over a tile of
+    BLOCK_N references.
+    """
+    # Programs that run together share references: there are far more of these than of queries.
+    b = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile = tl.program_id(1)
+    j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.minimum(b, B - 1).to(tl.int64)[:, None] * width
+    column = tl.minimum(j, N - 1).to(tl.int64)[None, :] * width
+    low_a, low_y = tl.cast(B, tl.int64) * width, tl.cast(N, tl.int64) * width
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, width, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        a_high = tl.load(a_ptr + row + k[None, :])
+        a_low = tl.load(a_ptr + low_a + row + k[None, :])
+        y_high = tl.load(y_ptr + column + k[:, None])
+        y_low = y_high
+        if Y_PARTS == 2:
+            y_low = tl.load(y_ptr + low_y + column + k[:, None])
+        accumulator += dot_parts(a_high, a_low, y_high, y_low, Y_PARTS)
+    inside = (b < B)[:, None] & (j < N)[None, :]
+    if DISTANCES:
+        norms = tl.load(norms_ptr + j, mask=j < N, other=float("inf"))
+        accumulator = norms[None, :] - 2 * accumulator
+        smallest = tl.min(accumulator, 1)
+        tl.store(minima_ptr + b.to(tl.int64) * tl.num_programs(1) + tile, smallest, mask=b < B)
+    tl.store(out_ptr + b.to(tl.int64)[:, None] * N + j[None, :], accumulator, mask=inside)
+
+
+@triton.jit
+def list_kernel(
+    active_ptr,  # (B, tiles) int8
+    list_ptr,  # (blocks of queries, tiles) int32
+    length_ptr,  # (blocks of queries,) int32
+    B,
+    tiles,
+    BLOCK_M: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """The tiles in which any of BLOCK_M queries has a weight, in order."""
+    block = tl.program_id(0)
+    tile = tl.arange(0, TILES)
+    wanted = tl.zeros((TILES,), tl.int32)
+    for i in range(0, BLOCK_M):
+        b = tl.minimum(block * BLOCK_M + i, B - 1).to(tl.int64)
+        active = tl.load(active_ptr + b * tiles + tile, mask=tile < tiles, other=0)
+        wanted |= active.to(tl.int32)
+    rank = tl.cumsum(wanted, 0) - 1
+    tl.store(list_ptr + block.to(tl.int64) * tiles + rank, tile, mask=wanted > 0)
+    tl.store(length_ptr + block, tl.sum(wanted, 0))
+
+
+@triton.jit
+def sum_kernel(
+    weights_ptr,  # (2, B, N) parts
+    y_ptr,  # (Y_PARTS, N, width)
+    active_ptr,  # (B, tiles) int8
+    list_ptr,  # (blocks of queries, tiles) int32
+    length_ptr,  # (blocks of queries,) int32
+    out_ptr,  # (splits, B, width) float32
+    B,
+    N,
+    width,
+    tiles,
+    Y_PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Σ_j w_j y_j over every splits-th tile of BLOCK_K references in which any query of the block
+    has a weight.
+    """
+    block, split, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
+    length = tl.load(length_ptr + block)
+    if length > 0:
+        b = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        row = b.to(tl.int64)
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        column = tl.minimum(d, width - 1)
+        low_w, low_y = tl.cast(B, tl.int64) * N, tl.cast(N, tl.int64) * width
+        accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for i in range(split, length, splits):
+            tile = tl.load(list_ptr + block.to(tl.int64) * tiles + i)
+            j = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+            live = tl.load(active_ptr + row * tiles + tile, mask=b < B, other=0) != 0
+            mask = live[:, None] & (j < N)[None, :]
+            w = weights_ptr + row[:, None] * N + j[None, :]
+            w_high, w_low = tl.load(w, mask=mask, other=0.0), tl.load(w + low_w, mask=mask, other=0.0)
+            y = y_ptr + tl.minimum(j, N - 1).to(tl.int64)[:, None] * width + column[None, :]
+            y_high = tl.load(y)
+            y_low = y_high
+            if Y_PARTS == 2:
+                y_low = tl.load(y + low_y)
+            accumulator += dot_parts(w_high, w_low, y_high, y_low, Y_PARTS)
+        to = out_ptr + (split.to(tl.int64) * B + row[:, None]) * width + d[None, :]
+        tl.store(to, accumulator, mask=(b < B)[:, None] & (d < width)[None, :])

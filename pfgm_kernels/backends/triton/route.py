@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which references of a query are taken how. With r_j and the offset of a query from
+
+    s_j / unit² = r_j + offset,   r_j = ‖y_j‖² − centre − 2 x'·y_j   (operands.py, products.py)
+
+and r_j known to some error, a reference can carry weight only if r_j ≤ cut. Of those
+
+    r_j ≤ limit           are taken by direct differences in float64 (exact.py),
+    limit < r_j ≤ cut     by tensor cores (weights_kernel here, then products.sum_kernel).
+
+Where few references can carry weight, or where the error of r is not certain to be small enough for
+weights, limit = cut. Else the limit leaves to direct differences what holds more than 1/64 of the
+weight. Where float32 does not hold the squares, or is not finite, limit is NaN: all references.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pfgm_kernels.backends.triton.maths import (
+    load_values,
+    logits_float,
+    round_to_bfloat16,
+    s_offset,
+)
+
+FEW = tl.constexpr(64)  # candidates up to which a query is always finished by direct differences
+HEAVY = tl.constexpr(64.0)  # one over the share of the weight that is left to these
+LOGIT_ERROR = tl.constexpr(5e-6)  # of a dense sum's logits at most, root mean square
+DEPTH = tl.constexpr(16.0)  # weights below exp(−DEPTH)/N of the nearest's are not seen
+
+
+@triton.jit
+def route_kernel(
+    x_ptr,  # (B, d)
+    t_ptr,  # (B,) float64
+    half_k_ptr,  # (1,) float64
+    values_ptr,  # (N, d)
+    table_ptr,  # (256,) float32, for CODES
+    header_ptr,  # (5,) float64
+    squares_ptr,  # (B,) float64 ‖x'‖²
+    r_ptr,  # (B, N) float32
+    minima_ptr,  # (B, tiles) float32
+    wanted_ptr,  # (B,) int8: queries that are to be computed here
+    base_ptr,  # (B,) float64 s of the anchor: for BACKWARD given, else written, NaN without a cut
+    log_weight_ptr,  # (B,) float64 log w of the anchor, for BACKWARD
+    anchor_ptr,  # (B,) int64, written but for BACKWARD
+    limit_ptr,  # (B,) float32
+    cut_ptr,  # (B,) float32, −∞ where there are no references between limit and cut
+    scales_ptr,  # (4, B) float32: u = ((r − scales[0]) − scales[1]) scales[2]; see logits_float
+    N,
+    d,
+    tiles,
+    CODES: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    Y_PARTS: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """limit and cut of one query, and what its logits are formed with."""
+    b = tl.program_id(0).to(tl.int64)
+    B = tl.num_programs(0)
+    if tl.load(wanted_ptr + b) == 0:
+        tl.store(limit_ptr + b, -float("inf"))
+        tl.store(cut_ptr + b, -float("inf"))
+        return
+    t, half_k = tl.load(t_ptr + b), tl.load(half_k_ptr)
+    unit, deviation = tl.load(header_ptr), tl.load(header_ptr + 1)
+    crowded, radius, centre = tl.load(header_ptr + 2), tl.load(header_ptr + 3), tl.load(header_ptr + 4)
+    square, offset_t = unit * unit, s_offset(t, GAUSSIAN)
+    squared = tl.load(squares_ptr + b)
+    offset = squared + centre + offset_t / square
+    length = tl.sqrt(squared)
+
+    ids = tl.arange(0, TILES)
+    minima = tl.load(minima_ptr + b * tiles + ids, mask=ids < tiles, other=float("inf"))
+    nearest = tl.min(minima, 0)
+    depth = tl.log(tl.cast(N, tl.float64)) + DEPTH
+    heavy = tl.log(0 * depth + HEAVY)
+    if BACKWARD:
+        base = tl.load(base_ptr + b)
+        log_weight = tl.load(log_weight_ptr + b)
+        depth += log_weight
+        heavy += log_weight
+    else:
+        tile = tl.min(tl.where(minima == nearest, ids, TILES - 1), 0)
+        j = tile * TILE + tl.arange(0, TILE)
+        r = tl.load(r_ptr + b * N + j, mask=j < N, other=float("inf"))
+        anchor = tl.minimum(tl.min(tl.where(r == nearest, j, N), 0), N - 1).to(tl.int64)
+        base = offset_t
+        for first in range(0, d, BLOCK_D):
+            column = first + tl.arange(0, BLOCK_D)
+            inside = column < d
+            x = tl.load(x_ptr + b * d + column, mask=inside, other=0.0).to(tl.float64)
+            y = load_values(values_ptr, table_ptr, anchor * d + column, inside, CODES)
+            base += tl.sum(tl.where(inside, (y - x) * (y - x), 0.0), 0)
+        tl.store(anchor_ptr + b, anchor)
+
+    # The error of r: certain, by the sizes of all terms, and root mean square.
+    split = 3.814697265625e-06 * (3 if Y_PARTS == 2 else 1)  # 2⁻¹⁸ for each product left out
+    summed = (16 + d / 64.0) * 1.1920928955078125e-07
+    error = 2 * length * radius * (split + summed) + 2.4e-7 * radius * (radius + 2 * length)
+    error += 2 * deviation * (radius + length)
+    product = (tl.abs(nearest.to(tl.float64)) + tl.abs(centre) + radius * radius) / 2
+    noise = length * radius / tl.sqrt(tl.cast(d, tl.float64)) * 3.814697265625e-06
+    noise = 2 * (noise + product * 3.6e-8 * tl.sqrt(1 + d / 192.0))
+
+    # The largest r that can carry weight.
+    if GAUSSIAN:
+        slope = 0.5 / (t * t)
+        shift = depth / slope
+        ratio = 1 + 0 * depth
+    else:
+        slope = half_k / base
+        shift = 0 * depth
+        ratio = tl.exp(depth / half_k)
+    least = nearest + error + offset
+    if BACKWARD:
+        least = tl.minimum(base, 1e300) / square
+    cut = ratio * least + shift / square - offset + error
+    usable = (squared + offset_t / square < 1e30) & (radius < 1e15) & (cut == cut)
+    limit = tl.where(usable, cut, float("nan")).to(tl.float32) * 1.0000002
+    limit += tl.abs(limit) * 2e-7
+    count = 0
+    for tile in range(0, tiles):
+        if tl.load(minima_ptr + b * tiles + tile) <= limit:
+            j = tile * TILE + tl.arange(0, TILE)
+            r = tl.load(r_ptr + b * N + j, mask=j < N, other=float("inf"))
+            count += tl.sum((r <= limit).to(tl.int32), 0)
+
+    distance = tl.sqrt(tl.maximum(base - offset_t, 0.0))
+    share = 64.0 if BACKWARD else 4.0
+    dense = usable & (count > FEW) & (slope * square * noise <= LOGIT_ERROR) & (crowded == 0)
+    dense = dense & (distance >= unit * radius / share)
+    cut_float = tl.full((), -float("inf"), tl.float32)
+    if dense:
+        exact = slope * square / half_k
+        if GAUSSIAN:
+            exact = slope * square
+        inverse = exact.to(tl.float32)
+        origin = base / square - offset
+        origin_high = origin.to(tl.float32)
+        origin_low = (origin - origin_high).to(tl.float32)
+        half_k_float = half_k.to(tl.float32)
+        correction = (half_k * (exact / inverse) - half_k_float).to(tl.float32)
+        if GAUSSIAN:
+            half_k_float = 1.0 + 0 * half_k_float
+            correction = (exact / inverse - 1).to(tl.float32)
+        tl.store(scales_ptr + b, origin_high)
+        tl.store(scales_ptr + B + b, origin_low)
+        tl.store(scales_ptr + 2 * B + b, inverse)
+        tl.store(scales_ptr + 3 * B + b, correction)
+        cut_float = limit
+        if not BACKWARD:
+            total = 0 * depth
+            for tile in range(0, tiles):
+                if tl.load(minima_ptr + b * tiles + tile) <= cut_float:
+                    j = tile * TILE + tl.arange(0, TILE)
+                    r = tl.load(r_ptr + b * N + j, mask=j < N, other=float("inf"))
+                    u = tl.minimum(((r - origin_high) - origin_low) * inverse, 1e30)
+                    w = tl.exp(logits_float(u, half_k_float, correction, GAUSSIAN))
+                    total += tl.sum(tl.where(r <= cut_float, w, 0.0), 0).to(tl.float64)
+            heavy -= tl.log(total)
+        # logit(u) = −heavy
+        if GAUSSIAN:
+            limit = (origin + heavy / exact).to(tl.float32)
+        else:
+            limit = (origin + (tl.exp(heavy / half_k) - 1) / exact).to(tl.float32)
+    else:
+        if not BACKWARD:
+            base = float("nan") + 0 * base
+    if not BACKWARD:
+        tl.store(base_ptr + b, base)
+    tl.store(limit_ptr + b, limit)
+    tl.store(cut_ptr + b, cut_float)
+
+
+@triton.jit
+def weights_kernel(
+    half_k_ptr,  # (1,) float64
+    r_ptr,  # (B, N) float32
+    pull_ptr,  # (B, N) float32 g·y_j, for BACKWARD
+    constant_ptr,  # (2, B) float32, high and low parts of what a_j has besides, for BACKWARD
+    log_weight_ptr,  # (B,) float64 log w of the anchor, for BACKWARD
+    limit_ptr,  # (B,) float32
+    cut_ptr,  # (B,) float32
+    scales_ptr,  # (4, B) float32
+    weights_ptr,  # (2, B, N) parts
+    active_ptr,  # (B, tiles) int8
+    sums_ptr,  # (2, B, tiles) float32: Σ w; Σ w u
+    N,
+    tiles,
+    GAUSSIAN: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Weights of limit < r ≤ cut of one query and GROUP tiles, as two parts; for BACKWARD instead
+    w_j (g·y_j + constant) s_a/s_j, to which c_j is proportional.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    B = tl.num_programs(0).to(tl.int64)
+    tile = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
+    limit, cut = tl.load(limit_ptr + b), tl.load(cut_ptr + b)
+    to = b * tiles + tile
+    if cut == -float("inf"):
+        tl.store(active_ptr + to, tl.zeros((GROUP,), tl.int8), mask=tile < tiles)
+        return
+    j = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    r = tl.load(r_ptr + b * N + j, mask=j < N, other=float("inf"))
+    u = ((r - tl.load(scales_ptr + b)) - tl.load(scales_ptr + B + b)) * tl.load(
+        scales_ptr + 2 * B + b
+    )
+    u = tl.minimum(u, 1e30)
+    half_k = tl.load(half_k_ptr).to(tl.float32)
+    logits = logits_float(u, half_k, tl.load(scales_ptr + 3 * B + b), GAUSSIAN)
+    if BACKWARD:
+        logits += tl.load(log_weight_ptr + b).to(tl.float32)
+    w = tl.where((r > limit) & (r <= cut), tl.exp(logits), 0.0)
+    if BACKWARD:
+        pull = tl.load(pull_ptr + b * N + j, mask=j < N, other=0.0)
+        w *= (pull + tl.load(constant_ptr + b)) + tl.load(constant_ptr + B + b)
+        if not GAUSSIAN:
+            w /= 1 + u
+    high = round_to_bfloat16(w)
+    low = round_to_bfloat16(w - high)
+    element = weights_ptr.dtype.element_ty
+    active = tl.max((w != 0).to(tl.int32), 1)
+    mask = (active > 0)[:, None] & (j < N)
+    tl.store(weights_ptr + b * N + j, high.to(element), mask=mask)
+    tl.store(weights_ptr + (B + b) * N + j, low.to(element), mask=mask)
+    tl.store(active_ptr + to, active.to(tl.int8), mask=tile < tiles)
+    tl.store(sums_ptr + to, tl.sum(w, 1), mask=tile < tiles)
+    tl.store(sums_ptr + B * tiles + to, tl.sum(w * u, 1), mask=tile < tiles)
+
+
+@triton.jit
+def combine_kernel(
+    x_ptr,  # (B, d)
+    header_ptr,  # (5,) float64
+    origin_ptr,  # (d,) float64
+    cut_ptr,  # (B,) float32
+    rest_ptr,  # (B,) float64 Σ w
+    factor_ptr,  # (B,) float64
+    sums_ptr,  # (splits, B, width) float32 Σ w y
+    out_ptr,  # (B, d) float64
+    B,
+    d,
+    width,
+    SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Adds factor · Σ_j w_j (x0_j − x) over BLOCK_D columns of a query whose weights were summed."""
+    b = tl.program_id(0).to(tl.int64)
+    if tl.load(cut_ptr + b) == -float("inf"):
+        return
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < d
+    sums = tl.zeros((BLOCK_D,), tl.float64)
+    for split in tl.static_range(SPLITS):
+        part = tl.load(sums_ptr + (split * B + b) * width + column, mask=inside, other=0.0)
+        sums += part.to(tl.float64)
+    x = tl.load(x_ptr + b * d + column, mask=inside, other=0.0).to(tl.float64)
+    origin = tl.load(origin_ptr + column, mask=inside, other=0.0)
+    moved = tl.load(header_ptr) * sums + tl.load(rest_ptr + b) * (origin - x)
+    before = tl.load(out_ptr + b * d + column, mask=inside, other=0.0)
+    tl.store(out_ptr + b * d + column, before + tl.load(factor_ptr + b) * moved, mask=inside)
