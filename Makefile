@@ -14,6 +14,8 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 CXX_SOURCES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 READY := .venv/.ready
+# The Triton kernels run on the CPU under Triton's interpreter, whose matrix products are numpy's.
+INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .PHONY: setup demo test sanitize lint format benchmark pictures clean
 
@@ -30,6 +32,8 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q
+	$(INTERPRETED) $(BIN)/python -m coverage run -m pytest -q -k triton $(TRITON_TESTS)
+	$(BIN)/python -m coverage report
 
 sanitize: $(READY)
 	$(BIN)/python tests/sanitize.py

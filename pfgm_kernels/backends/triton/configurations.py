@@ -52,10 +52,10 @@ def blocks(kernel: str, device: torch.device) -> Blocks:
 def kind(device: torch.device) -> str:
     if INTERPRETED:
         return "interpreter"
-    properties = torch.cuda.get_device_properties(device)
-    if properties.shared_memory_per_block_optin < 160 << 10:
-        return "small"
-    return "hopper" if properties.major >= 9 else "ampere"
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] in (9, 10):
+        return "hopper"
+    return "ampere" if capability == (8, 0) else "small"
 
 
 @functools.cache
