@@ -67,10 +67,10 @@ def two_pass_backward(
     unit = screen.unit
     # a_j + g_m = unit (g·y_j + constant)
     zero, one = torch.zeros_like(operands.origin), torch.ones_like(operands.header[:1])
-    parts, _, _ = split(cotangents.g, call.table, zero, one, 2)
+    parts, _, shared = split(cotangents.g, call.table, zero, one, 2, operands.mean)
     pull, _ = compare(call, operands, parts, distances=False)
     shift = (cotangents.g * (operands.origin - call.x)).sum(1)
-    constant = (cotangents.constant + shift) / unit
+    constant = (cotangents.constant + shift) / unit + shared
     high = constant.float()
     halves = torch.stack([high, (constant - high).float()])
     dense, rest, moment = screen.sum_dense(pull, halves, log_weight)

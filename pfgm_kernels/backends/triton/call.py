@@ -165,7 +165,9 @@ class Screen:
         pass writes the anchors of the queries that are wanted to anchor (B,) int64.
         """
         inverse_unit = 1 / operands.header[:1]
-        parts, squares, _ = split(call.x, call.table, operands.origin, inverse_unit, 2)
+        parts, squares, shared = split(
+            call.x, call.table, operands.origin, inverse_unit, 2, operands.mean
+        )
         r, minima = compare(call, operands, parts, distances=True)
         backward = base is not None
         s = call.rows() if base is None else base.clone()
@@ -180,6 +182,7 @@ class Screen:
             call.table,
             operands.header,
             squares,
+            shared,
             r,
             minima,
             wanted,

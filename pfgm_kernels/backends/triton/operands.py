@@ -26,7 +26,10 @@ from pfgm_kernels.backends.triton.maths import load_values, round_to_bfloat16
 PART = torch.float32 if INTERPRETED else torch.bfloat16
 DIM_MULTIPLE = 64  # rows are padded to this many columns, with zeros
 CODE_ORIGIN = 128
-SAMPLE, CROWD = 1024, 8  # this many equal references in a sample: rounding errors do not average out
+SAMPLE, CROWD = (
+    1024,
+    8,
+)  # this many equal references in a sample: rounding errors do not average out
 
 
 @triton.jit
@@ -35,22 +38,27 @@ def split_kernel(
     table_ptr,  # (256,) float32, for CODES
     origin_ptr,  # (d,) float64
     inverse_unit_ptr,  # (1,) float64
+    mean_ptr,  # (d,) float64, but for REFERENCES
     parts_ptr,  # (PARTS, rows, width)
     norms_ptr,  # (rows,) float64
-    hashes_ptr,  # (rows,) float64
+    marks_ptr,  # (rows,) float64
     rows,
     d,
     width,
     CODES: tl.constexpr,
+    REFERENCES: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Parts and ‖y‖² of BLOCK_R rows; and a sum that is the same for equal rows and hardly else."""
+    """Parts and ‖y‖² of BLOCK_R rows, and a mark of each: of a reference a sum that is the same for
+    equal references and hardly else; of a query what its parts leave of its product with the mean
+    of the references, an error that all of its products would share.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     inverse_unit = tl.load(inverse_unit_ptr)
     norm = tl.zeros((BLOCK_R,), tl.float64)
-    mixed = tl.zeros((BLOCK_R,), tl.float64)
+    mark = tl.zeros((BLOCK_R,), tl.float64)
     for first in range(0, width, BLOCK_D):
         column = first + tl.arange(0, BLOCK_D)
         mask = (row < rows)[:, None] & (column < d)[None, :]
@@ -61,16 +69,21 @@ def split_kernel(
             origin = tl.load(origin_ptr + column, mask=column < d, other=0.0)
             y = tl.where(mask, (y - origin[None, :]) * inverse_unit, 0.0)
         norm += tl.sum(y * y, 1)
-        mixed += tl.sum(y * ((column * 40503) % 65536).to(tl.float64)[None, :], 1)
+        if REFERENCES:
+            mark += tl.sum(y * ((column * 40503) % 65536).to(tl.float64)[None, :], 1)
         rest = y.to(tl.float32)
         for part in tl.static_range(PARTS):
             high = round_to_bfloat16(rest)
             rest -= high
+            y -= high.to(tl.float64)
             to = (part * tl.cast(rows, tl.int64) + row[:, None]) * width + column[None, :]
             stored = (row < rows)[:, None] & (column < width)[None, :]
             tl.store(parts_ptr + to, high.to(parts_ptr.dtype.element_ty), mask=stored)
+        if not REFERENCES:
+            mean = tl.load(mean_ptr + column, mask=column < d, other=0.0)
+            mark += tl.sum(y * mean[None, :], 1)
     tl.store(norms_ptr + row, norm, mask=row < rows)
-    tl.store(hashes_ptr + row, mixed, mask=row < rows)
+    tl.store(marks_ptr + row, mark, mask=row < rows)
 
 
 @dataclass(frozen=True)
@@ -83,68 +96,79 @@ class Operands:
     """
     origin: Tensor
     """(d,) float64"""
+    mean: Tensor
+    """(d,) float64: of a sample of the y"""
     norms: Tensor
     """(N,) float32"""
     parts: Tensor
     """(parts, N, width)"""
 
     def tensors(self) -> list[Tensor]:
-        return [self.header, self.origin, self.norms, self.parts]
+        return [self.header, self.origin, self.mean, self.norms, self.parts]
 
 
 def split(
-    values: Tensor, table: Tensor, origin: Tensor, inverse_unit: Tensor, parts: int
+    values: Tensor,
+    table: Tensor,
+    origin: Tensor,
+    inverse_unit: Tensor,
+    parts: int,
+    mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Parts (parts, rows, width), ‖y‖² (rows,) and hashes (rows,) of values (rows, d)."""
+    """Parts (parts, rows, width), ‖y‖² (rows,) and marks (rows,) of values (rows, d): of references,
+    or where there is a mean of these, of queries.
+    """
     rows, d = values.shape
     width = triton.cdiv(d, DIM_MULTIPLE) * DIM_MULTIPLE
     out = torch.empty(parts, rows, width, dtype=PART, device=values.device)
     norms = torch.empty(rows, dtype=torch.float64, device=values.device)
-    hashes = torch.empty_like(norms)
-    if rows:
-        sizes = blocks("split", values.device)
-        sizes = sizes | {"BLOCK_D": min(sizes["BLOCK_D"], triton.next_power_of_2(width))}
-        split_kernel[(triton.cdiv(rows, sizes["BLOCK_R"]),)](
-            values,
-            table,
-            origin,
-            inverse_unit,
-            out,
-            norms,
-            hashes,
-            rows,
-            d,
-            width,
-            CODES=values.dtype == torch.uint8,
-            PARTS=parts,
-            **sizes,
-        )
-    return out, norms, hashes
+    marks = torch.empty_like(norms)
+    sizes = blocks("split", values.device)
+    sizes = sizes | {"BLOCK_D": min(sizes["BLOCK_D"], triton.next_power_of_2(width))}
+    split_kernel[(triton.cdiv(rows, sizes["BLOCK_R"]),)](
+        values,
+        table,
+        origin,
+        inverse_unit,
+        origin if mean is None else mean,
+        out,
+        norms,
+        marks,
+        rows,
+        d,
+        width,
+        CODES=values.dtype == torch.uint8,
+        REFERENCES=mean is None,
+        PARTS=parts,
+        **sizes,
+    )
+    return out, norms, marks
 
 
 def prepare(values: Tensor, table: Tensor) -> Operands:
     """Operands of values (N, d) float32, or uint8 codes into table."""
     count, d = values.shape
     one = torch.ones(1, dtype=torch.float64, device=values.device)
+    rows = min(count, 256)
+    mean = values[torch.arange(rows, device=values.device) * count // rows].double().mean(0)
     if values.dtype == torch.uint8:
         codes = torch.arange(256, dtype=torch.float64, device=values.device)
         low, unit = table[0].double(), (table[255].double() - table[0].double()) / 255
         deviation = (table.double() - (low + unit * codes)).abs().amax() / unit.abs() * d**0.5
-        origin = (low + CODE_ORIGIN * unit).expand(d).contiguous()
+        origin, mean = (low + CODE_ORIGIN * unit).expand(d).contiguous(), mean - CODE_ORIGIN
     else:
-        sample = torch.arange(min(count, 256), device=values.device) * count // min(count, 256)
-        origin = values[sample].double().mean(0).float().double()
-        unit, deviation = one[0], 0 * one[0]
+        origin = mean.float().double()
+        unit, deviation, mean = one[0], 0 * one[0], 0 * origin
     parts, squares, hashes = split(
         values, table, origin, 1 / unit.reshape(1), 1 if values.dtype == torch.uint8 else 2
     )
     centre = (squares[0] + squares[count // 2] + squares[-1]) / 3
     radius = squares.amax().sqrt()
-    header = torch.stack([unit, deviation, _crowded(hashes).double(), radius, centre])
-    return Operands(header, origin, (squares - centre).float(), parts)
+    header = torch.stack([unit, deviation, crowded(hashes).double(), radius, centre])
+    return Operands(header, origin, mean, (squares - centre).float(), parts)
 
 
-def _crowded(hashes: Tensor) -> Tensor:
+def crowded(hashes: Tensor) -> Tensor:
     """Whether many references are equal, judged by a sample."""
     rows = min(len(hashes), SAMPLE)
     sample = torch.arange(rows, device=hashes.device) * len(hashes) // rows

@@ -40,6 +40,7 @@ def route_kernel(
     table_ptr,  # (256,) float32, for CODES
     header_ptr,  # (5,) float64
     squares_ptr,  # (B,) float64 ‖x'‖²
+    shared_ptr,  # (B,) float64: what the products x'·y_j of a query all lack
     r_ptr,  # (B, N) float32
     minima_ptr,  # (B, tiles) float32
     wanted_ptr,  # (B,) int8: queries that are to be computed here
@@ -72,7 +73,7 @@ def route_kernel(
     crowded, radius, centre = tl.load(header_ptr + 2), tl.load(header_ptr + 3), tl.load(header_ptr + 4)
     square, offset_t = unit * unit, s_offset(t, GAUSSIAN)
     squared = tl.load(squares_ptr + b)
-    offset = squared + centre + offset_t / square
+    offset = squared + centre + offset_t / square - 2 * tl.load(shared_ptr + b)
     length = tl.sqrt(squared)
 
     ids = tl.arange(0, TILES)
@@ -106,6 +107,7 @@ def route_kernel(
     error += 2 * deviation * (radius + length)
     product = (tl.abs(nearest.to(tl.float64)) + tl.abs(centre) + radius * radius) / 2
     noise = length * radius / tl.sqrt(tl.cast(d, tl.float64)) * 3.814697265625e-06
+    noise += deviation * (length + radius) / tl.sqrt(tl.cast(d, tl.float64))
     noise = 2 * (noise + product * 3.6e-8 * tl.sqrt(1 + d / 192.0))
 
     # The largest r that can carry weight.

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do the parts of the Triton backend keep what its two passes rely on?"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import build
+from oracle import solve
+
+from pfgm_kernels import ReferenceSet, poisson_displacement
+from pfgm_kernels.backends import triton as backend
+from pfgm_kernels.flow import perturb
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+REASON = backend.unsupported_reason(DEVICE)
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+if REASON is None:
+    import triton
+    import triton.language as tl
+
+    from pfgm_kernels.backends.triton import maths, operands
+    from pfgm_kernels.backends.triton.call import Call, Screen, compare
+
+    @triton.jit
+    def apply_kernel(v_ptr, out_ptr, N, WHICH: tl.constexpr, BLOCK: tl.constexpr):
+        i = tl.arange(0, BLOCK)
+        v = tl.load(v_ptr + i, mask=i < N, other=0.0)
+        if WHICH == "log1p":
+            out = maths.log1p_float(v)
+        else:
+            out = maths.round_to_bfloat16(v)
+        tl.store(out_ptr + i, out, mask=i < N)
+
+    def apply(which: str, v: torch.Tensor) -> torch.Tensor:
+        v = v.to(DEVICE)
+        out = torch.full_like(v, math.nan)
+        apply_kernel[1,](v, out, len(v), WHICH=which, BLOCK=triton.next_power_of_2(len(v)))
+        return out.cpu()
+
+
+def test_log1p_is_good_to_two_units_in_the_last_place(generator):
+    scales = 10 ** torch.linspace(-9, 29, 4000, dtype=torch.float64)
+    u = (scales * (1 + torch.rand(4000, generator=generator))).float()
+    small = -(2 ** -torch.linspace(1, 24, 90)).float()
+    u = torch.cat([u, small, torch.zeros(1)])
+    exact = u.double().log1p()
+    error = (apply("log1p", u).double() - exact).abs()
+    assert (error <= 2 * 2**-24 * exact.abs() + 1e-45).all(), (error / exact.abs()).max()
+
+
+def test_rounding_to_bfloat16_is_torchs(generator):
+    v = torch.randn(4000, generator=generator) * 10 ** torch.randint(-30, 30, (4000,)).float()
+    ties = torch.arange(1, 64) / 2**8 + 1  # half of them lie midway between two bfloat16
+    v = torch.cat([v, ties, -ties, torch.tensor([0.0, math.inf, -math.inf, math.nan])])
+    assert torch.equal(apply("round", v).nan_to_num(7), v.bfloat16().float().nan_to_num(7))
+
+
+@pytest.mark.parametrize(("count", "d"), [(5, 33), (130, 64), (3, 1100)])
+def test_parts_hold_the_values(count, d, generator):
+    """Two parts of floats hold 16 bits, one of 8-bit codes all of them; the padding is zero."""
+    x0 = 100 + torch.randn(count, d, generator=generator).to(DEVICE)
+    found = operands.prepare(x0, x0.new_empty(0))
+    y = x0.double() - found.origin
+    parts = found.parts.double()
+    assert (parts[:2].sum(0)[:, :d] - y).abs().le(2**-17 * y.abs()).all()
+    assert (parts[:, :, d:] == 0).all()
+    squares = y.square().sum(1)
+    assert (found.norms + found.header[4] - squares).abs().max() <= 1e-6 * squares.max()
+
+    references = ReferenceSet.from_images(
+        torch.randint(256, (count, d), generator=generator, dtype=torch.uint8).to(DEVICE), 2.0, 3.0
+    )
+    found = operands.prepare(references.values, references.table)
+    decoded = found.origin + found.header[0] * found.parts[0, :, :d].double()
+    exact = references.table.double()[references.values.long()]
+    distance = (decoded - exact).norm(dim=1).max()
+    assert distance <= found.header[1] * found.header[0] * (1 + 1e-9)
+    assert found.header[1] < 1e-4 * d**0.5
+
+
+@pytest.mark.parametrize(("copies", "crowded"), [(0, False), (5, False), (40, True)])
+def test_crowds_of_equal_references_are_seen(copies, crowded, generator):
+    x0 = torch.randn(300, 40, generator=generator)
+    x0[20 : 20 + copies] = x0[7]
+    assert bool(operands.prepare(x0.to(DEVICE), x0.new_empty(0)).header[2]) == crowded
+
+
+def screen_of(x, t, x0, k):
+    call = Call(x, t.double(), x0, x0.new_empty(0), k)
+    prepared = operands.prepare(x0, call.table)
+    wanted, anchor = call.rows(1, torch.int8), call.rows(0, torch.int64)
+    return call, prepared, Screen.make(call, prepared, wanted, anchor)
+
+
+def test_the_error_of_the_products_is_within_its_bound(generator):
+    """Each r_j, known to certain bounds, leaves out no reference that could carry weight."""
+    d = 300
+    x0 = torch.randn(400, d, generator=generator)
+    x = x0[:40] + torch.logspace(-3, 1, 40)[:, None] * torch.randn(40, d, generator=generator)
+    t = torch.logspace(-3, 1.5, 40)
+    x, t, x0 = x.to(DEVICE), t.to(DEVICE), x0.to(DEVICE)
+    call, _, screen = screen_of(x, t, x0, d + 1.0)
+    weights = solve(x.cpu(), t.cpu(), x0.cpu()).weights
+    heaviest = weights.max(1, keepdim=True).values
+    counts = weights > heaviest * math.exp(-16) / len(x0)
+    last = torch.maximum(screen.limit, screen.cut)[:, None]
+    taken = (screen.r <= last).cpu()
+    assert (taken | ~counts).all()
+    assert (taken.sum(1) <= counts.sum(1) + 3).float().mean() > 0.5  # and hardly more than those
+    assert call.N == 400
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_flat_rows_of_images_take_the_dense_path_and_others_do_not(eight_bit, generator):
+    images = torch.randint(256, (700, 3, 12, 12), generator=generator, dtype=torch.uint8)
+    smooth = images.float().cumsum(2).cumsum(3)
+    images = (255 * (smooth - smooth.amin()) / (smooth.amax() - smooth.amin())).to(torch.uint8)
+    references = ReferenceSet.from_images(images)
+    x0 = references.table[references.values.long()]
+    x, t = perturb(x0[:24], M=1, restrict_M=False, generator=generator)
+    x[12:] += 25 * torch.randn(12, x.shape[1], generator=generator) / math.sqrt(x.shape[1]) * 12
+    t[12:] = 40.0
+    truth = solve(x, t, x0)
+    values = references.values if eight_bit else x0
+    table = references.table if eight_bit else x0.new_empty(0)
+    call = Call(
+        x.to(DEVICE), t.double().to(DEVICE), values.to(DEVICE), table.to(DEVICE), x.shape[1] + 1.0
+    )
+    prepared = operands.prepare(call.values, call.table)
+    assert len(prepared.parts) >= (1 if eight_bit else 2)
+    anchor = call.rows(0, torch.int64)
+    screen = Screen.make(call, prepared, call.rows(1, torch.int8), anchor)
+    dense = (screen.cut != -math.inf).cpu()
+    assert not dense[:12].any()
+    assert dense[12:].all()
+    assert (truth.effective_sample_size[12:] > 64).all()
+    x0_set = ReferenceSet.from_images(images.to(DEVICE)) if eight_bit else x0.to(DEVICE)
+    v, log_mass = poisson_displacement(
+        x.to(DEVICE) if not eight_bit else x.to(DEVICE).view(24, 3, 12, 12),
+        t.to(DEVICE),
+        x0_set,
+        backend="triton",
+    )
+    error = (v.cpu().double().flatten(1) - truth.v).norm(dim=1)
+    assert (error <= 1e-6 * (truth.weights * truth.distances).sum(1)).all()
+    assert (log_mass.cpu() - truth.log_mass).abs().max() <= 1e-6
+
+
+def test_products_of_parts_are_nearly_float32(generator):
+    a = torch.randn(3, 70, generator=generator, dtype=torch.float64)
+    x0 = torch.randn(200, 70, generator=generator)
+    case = build("normal d=65")
+    call = Call(a.float().to(DEVICE), case.t[:3].double(), x0.to(DEVICE), x0.new_empty(0), 71.0)
+    prepared = operands.prepare(call.values, call.table)
+    one = torch.ones(1, dtype=torch.float64, device=DEVICE)
+    zero = torch.zeros(70, dtype=torch.float64, device=DEVICE)
+    parts, _, _ = operands.split(a.to(DEVICE), call.table, zero, one, 2)
+    out, _ = compare(call, prepared, parts, distances=False)
+    y = (x0.to(DEVICE).double() - prepared.origin).cpu()
+    error = (out.cpu().double() - a @ y.T).abs()
+    assert (error <= 3 * 2**-18 * (a.abs() @ y.abs().T)).all()
