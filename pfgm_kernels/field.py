@@ -67,11 +67,9 @@ def poisson_field(
         raise ValueError(f"scale expects a finite number, got {scale}")
     v, _, t64, dtype = _displacement(x, t, x0, D, backend)
     field = torch.cat([v, -t64[:, None]], 1)
-    # Safe where the norm is zero: the square root never sees 0, so no gradient becomes NaN.
-    squared = field.square().sum(1, keepdim=True)
-    zero = squared == 0
-    norm = torch.where(zero, 1.0, squared).sqrt()
-    return torch.where(zero, 0.0, field * (scale / (norm + gamma))).to(dtype)
+    norm = torch.linalg.vector_norm(field, dim=1, keepdim=True)
+    norm = norm.masked_fill(norm == 0, math.inf)  # the field is then 0, and its gradient
+    return (field * (scale / (norm + gamma))).to(dtype)
 
 
 def poisson_displacement(
@@ -160,8 +158,7 @@ def _expand_t(t: Tensor | float, x: Tensor, D: float) -> Tensor:
         raise ValueError(
             f"t expects a number, a 0-dim tensor or shape ({x.shape[0]},), got {tuple(t.shape)}"
         )
-    t = t.to(x.device, torch.float64)
-    return torch.where(t.isfinite(), t, torch.nan).expand(x.shape[0]).contiguous()
+    return t.to(x.device, torch.float64).expand(x.shape[0]).contiguous()
 
 
 def _scalar(name: str, value: object) -> float:

@@ -97,8 +97,11 @@ def _field_forward(
                 part = module.forward(
                     x[queries], t[queries], values[references], table, prepared(references), k
                 )
-                part = (part[0], part[1], part[2] + references.start, part[3])
-                block = part if block is None else _merge_partials(block, part)
+                if block is None:
+                    block = part
+                else:
+                    part[2].add_(references.start)
+                    block = _merge_partials(block, part)
             assert block is not None
             blocks.append(block)
         if len(blocks) == 1:

@@ -40,8 +40,7 @@ def forward(
     """Displacement and log mass of one chunk: Eqs. (3) and (12), as `ops` says."""
     x, rows = x.double(), decode(values, table)
     s = _squared_distances(x, rows)
-    if math.isfinite(k):
-        s += (t * t)[:, None]
+    s += (t * t if math.isfinite(k) else t - t)[:, None]  # t − t: NaN where t is infinite
     nearest, anchor = s.min(1)
     weights = _relative_logits(s, nearest, t, k).exp_()
     total = weights.sum(1)
