@@ -219,7 +219,7 @@ class Screen:
         tile, device = sizes["BLOCK_K"], call.x.device
         tiles, group = triton.cdiv(call.N, tile), 8
         parts = self.operands.parts
-        weights = torch.empty(2, call.B, call.N, dtype=parts.dtype, device=device)
+        weights = torch.empty(2, call.B, tiles * tile, dtype=parts.dtype, device=device)
         active = torch.empty(call.B, tiles, dtype=torch.int8, device=device)
         sums = torch.empty(2, call.B, tiles, dtype=torch.float32, device=device)
         route.weights_kernel[call.B, triton.cdiv(tiles, group)](
@@ -260,7 +260,7 @@ class Screen:
         products.sum_kernel[query_blocks, column_blocks, splits](
             weights,
             parts,
-            active,
+            self.cut,
             listed,
             lengths,
             out,

@@ -190,7 +190,7 @@ def weights_kernel(
     limit_ptr,  # (B,) float32
     cut_ptr,  # (B,) float32
     scales_ptr,  # (4, B) float32
-    weights_ptr,  # (2, B, N) parts
+    weights_ptr,  # (2, B, tiles · TILE) parts, not written for a query without a cut
     active_ptr,  # (B, tiles) int8
     sums_ptr,  # (2, B, tiles) float32: Σ w; Σ w u
     N,
@@ -231,9 +231,9 @@ def weights_kernel(
     low = round_to_bfloat16(w - high)
     element = weights_ptr.dtype.element_ty
     active = tl.max((w != 0).to(tl.int32), 1)
-    mask = (active > 0)[:, None] & (j < N)
-    tl.store(weights_ptr + b * N + j, high.to(element), mask=mask)
-    tl.store(weights_ptr + (B + b) * N + j, low.to(element), mask=mask)
+    inside = (tile < tiles)[:, None]
+    tl.store(weights_ptr + b * tiles * TILE + j, high.to(element), mask=inside)
+    tl.store(weights_ptr + (B + b) * tiles * TILE + j, low.to(element), mask=inside)
     tl.store(active_ptr + to, active.to(tl.int8), mask=tile < tiles)
     tl.store(sums_ptr + to, tl.sum(w, 1), mask=tile < tiles)
     tl.store(sums_ptr + B * tiles + to, tl.sum(w * u, 1), mask=tile < tiles)
