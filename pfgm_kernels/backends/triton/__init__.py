@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels for NVIDIA GPUs: tensor cores at full precision, and TRITON_INTERPRET=1 on a CPU.
 
-float32 queries take two passes: products of bfloat16 parts give all distances to a known error; few
+float32 queries take direct differences in float32 where d ≤ 32. Beyond, they take two passes:
+products of bfloat16 parts give all distances to a known error; few
 references of a query are then taken by direct differences, the others by a second product. float64
 input takes direct differences in float64 throughout. The path of a query is chosen on the device.
 """
@@ -57,9 +58,9 @@ def chunk_shape(batch: int, count: int, d: int, workspace: int) -> tuple[int, in
 
 def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
     """What triton.operands.Operands holds of float32 values or 8-bit codes."""
-    from pfgm_kernels.backends.triton import operands
+    from pfgm_kernels.backends.triton import direct, operands
 
-    if values.dtype == torch.float64:
+    if values.dtype == torch.float64 or values.shape[1] <= direct.MAX_DIM:
         return []
     return operands.prepare(values, table).tensors()
 
@@ -67,16 +68,23 @@ def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
 def forward(
     x: Tensor, t: Tensor, values: Tensor, table: Tensor, operands: list[Tensor], k: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from pfgm_kernels.backends.triton import direct
     from pfgm_kernels.backends.triton.call import Call
-    from pfgm_kernels.backends.triton.forward_pass import empty_outputs, exact_forward, two_pass_forward
+    from pfgm_kernels.backends.triton.forward_pass import (
+        empty_outputs,
+        exact_forward,
+        two_pass_forward,
+    )
     from pfgm_kernels.backends.triton.operands import Operands
 
     call = Call(x.contiguous(), t.contiguous(), values.contiguous(), table, k)
     out = empty_outputs(call)
     if call.B == 0:
         return out
-    if x.dtype == torch.float64 or not operands:
+    if x.dtype == torch.float64:
         exact_forward(call, call.rows(math.nan, torch.float32), out)
+    elif call.d <= direct.MAX_DIM:
+        direct.direct_forward(call, out)
     else:
         two_pass_forward(call, Operands(*operands), call.rows(1, torch.int8), out)
     return out
@@ -97,6 +105,7 @@ def backward(
     values_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     from pfgm_kernels.backends.triton import backward_pass as passes
+    from pfgm_kernels.backends.triton import direct
     from pfgm_kernels.backends.triton.call import Call
     from pfgm_kernels.backends.triton.operands import Operands
 
@@ -112,9 +121,11 @@ def backward(
         return dx, dt, torch.zeros_like(values) if values_grad else None
     if values_grad:
         return dx, dt, passes.references_backward(call, cotangents, dx, dt)
-    if x.dtype == torch.float64 or not operands:
+    if x.dtype == torch.float64:
         limit = call.rows(math.nan, torch.float32)
         passes.exact_backward(call, limit, cotangents, dx, dt, None)
+    elif call.d <= direct.MAX_DIM:
+        direct.direct_backward(call, cotangents, dx, dt)
     else:
         wanted = call.rows(1, torch.int8)
         passes.two_pass_backward(call, Operands(*operands), wanted, cotangents, dx, dt)

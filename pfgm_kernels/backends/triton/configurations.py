@@ -32,6 +32,12 @@ TABLE: dict[str, dict[str, Blocks]] = {
         "exact": dict(TILE=1024, GROUP=128, BLOCK_D=1024),
         "references": dict(BLOCK_N=256, BLOCK_D=256),
         "split": dict(BLOCK_R=64, BLOCK_D=1024),
+        "fused 64": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=64),
+        "fused 128": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=64),
+        "fused 192": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=128),
+        "fused 256": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=128),
+        "direct": dict(BLOCK_M=128, BLOCK_N=256),
+        "direct wide": dict(BLOCK_M=128, BLOCK_N=256),
     },
 }
 # Kernels without matrix products run alike on all chips.
@@ -39,6 +45,8 @@ ANY: dict[str, Blocks] = {
     "exact": dict(TILE=256, GROUP=16, BLOCK_D=256),
     "references": dict(BLOCK_N=32, BLOCK_D=64),
     "split": dict(BLOCK_R=8, BLOCK_D=256),
+    "direct": dict(BLOCK_M=32, BLOCK_N=16, num_warps=1),
+    "direct wide": dict(BLOCK_M=32, BLOCK_N=8, num_warps=1),
 }
 
 

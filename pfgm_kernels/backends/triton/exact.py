@@ -129,6 +129,8 @@ def weigh_kernel(
     anchor is the nearest reference, except where base is not NaN.
     """
     b = tl.program_id(0).to(tl.int64)
+    if tl.load(limit_ptr + b) == -float("inf"):
+        return
     t, half_k = tl.load(t_ptr + b), tl.load(half_k_ptr)
     base, anchor, total = tl.load(base_ptr + b), tl.load(anchor_ptr + b), tl.load(rest_ptr + b)
     ids = tl.arange(0, TILES)
