@@ -15,12 +15,12 @@ Blocks = dict[str, int]
 # (sm_80), 227 KiB (sm_90 and 100).
 TABLE: dict[str, dict[str, Blocks]] = {
     "small": {
-        "compare": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=2),
-        "sum": dict(BLOCK_M=64, BLOCK_D=128, BLOCK_K=64, num_warps=4, num_stages=2),
+        "compare": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=4),
+        "sum": dict(BLOCK_M=128, BLOCK_D=128, BLOCK_K=32, num_warps=8, num_stages=4),
     },
     "ampere": {
         "compare": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=4),
-        "sum": dict(BLOCK_M=128, BLOCK_D=128, BLOCK_K=64, num_warps=8, num_stages=2),
+        "sum": dict(BLOCK_M=128, BLOCK_D=128, BLOCK_K=32, num_warps=8, num_stages=4),
     },
     "hopper": {
         "compare": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),

@@ -121,8 +121,11 @@ def sum_kernel(
         low_w, low_y = tl.cast(B, tl.int64) * stride, tl.cast(N, tl.int64) * width
         mask = (tl.load(cut_ptr + b, mask=b < B, other=-float("inf")) != -float("inf"))[:, None]
         accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        list_ptr += block.to(tl.int64) * tiles
+        following = tl.load(list_ptr + tl.minimum(split, length - 1))
         for i in range(split, length, splits):
-            tile = tl.load(list_ptr + block.to(tl.int64) * tiles + i)
+            tile = following  # read ahead, so that the pipeline need not wait for it
+            following = tl.load(list_ptr + tl.minimum(i + splits, length - 1))
             j = tile * BLOCK_K + tl.arange(0, BLOCK_K)
             w = weights_ptr + row[:, None] * stride + j[None, :]
             w_high, w_low = tl.load(w, mask=mask, other=0.0), tl.load(w + low_w, mask=mask, other=0.0)
