@@ -7,11 +7,10 @@
 The nearest reference is found first. Then all are weighed relative to where it lies, so that sums
 over parts of the references simply add up. Only squared distances are formed in float32, never s:
 
-    1 + u = s/scale,  u = (‖x − x0‖² − origin) inverse + low,  scale = 1/inverse
+    1 + u = s/scale,  u = (‖x − x0‖² − origin)/scale,  scale = origin + t²
 
-holds relative to u however large t is, `low` taking what the rounding of `inverse` leaves over.
-(Gaussian: u = (‖x − x0‖² − origin)/(2t²) is the logit's size, and scale = origin.) The nearest
-reference is left out and weighed in float64.
+holds relative to u however large t is (Gaussian: u = (‖x − x0‖² − origin)/(2t²) is the logit's
+size, and scale = origin). The nearest reference is left out and weighed in float64.
 
 A thread owns a few queries and goes over all references of its part: nothing is exchanged.
 """
@@ -89,13 +88,10 @@ def compare(x, g, y_ptr, offset, PULL: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
-def weigh(u, half_k, half_k_low, low, POWER: tl.constexpr, GAUSSIAN: tl.constexpr):
-    """(1 + u)^(−k/2), with k = POWER where that is not 0; Gaussian: exp(−u (1 + low))."""
+def weigh(u, half_k, half_k_low, POWER: tl.constexpr, GAUSSIAN: tl.constexpr):
+    """(1 + u)^(−k/2), with k = POWER where that is not 0; Gaussian: exp(−u)."""
     if POWER == 0:
-        correction = half_k_low
-        if GAUSSIAN:
-            correction = low
-        return tl.exp(logits_float(u, half_k, correction, GAUSSIAN))
+        return tl.exp(logits_float(u, half_k, half_k_low, GAUSSIAN))
     else:
         # With e = 1 − (1 + u) y² the power is y^k (1 − e)^(−k/2): e is the error of the root y.
         ratio = 1.0 + u
@@ -158,7 +154,7 @@ def sum_kernel(
     x_ptr,  # (B, DIM) float32
     values_ptr,  # (N, DIM) float32
     half_k_ptr,  # (1,) float64
-    scales_ptr,  # (3, B) float32: origin, inverse, low
+    scales_ptr,  # (3, B) float32: origin; 1/scale and what its rounding takes off, relatively
     without_ptr,  # (B,) int64: a reference that is left out
     g_ptr,  # (B, DIM) float32, for BACKWARD
     constant_ptr,  # (2, B) float32, high and low parts, for BACKWARD
@@ -182,7 +178,7 @@ def sum_kernel(
     query = tl.minimum(b, B - 1)
     x = load_columns(x_ptr, query, DIM)
     origin, inverse = tl.load(scales_ptr + query), tl.load(scales_ptr + B + query)
-    low = tl.load(scales_ptr + 2 * B + query)
+    inverse_low = tl.load(scales_ptr + 2 * B + query)
     anchor = tl.load(without_ptr + query)
     exact_half_k = tl.load(half_k_ptr)
     half_k = exact_half_k.to(tl.float32)
@@ -203,10 +199,9 @@ def sum_kernel(
         y_ptr = values_ptr + first * DIM
         distance, pull = compare(x, g, y_ptr, offset, BACKWARD, DIM)
         u = (distance - origin[None, :]) * inverse[None, :]
-        if not GAUSSIAN:
-            u += low[None, :]
+        u += u * inverse_low[None, :]
         u += u - u  # an infinite u becomes NaN: it must not pass for a small weight
-        w = weigh(u, half_k, half_k_low, low[None, :], POWER, GAUSSIAN)
+        w = weigh(u, half_k, half_k_low, POWER, GAUSSIAN)
         counts = (row <= last)[:, None] & (row[:, None] != (anchor - first)[None, :])
         w = tl.where(counts, w, 0.0)
         if BACKWARD:
@@ -239,18 +234,18 @@ class Scale:
     """1/(2t²)"""
     s: Tensor
     parts: Tensor
-    """(3, B) float32: origin, inverse, low"""
+    """(3, B) float32, see sum_kernel"""
 
     @staticmethod
     def make(call: Call, distance: Tensor) -> Scale:
         """Near this squared distance (B,)."""
         origin, rate = distance.float().double(), 0.5 / (call.t * call.t)
         offset = torch.zeros_like(rate) if call.gaussian else call.t * call.t
-        exact = rate if call.gaussian else 1 / (origin + offset)
+        s = origin + offset
+        exact = rate if call.gaussian else 1 / s
         inverse = exact.float().double()
-        low = exact / inverse - 1 if call.gaussian else (origin + offset) * inverse - 1
-        s = origin if call.gaussian else 1 / inverse
-        return Scale(call, offset, rate, s, torch.stack([origin, inverse, low]).float())
+        parts = torch.stack([origin, inverse, exact / inverse - 1]).float()
+        return Scale(call, offset, rate, s, parts)
 
     def logit(self, s: Tensor) -> Tensor:
         """Of s (B,), relative to the scale."""
