@@ -63,7 +63,7 @@ RUN = tl.constexpr(16)
 @triton.jit
 def load_columns(ptr, row, DIM: tl.constexpr):
     """Columns of rows (…, DIM) as a tuple."""
-    columns: tuple = ()
+    columns = tl.tuple([])
     for c in tl.static_range(DIM):
         columns += (tl.load(ptr + row * DIM + c),)
     return columns
@@ -188,7 +188,7 @@ def sum_kernel(
         g = load_columns(g_ptr, query, DIM)
         high_part, low_part = tl.load(constant_ptr + query), tl.load(constant_ptr + B + query)
     total = tl.zeros((BLOCK_M,), tl.float64)
-    sums: tuple = ()
+    sums = tl.tuple([])
     for _ in tl.static_range(DIM):
         sums += (total,)
     for block in range(split * per_split, tl.minimum((split + 1) * per_split, tl.cdiv(N, BLOCK_N))):
@@ -210,7 +210,7 @@ def sum_kernel(
         if BACKWARD and GAUSSIAN:
             counted = w * distance
         total += sum_runs(counted, BLOCK_N, BLOCK_M)
-        added: tuple = ()
+        added = tl.tuple([])
         for c in tl.static_range(DIM):
             # Loaded again: with all columns in registers there were none left.
             y = tl.load(y_ptr + offset + c, eviction_policy="evict_last")
