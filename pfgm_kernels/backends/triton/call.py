@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pfgm_kernels.backends.triton import exact, products, route
 from pfgm_kernels.backends.triton.configurations import blocks, multiprocessors
+from pfgm_kernels.backends.triton.maths import PITCH
 from pfgm_kernels.backends.triton.operands import Operands, split
 
 
@@ -305,7 +306,8 @@ def compare(
     """
     sizes = blocks("compare", call.x.device)
     tiles = triton.cdiv(call.N, sizes["BLOCK_N"])
-    out = call.pairs(torch.float32)
+    pitch = triton.cdiv(call.N, PITCH.value) * PITCH.value
+    out = torch.empty(call.B, pitch, dtype=torch.float32, device=call.x.device)
     minima = torch.empty(call.B, tiles, dtype=torch.float32, device=out.device)
     products.compare_kernel[triton.cdiv(call.B, sizes["BLOCK_M"]), tiles](
         parts,
@@ -320,7 +322,7 @@ def compare(
         DISTANCES=distances,
         **sizes,
     )
-    return out, minima
+    return out[:, : call.N], minima
 
 
 def splits_for(programs: int, tiles: int, device: torch.device) -> int:

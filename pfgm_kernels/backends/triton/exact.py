@@ -23,6 +23,7 @@ import triton.language as tl
 from pfgm_kernels.backends.triton.maths import (
     load_values,
     logit_of,
+    pitch,
     relative_logit,
     s_offset,
 )
@@ -48,7 +49,7 @@ def distances_kernel(
     g_ptr,  # (B, d) float64, for PROJECT
     values_ptr,  # (N, d)
     table_ptr,  # (256,) float32, for CODES
-    r_ptr,  # (B, N) float32, for SELECT
+    r_ptr,  # (B, pitch) float32, for SELECT
     limit_ptr,  # (B,) float32
     s_ptr,  # (B, N) float64
     projection_ptr,  # (B, N) float64, for PROJECT
@@ -72,7 +73,7 @@ def distances_kernel(
     j = tile * TILE + tl.arange(0, TILE)
     meant = j < tl.where(limit == -float("inf"), 0, N)
     if SELECT:
-        r = tl.load(r_ptr + b * N + j, mask=meant, other=0.0)
+        r = tl.load(r_ptr + b * pitch(N) + j, mask=meant, other=0.0)
         meant = meant & ((r > limit) == 0)  # which NaN does not leave out
     count = tl.sum(meant.to(tl.int32), 0)
     tl.store(counts_ptr + b * tl.num_programs(1) + tile, count)

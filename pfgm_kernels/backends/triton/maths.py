@@ -85,6 +85,15 @@ def s_offset(t, GAUSSIAN: tl.constexpr):
         return t * t
 
 
+PITCH = tl.constexpr(16)
+
+
+@triton.jit
+def pitch(N):
+    """From one row of r (B, N) to the next: a multiple of PITCH, so that accesses are wide."""
+    return tl.cdiv(N, PITCH) * PITCH
+
+
 @triton.jit
 def load_values(values_ptr, table_ptr, index, mask, CODES: tl.constexpr):
     """Stored reference values, 8-bit codes into the table or floats, as float64; 0 where masked."""

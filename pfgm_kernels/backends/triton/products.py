@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pfgm_kernels.backends.triton.maths import pitch
+
 
 @triton.jit
 def dot_parts(a_high, a_low, b_high, b_low, B_PARTS: tl.constexpr):
@@ -27,7 +29,7 @@ def compare_kernel(
     a_ptr,  # (2, B, width) parts of queries or of cotangents
     y_ptr,  # (Y_PARTS, N, width)
     norms_ptr,  # (N,) float32, for DISTANCES
-    out_ptr,  # (B, N) float32
+    out_ptr,  # (B, pitch) float32
     minima_ptr,  # (B, tiles) float32, for DISTANCES
     B,
     N,
@@ -58,13 +60,13 @@ def compare_kernel(
         if Y_PARTS == 2:
             y_low = tl.load(y_ptr + low_y + column + k[:, None])
         accumulator += dot_parts(a_high, a_low, y_high, y_low, Y_PARTS)
-    inside = (b < B)[:, None] & (j < N)[None, :]
     if DISTANCES:
-        norms = tl.load(norms_ptr + j, mask=j < N, other=float("inf"))
+        norms = tl.where(j < N, tl.load(norms_ptr + tl.minimum(j, N - 1)), float("inf"))
         accumulator = norms[None, :] - 2 * accumulator
         smallest = tl.min(accumulator, 1)
         tl.store(minima_ptr + b.to(tl.int64) * tl.num_programs(1) + tile, smallest, mask=b < B)
-    tl.store(out_ptr + b.to(tl.int64)[:, None] * N + j[None, :], accumulator, mask=inside)
+    out = out_ptr + b.to(tl.int64)[:, None] * pitch(N) + j[None, :]
+    tl.store(out, accumulator, mask=(b < B)[:, None] & (j < pitch(N))[None, :])
 
 
 @triton.jit

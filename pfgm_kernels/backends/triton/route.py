@@ -21,6 +21,7 @@ import triton.language as tl
 from pfgm_kernels.backends.triton.maths import (
     load_values,
     logits_float,
+    pitch,
     round_to_bfloat16,
     s_offset,
 )
@@ -41,7 +42,7 @@ def route_kernel(
     header_ptr,  # (5,) float64
     squares_ptr,  # (B,) float64 ‖x'‖²
     shared_ptr,  # (B,) float64: what the products x'·y_j of a query all lack
-    r_ptr,  # (B, N) float32
+    r_ptr,  # (B, pitch) float32
     minima_ptr,  # (B, tiles) float32
     wanted_ptr,  # (B,) int8: queries that are to be computed here
     base_ptr,  # (B,) float64 s of the anchor: for BACKWARD given, else written, NaN without a cut
@@ -89,7 +90,7 @@ def route_kernel(
     else:
         tile = tl.min(tl.where(minima == nearest, ids, TILES - 1), 0)
         j = tile * TILE + tl.arange(0, TILE)
-        r = tl.load(r_ptr + b * N + j, mask=j < N, other=float("inf"))
+        r = tl.load(r_ptr + b * pitch(N) + j, mask=j < N, other=float("inf"))
         anchor = tl.minimum(tl.min(tl.where(r == nearest, j, N), 0), N - 1).to(tl.int64)
         base = offset_t
         for first in range(0, d, BLOCK_D):
@@ -130,7 +131,7 @@ def route_kernel(
     for tile in range(0, tiles):
         if tl.load(minima_ptr + b * tiles + tile) <= limit:
             j = tile * TILE + tl.arange(0, TILE)
-            r = tl.load(r_ptr + b * N + j, mask=j < N, other=float("inf"))
+            r = tl.load(r_ptr + b * pitch(N) + j, mask=j < N, other=float("inf"))
             count += tl.sum((r <= limit).to(tl.int32), 0)
 
     distance = tl.sqrt(tl.maximum(base - offset_t, 0.0))
@@ -161,7 +162,7 @@ def route_kernel(
             for tile in range(0, tiles):
                 if tl.load(minima_ptr + b * tiles + tile) <= cut_float:
                     j = tile * TILE + tl.arange(0, TILE)
-                    r = tl.load(r_ptr + b * N + j, mask=j < N, other=float("inf"))
+                    r = tl.load(r_ptr + b * pitch(N) + j, mask=j < N, other=float("inf"))
                     u = tl.minimum(((r - origin_high) - origin_low) * inverse, 1e30)
                     w = tl.exp(logits_float(u, half_k_float, correction, GAUSSIAN))
                     total += tl.sum(tl.where(r <= cut_float, w, 0.0), 0).to(tl.float64)
@@ -183,8 +184,8 @@ def route_kernel(
 @triton.jit
 def weights_kernel(
     half_k_ptr,  # (1,) float64
-    r_ptr,  # (B, N) float32
-    pull_ptr,  # (B, N) float32 g·y_j, for BACKWARD
+    r_ptr,  # (B, pitch) float32
+    pull_ptr,  # (B, pitch) float32 g·y_j, for BACKWARD
     constant_ptr,  # (2, B) float32, high and low parts of what a_j has besides, for BACKWARD
     log_weight_ptr,  # (B,) float64 log w of the anchor, for BACKWARD
     limit_ptr,  # (B,) float32
@@ -212,7 +213,7 @@ def weights_kernel(
         tl.store(active_ptr + to, tl.zeros((GROUP,), tl.int8), mask=tile < tiles)
         return
     j = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    r = tl.load(r_ptr + b * N + j, mask=j < N, other=float("inf"))
+    r = tl.load(r_ptr + b * pitch(N) + j, mask=j < N, other=float("inf"))
     u = ((r - tl.load(scales_ptr + b)) - tl.load(scales_ptr + B + b)) * tl.load(
         scales_ptr + 2 * B + b
     )
@@ -223,7 +224,7 @@ def weights_kernel(
         logits += tl.load(log_weight_ptr + b).to(tl.float32)
     w = tl.where((r > limit) & (r <= cut), tl.exp(logits), 0.0)
     if BACKWARD:
-        pull = tl.load(pull_ptr + b * N + j, mask=j < N, other=0.0)
+        pull = tl.load(pull_ptr + b * pitch(N) + j, mask=j < N, other=0.0)
         w *= (pull + tl.load(constant_ptr + b)) + tl.load(constant_ptr + B + b)
         if not GAUSSIAN:
             w /= 1 + u
