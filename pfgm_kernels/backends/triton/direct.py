@@ -36,27 +36,26 @@ from pfgm_kernels.backends.triton.operands import crowded
 MAX_DIM = 32
 MAX_POWER = 40  # of 1/√(1 + u): the rounding of higher ones exceeds that of logarithms
 
-# Whether float32 does. Let ρ = 2⁻²⁴. A squared distance is off by δ ≈ 0.7 ρ of itself (root mean
-# square): 0.9 ρ/√d by its terms, and 0.7 ρ as groups of GROUP terms are added up. That moves a
-# logit by δ (k/2) ‖x − x0_j‖²/s_j, which is at most
+
+# Whether float32 does. Let ρ = 2⁻²⁴. A squared distance is off by δ ≈ 1.5 ρ/√d of itself (root mean
+# square, and no more than ρ): 0.9 ρ/√d by its terms, 1.2 ρ/√d by their sums in groups of GROUP, and
+# nothing by the sum of these, which is compensated. That moves a logit by δ (k/2) ‖x − x0_j‖²/s_j,
+# which is at most δ k/2, and with the nearest reference, a, and logits relative to it at most
 #
-#   δ (reach + |logit_j|),  reach = (k/2) ‖x − x0_a‖²/s_a,  logits and the nearest, a, as below,
+#   δ (reach + |logit_j|),  reach = (k/2) ‖x − x0_a‖²/s_a     (Gaussian: ‖x − x0_a‖²/(2t²)).
 #
-# and at most δ k/2; Gaussian: with 1/(2t²) for (k/2)/s. u and logit are rounded by another
-# 1.3 ρ |logit_j|; powers by 0.7 ρ min(k/2, |logit_j|) and, for k = 17, 4 ρ.
-#
-# The nearest's weight is exact and no other is larger. So log_mass, off by Σ_j w_j times these, is
-# worst if two references share the weight: by δ reach/2. That is 2.5e-7 at a reach of 12, a quarter
-# of what the contract allows up to CLOSE_DIM dimensions, and 3.6e-7 at 17, where the contract
-# allows 5e-6 and where D = 1 always is.
-#
-# Equal references err alike, as one that may hold all weight. By Jensen's inequality the mean
-# |logit| is at most log(N/Σ_j exp(logit_j)): with it in place of |logit_j|, and half the reach.
-#
-# Gradients may be off by 1e-5 of their terms: ten times a logit's error.
-CLOSE_DIM = 16
-REACH, FAR_REACH, CROWD_REACH, GRADIENT_REACH = 12.0, 17.0, 7.0, 50.0
-GROUP = tl.constexpr(8)
+# u and logit are rounded by another 1.3 ρ |logit_j|; powers by 0.7 ρ min(k/2, |logit_j|) and, for
+# k = 9, by 2 ρ. log_mass is off by Σ_j w_j times these. The nearest's weight is exact and no other
+# is larger, so that the worst are two references that share the weight: δ reach/2, which is 2e-7, a
+# fifth of what the contract allows, at a reach of SMALL_REACH and of ROOT_REACH √d; D = 1 stays
+# below. Equal references err alike, as one that may hold all weight. The mean |logit| is at most
+# log(N/Σ_j exp(logit_j)), by Jensen's inequality: that is added to the reach twice, for the other
+# errors too, and at CROWD_REACH they are a quarter of the contract. Gradients may be off by 1e-5
+# of their terms: at GRADIENT_REACH they are by 2e-6 in a crowd.
+SMALL_REACH, ROOT_REACH, CROWD_REACH, GRADIENT_REACH = 7.0, 4.6, 5.0, 50.0
+
+NARROW = 16  # columns up to which a block of references is larger
+GROUP = tl.constexpr(4)
 RUN = tl.constexpr(16)
 
 
@@ -71,10 +70,11 @@ def load_columns(ptr, row, DIM: tl.constexpr):
 
 @triton.jit
 def compare(x, g, y_ptr, offset, PULL: tl.constexpr, DIM: tl.constexpr):
-    """‖x − y‖² (BLOCK_N, BLOCK_M) of rows at y_ptr + offset (BLOCK_N,), and for PULL g·(y − x); x
-    and g as tuples.
+    """‖x − y‖² (BLOCK_N, BLOCK_M) of rows at y_ptr + offset (BLOCK_N,), the sum of two numbers, and
+    for PULL g·(y − x); x and g as tuples.
     """
     total = 0.0
+    low = 0.0
     pull = 0.0
     for first in tl.static_range(0, DIM, GROUP):
         part = 0.0
@@ -83,8 +83,14 @@ def compare(x, g, y_ptr, offset, PULL: tl.constexpr, DIM: tl.constexpr):
             part += difference * difference
             if PULL:
                 pull += g[c][None, :] * difference
-        total += part
-    return total, pull
+        if first == 0:
+            total = part
+        else:
+            grown = total + part
+            rest = grown - total
+            low += (total - (grown - rest)) + (part - rest)
+            total = grown
+    return total, low, pull
 
 
 @triton.jit
@@ -140,8 +146,8 @@ def nearest_kernel(
     for block in range(split * per_split, tl.minimum((split + 1) * per_split, tl.cdiv(N, BLOCK_N))):
         first = tl.cast(block, tl.int64) * BLOCK_N
         row = tl.minimum(tl.arange(0, BLOCK_N), (N - 1 - first).to(tl.int32))
-        distance, _ = compare(x, x, values_ptr + first * DIM, row * DIM, False, DIM)
-        distance = tl.min(distance, 0)
+        high, low, _ = compare(x, x, values_ptr + first * DIM, row * DIM, False, DIM)
+        distance = tl.min(high + low, 0)
         nearest = tl.where(distance < smallest, block, nearest)
         smallest = tl.minimum(distance, smallest)
     to = split.to(tl.int64) * B + b
@@ -197,8 +203,8 @@ def sum_kernel(
         row = tl.arange(0, BLOCK_N)
         offset = tl.minimum(row, last) * DIM
         y_ptr = values_ptr + first * DIM
-        distance, pull = compare(x, g, y_ptr, offset, BACKWARD, DIM)
-        u = (distance - origin[None, :]) * inverse[None, :]
+        high, low, pull = compare(x, g, y_ptr, offset, BACKWARD, DIM)
+        u = ((high - origin[None, :]) + low) * inverse[None, :]
         u += u * inverse_low[None, :]
         u += u - u  # an infinite u becomes NaN: it must not pass for a small weight
         w = weigh(u, half_k, half_k_low, POWER, GAUSSIAN)
@@ -208,7 +214,7 @@ def sum_kernel(
             w *= (pull + high_part[None, :]) + low_part[None, :]
         counted = w
         if BACKWARD and GAUSSIAN:
-            counted = w * distance
+            counted = w * high
         total += sum_runs(counted, BLOCK_N, BLOCK_M)
         added = tl.tuple([])
         for c in tl.static_range(DIM):
@@ -269,7 +275,7 @@ class Scale:
 
 def _grid(call: Call) -> tuple[Blocks, tuple[int, int], int]:
     """Launch options; blocks of queries and parts of the references; how many blocks each has."""
-    sizes = blocks("direct" if call.d <= CLOSE_DIM else "direct wide", call.x.device)
+    sizes = blocks("direct" if call.d <= NARROW else "direct wide", call.x.device)
     programs = triton.cdiv(call.B, sizes["BLOCK_M"])
     tiles = triton.cdiv(call.N, sizes["BLOCK_N"])
     per_split = triton.cdiv(tiles, triton.cdiv(16 * multiprocessors(call.x.device), programs))
@@ -355,7 +361,7 @@ def direct_forward(call: Call, out: Outputs) -> None:
     anchor_log_weight.copy_(logit - total.log())
 
     reach, half_k = scale.reach(distance), call.k / 2
-    sure = reach <= (REACH if call.d <= CLOSE_DIM else FAR_REACH)
+    sure = reach <= max(SMALL_REACH, ROOT_REACH * math.sqrt(call.d))
     if not _is_power(call.k) or half_k > CROWD_REACH:
         spread = anchor_log_weight + math.log(call.N)
         most = (reach + 2 * spread).clamp(max=half_k if _is_power(call.k) else math.inf)
