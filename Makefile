@@ -32,8 +32,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q
-	$(INTERPRETED) $(BIN)/python -m coverage run -m pytest -q -k triton $(TRITON_TESTS)
-	$(BIN)/python -m coverage report
+	$(INTERPRETED) $(BIN)/python -m pytest -q -k "triton and not layout and not aot" -n 2 --cov
 
 sanitize: $(READY)
 	$(BIN)/python tests/sanitize.py
