@@ -1,6 +1,7 @@
 # make demo       the whole job on real digits: train, sample, measure        (out/demo)
 # make test       every test; real images too where PFGM_DATA names their folder
 # make sanitize   the CPU kernels under the address, undefined-behaviour and thread sanitizers
+# make aot        what each Triton kernel becomes on each NVIDIA chip, with no GPU
 # make lint       formatting, style and types
 # make benchmark  the op against plain PyTorch, side by side                  (benchmarks/results)
 # make pictures   the pictures of the README, from the demo                   (docs)
@@ -17,7 +18,7 @@ READY := .venv/.ready
 # The Triton kernels run on the CPU under Triton's interpreter, whose matrix products are numpy's.
 INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: setup demo test sanitize lint format benchmark pictures clean
+.PHONY: setup demo test sanitize aot lint format benchmark pictures clean
 
 setup: $(READY)
 
@@ -36,6 +37,9 @@ test: $(READY)
 
 sanitize: $(READY)
 	$(BIN)/python tests/sanitize.py
+
+aot: $(READY)
+	$(BIN)/python tests/aot.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

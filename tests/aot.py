@@ -66,13 +66,17 @@ USES = {
     "8-bit Gaussian": Use(3072, torch.uint8, gaussian=True),
     "odd sizes": Use(333, B=33, N=777, values_grad=True),
     "float64": Use(64, torch.float64, values_grad=True),
+    "d = 2, 8-bit": Use(2, torch.uint8),
     "d = 16": Use(16),
     "d = 16, Gaussian": Use(16, gaussian=True),
     "d = 32": Use(32),
-    "d = 2, 8-bit": Use(2, torch.uint8),
+    "d = 64": Use(64),
+    "d = 100, 8-bit": Use(100, torch.uint8),
+    "d = 256": Use(256),
+    "d = 256, Gaussian": Use(256, gaussian=True),
 }
 # Together these launch every kernel.
-REPRESENTATIVES = ("float32", "d = 16")
+REPRESENTATIVES = ("float32", "d = 16", "d = 64")
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ class Compiled:
     """matrix products in the source"""
     instructions: dict[str, int]
     """of tensor cores, and how many of each"""
+    narrow: int
+    """loads of a single bfloat16"""
 
     @property
     def problems(self) -> list[str]:
@@ -102,6 +108,8 @@ class Compiled:
             has = ", ".join(self.instructions) or "no tensor core instruction"
             wanted = f"{chip.product} for {self.dots} products" if self.dots else "none"
             found.append(f"{name} has {has}, expected {wanted}")
+        if self.dots and self.narrow:
+            found.append(f"{name} has {self.narrow} loads of a single bfloat16, expected none")
         return found
 
 
@@ -123,21 +131,23 @@ def run(use: Use) -> None:
 
 
 @contextlib.contextmanager
-def pretend(chip: Chip) -> Iterator[list[Any]]:
-    """A GPU on which launches compile and do no more: yields the list of what they compiled."""
+def pretend(chip: Chip, once: bool = False) -> Iterator[list[tuple[str, Any]]]:
+    """A GPU on which launches compile and do no more; of each kernel only the first, for `once`.
+    Yields the list of names and of what they compiled.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     from pfgm_kernels.backends.triton import configurations
 
-    found: list[Any] = []
+    found: list[tuple[str, Any]] = []
     launch = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, warmup: bool, **options: Any) -> None:
-        kernel = launch(self, *args, warmup=True, **options)
-        module = self.fn.__module__.rpartition(".")[2]
-        found.append((f"{module}.{self.fn.__name__}", kernel))
+        name = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
+        if not (once and name in dict(found)):
+            found.append((name, launch(self, *args, warmup=True, **options)))
 
     fake = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", chip.capability, 32),
@@ -176,34 +186,50 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def compile_use(use: str, chip: str) -> list[Compiled]:
-    """All kernels that one use launches."""
-    with pretend(CHIPS[chip]) as launches:
-        run(USES[use])
-    out = {}
-    for name, kernel in launches:
-        ptx = kernel.asm["ptx"]
-        found = re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[.\w:]*", ptx)
-        registers, spill = resources(kernel.asm["cubin"])
-        shared = kernel.metadata.shared
-        dots = kernel.asm["ttir"].count("tt.dot ")
-        out[kernel.hash] = Compiled(
-            name, use, chip, registers, spill, shared, dots, dict(Counter(found))
-        )
+def inspect(name: str, use: str, chip: str, kernel: Any) -> Compiled:
+    ptx = kernel.asm["ptx"]
+    found = re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[.\w:]*", ptx)
+    registers, spill = resources(kernel.asm["cubin"])
+    return Compiled(
+        kernel=name,
+        use=use,
+        chip=chip,
+        registers=registers,
+        spill=spill,
+        shared=kernel.metadata.shared,
+        dots=kernel.asm["ttir"].count("tt.dot "),
+        instructions=dict(Counter(found)),
+        narrow=ptx.count("ld.global.b16"),
+    )
+
+
+def compile_chip(chip: str, uses: tuple[str, ...], once: bool) -> list[Compiled]:
+    """What differs among the kernels that the uses launch."""
+    out: dict[str, Compiled] = {}
+    with pretend(CHIPS[chip], once) as launches:
+        for use in uses:
+            known = len(launches)
+            try:
+                run(USES[use])
+            except Exception as error:
+                raise RuntimeError(f"{use} does not compile for {chip}") from error
+            for name, kernel in launches[known:]:
+                if kernel.hash not in out:
+                    out[kernel.hash] = inspect(name, use, chip, kernel)
     return list(out.values())
 
 
-def compile_all(uses: tuple[str, ...], cache: str) -> list[Compiled]:
-    """All kernels of the uses on all chips, in processes that do not interpret."""
-    jobs = [(use, chip) for use in uses for chip in CHIPS]
+def compile_all(uses: tuple[str, ...], cache: str, once: bool = False) -> list[Compiled]:
+    """The kernels of the uses on all chips, in processes that do not interpret."""
     # Which way Triton goes is settled when it is imported.
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
+    job = functools.partial(compile_chip, uses=uses, once=once)
     context = multiprocessing.get_context("spawn")
     with (
         mock.patch.dict(os.environ, environment),
         ProcessPoolExecutor(os.cpu_count(), context) as pool,
     ):
-        return [found for job in pool.map(compile_use, *zip(*jobs, strict=True)) for found in job]
+        return [found for part in pool.map(job, CHIPS) for found in part]
 
 
 def table(found: list[Compiled]) -> str:
