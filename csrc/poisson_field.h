@@ -25,7 +25,7 @@ struct FieldParams {
   // What prepare_references wrote, or null (cpu/operands.h).
   double* norms;   // (N,)
   uint8_t* codes;  // (N, d)
-  double* grid;    // (3 + d,)
+  double* grid;    // (4 + d,)
 
   // Forward.
   double* displacement;       // (B, ld)

@@ -103,6 +103,20 @@ def crowds(d: int) -> Case:
     return Case(x, torch.linspace(0.2, 2, 12) * math.sqrt(d), x0, dense=True, named=d <= 16)
 
 
+def flat(d: int, count: int, D: float = 1, share: float = 0) -> Case:
+    """All references weigh almost the same, so that the terms of their sums round alike. share: of
+    ones among zeros in place of normal references, so that the terms of the displacement do, too.
+    """
+    generator = seeded(d * 1000 + count)
+    x0 = torch.randn(count, d, generator=generator).bfloat16().float()
+    x = torch.randn(8, d, generator=generator)
+    if share:
+        x0 = (torch.rand(count, d, generator=generator) < share).float()
+        x = share + torch.linspace(0, 0.35, 8)[:, None] * x
+    t = torch.tensor([848, 1778, 4394, 1e4]).repeat(2)
+    return Case(x, t, x0, D, dense=True, named=False)
+
+
 def far_away(d: int) -> Case:
     """Queries far outside of data that are themselves far from the origin."""
     generator = seeded(d)
@@ -154,3 +168,13 @@ for d in (3, 33, 64, 256, 300, 3072):
     register(f"crowds d={d}", crowds, d)
 for d in (2, 17, 100):
     register(f"far away d={d}", far_away, d)
+for d, count, D in (
+    (32, 240, 1),
+    (32, 240, math.inf),
+    (64, 240, 1),
+    (64, 2000, math.inf),
+    (300, 515, math.inf),
+    (784, 515, math.inf),
+):
+    register(f"flat d={d} D={D:g}", flat, d, count, D)
+    register(f"flat d={d} D={D:g} ones", flat, d, count, D, share=0.2)

@@ -136,25 +136,26 @@ struct SecondPass {
       for (int64_t q = 0; q < width; q += kFloatLanes) {
         const int64_t i = tile * kTileQueries + q;
         const VecF cutoff = load(&anchors.cutoff[i]);
-        VecF sum = {};
+        CompensatedSum sum;
         for (int64_t j = first; j < std::min(p.count, first + kGatherRows); ++j) {
           float* products = screen.tile_products(tile) + j * width + q;
           const VecF logits = relative_logits(p, arguments(products, j, i));
           const VecF weights = logits < cutoff ? VecF{} : exp(logits);
           store(products, weights);
-          sum += weights;
+          sum.add(weights);
         }
         put(block_sums, block, i, sum);
-        any |= bits(sum != 0.0f) != 0;
+        any |= bits(sum.sum != 0.0f) != 0;
       }
       active[task] = any;
     });
   }
 
   // Puts the sums over a block for kFloatLanes queries from i into sums (blocks, padded).
-  void put(const Buffer<double>& sums, int64_t block, int64_t i, VecF sum) const {
+  void put(const Buffer<double>& sums, int64_t block, int64_t i, const CompensatedSum& sum) const {
     double* out = sums.get() + block * tiles.padded() + i;
-    for (int lane = 0; lane < kFloatLanes; ++lane) out[lane] = sum[lane];
+    const VecF total = sum.total();
+    for (int lane = 0; lane < kFloatLanes; ++lane) out[lane] = total[lane];
   }
 
   float& weight(int64_t i, int64_t j) const {

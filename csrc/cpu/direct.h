@@ -30,6 +30,8 @@ constexpr int kTileVectors = kQueries / kFloatLanes;
 // is; kPower: with its error put right, which k multiplies.
 enum class Weighing { kLowPower, kPower, kLogarithm, kGaussian };
 
+constexpr double kCrowdTolerance = 6e-7;  // log masses of equal references may be off by this much
+
 constexpr int kMaxPower = 40;  // beyond it the rounding of powers exceeds that of logarithms
 
 inline Weighing choose_weighing(double half_k) {
@@ -55,8 +57,8 @@ void dispatch(Weighing weighing, const Task& task) {
 }
 
 // Whether float does for a query whose nearest reference is at s, at this squared distance: the
-// range holds what is formed, and the rounding of a squared distance, up to 6e-8 and the same for
-// equal references, moves no logit by more than about 1e-6. With D = 1 it never does.
+// range holds what is formed, and the rounding of a squared distance, 6e-8 or so and the same for
+// equal references, moves no logit by much more than 1e-6. With D = 1 it never does.
 inline bool fits_float(const RadialKernel& kernel, double distance, double s) {
   const double size = kernel.gaussian ? 1 / kernel.inverse_two_t2 : s;
   const double slope = kernel.gaussian ? kernel.inverse_two_t2 : kernel.half_k / s;

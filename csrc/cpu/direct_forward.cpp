@@ -143,7 +143,8 @@ void finish(const Pass& pass, const Queries& queries, int lane, double nearest_w
     anchor = j;
   }
   const double s = distance + queries.offset[lane], scale = queries.scale.s[lane];
-  const double correction = ::exp(kernel.relative_logit<ScalarMath>(s, scale)) - nearest_weight;
+  const double weight = ::exp(kernel.relative_logit<ScalarMath>(s, scale));
+  const double correction = weight - nearest_weight;
   part->state.nearest = scale;
   part->state.sum = queries.sum[lane] + correction;
   part->anchor = anchor;
@@ -155,7 +156,9 @@ void finish(const Pass& pass, const Queries& queries, int lane, double nearest_w
     finite += displacement[c] - displacement[c];
   }
   for (int64_t c = p.dim; c < pass.ld; ++c) displacement[c] = 0;
-  part->certified = finite == 0 && fits_float(kernel, distance, s);
+  // What the correction would be for all others, were they equal to the nearest.
+  const double off = std::abs(correction) / weight * (1 - weight / part->state.sum);
+  part->certified = finite == 0 && fits_float(kernel, distance, s) && off <= kCrowdTolerance;
 }
 
 template <Weighing kWeighing>

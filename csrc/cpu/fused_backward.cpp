@@ -90,16 +90,17 @@ struct PullTile {
   bool weigh(float* r, const float* projections, int64_t count) {
     bool any = false;
     for (int64_t v = 0; v < width; v += kFloatLanes) {
-      VecF total = {}, moment = {};
+      CompensatedSum total, moment;
       VecFInt counts = {};
       int64_t j = 0;
       for (; j + kWeighRows <= count; j += kWeighRows) {
         weigh_rows<kWeighRows>(r, projections, j * width + v, v, total, moment, counts);
       }
       for (; j < count; ++j) weigh_rows<1>(r, projections, j * width + v, v, total, moment, counts);
+      const VecF block_total = total.total(), block_moment = moment.total();
       for (int i = 0; i < kFloatLanes; ++i) {
-        sums[v + i].total += total[i];
-        sums[v + i].moment += moment[i];
+        sums[v + i].total += block_total[i];
+        sums[v + i].moment += block_moment[i];
       }
       any |= bits(counts) != 0;
     }
@@ -107,8 +108,8 @@ struct PullTile {
   }
 
   template <int kRows>
-  void weigh_rows(float* r, const float* projections, int64_t at, int64_t v, VecF& total,
-                  VecF& moment, VecFInt& counts) const {
+  void weigh_rows(float* r, const float* projections, int64_t at, int64_t v, CompensatedSum& total,
+                  CompensatedSum& moment, VecFInt& counts) const {
     VecF u[kRows], weights[kRows];
     VecFInt near[kRows];
     for (int i = 0; i < kRows; ++i) {
@@ -124,8 +125,8 @@ struct PullTile {
       const VecF a = load(projections + at + i * width) + load(constant + v) + load(rest + v);
       const VecF c = weights[i] * a;
       store(r + at + i * width, c);
-      total += c;
-      moment += c * u[i];
+      total.add(c);
+      moment.add(c * u[i]);
     }
   }
 };
@@ -273,7 +274,7 @@ void PFGM_ISA::fused_backward_queries(const FieldParams& p, uint8_t* uncertified
   Tiles tiles;
   for (int64_t b = 0; b < p.batch; ++b) {
     const bool singular = p.half_k != INFINITY && p.anchor_s[b] == 0;
-    uncertified[b] = singular || !in_range(p, operands, b);
+    uncertified[b] = operands.crowds || singular || !in_range(p, operands, b);
     if (!uncertified[b]) tiles.rows.push_back(b);
   }
   if (!tiles.rows.empty()) FusedBackward(p, operands, tiles, uncertified).run();

@@ -134,20 +134,22 @@ struct FusedTile {
     for (int64_t v = 0; v < width; v += kFloatLanes) {
       const VecF from = load(shift + v), by = load(inverse + v), low = load(correction + v);
       const VecF least = load(cutoff + v);
-      VecF sum = {}, most = {};
+      CompensatedSum sum;
+      VecF most = {};
       int64_t j = 0;
       for (; j + kWeighRows <= count; j += kWeighRows) {
         weigh_rows<kWeighRows>(r + j * width + v, from, by, low, least, sum, most);
       }
       for (; j < count; ++j) weigh_rows<1>(r + j * width + v, from, by, low, least, sum, most);
-      any |= list_heavy(r + v, first, count, static_cast<int>(v), sum, most);
+      any |= list_heavy(r + v, first, count, static_cast<int>(v), sum.total(), most);
     }
     return any;
   }
 
   // Several rows at a time: one alone is a long chain of operations that wait for one another.
   template <int kRows>
-  void weigh_rows(float* r, VecF from, VecF by, VecF low, VecF least, VecF& sum, VecF& most) const {
+  void weigh_rows(float* r, VecF from, VecF by, VecF low, VecF least, CompensatedSum& sum,
+                  VecF& most) const {
     VecF u[kRows], weights[kRows];
     for (int i = 0; i < kRows; ++i) {
       u[i] = (load(r + i * width) - from) * by;
@@ -157,7 +159,7 @@ struct FusedTile {
     for (int i = 0; i < kRows; ++i) weights[i] = u[i] >= least ? exp_normal(u[i]) : VecF{};
     for (int i = 0; i < kRows; ++i) {
       store(r + i * width, weights[i]);
-      sum += weights[i];
+      sum.add(weights[i]);
       most = weights[i] > most ? weights[i] : most;
     }
   }
@@ -170,7 +172,7 @@ struct FusedTile {
       threshold[i] = static_cast<float>(kFusedHeavy * total);
     }
     if (bits(most > load(threshold))) {
-      sum = VecF{};
+      CompensatedSum rest;
       for (int64_t j = 0; j < count; ++j) {
         const VecF w = load(weights + j * width);
         unsigned mask = bits(w > load(threshold));
@@ -181,9 +183,9 @@ struct FusedTile {
             take(v + i, static_cast<int32_t>(first + j), w[i]);
           }
         }
-        sum += load(weights + j * width);
+        rest.add(load(weights + j * width));
       }
-      store(sums_, sum);
+      store(sums_, rest.total());
     }
     bool any = false;
     for (int i = 0; i < kFloatLanes; ++i) {

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kPrepareRows = 64;
 constexpr int64_t kSampleSize = 1 << 13;  // values that the grid is guessed from
+constexpr int64_t kMeanRows = 64;         // references that the origin is the mean of, about
 // Decoding images rounds a few times. Relative to the range: far from zero floats are coarser than
 // that, and what they are off the grid by would show in the result.
 constexpr double kGridTolerance = 0x1p-22;
@@ -70,20 +71,20 @@ Grid sample_grid(const FieldParams& p) {
   return grid;
 }
 
-double code_norm(const uint8_t* codes, int64_t dim) {
+double code_norm(const uint8_t* codes, const int32_t* origin, int64_t dim) {
   double sum = 0;
   for (int64_t start = 0; start < dim; start += 4096) {
     int32_t partial = 0;
     for (int64_t c = start; c < std::min(dim, start + 4096); ++c) {
-      partial += (codes[c] - kCodeOrigin) * (codes[c] - kCodeOrigin);
+      partial += (codes[c] - origin[c]) * (codes[c] - origin[c]);
     }
     sum += partial;
   }
   return sum;
 }
 
-// Codes and ‖y‖² of one reference; false where a value is not on the grid.
-bool encode_row(const float* values, int64_t dim, const Grid& grid, uint8_t* codes, double* norm) {
+// Codes of one reference; false where a value is not on the grid.
+bool encode_row(const float* values, int64_t dim, const Grid& grid, uint8_t* codes) {
   const float low = static_cast<float>(grid.low), step = static_cast<float>(grid.step);
   const float inverse = 1 / step, tolerance = static_cast<float>(2 * grid.tolerance);
   constexpr float kMagic = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer
@@ -101,7 +102,6 @@ bool encode_row(const float* values, int64_t dim, const Grid& grid, uint8_t* cod
     }
     fits &= !outside;
   }
-  *norm = code_norm(codes, dim);
   return fits;
 }
 
@@ -115,7 +115,7 @@ void for_rows(const FieldParams& p, const Row& row) {
 
 // The middle of a sample of the references.
 void sample_mean(const FieldParams& p, double* mean) {
-  const int64_t rows = std::min<int64_t>(p.count, 256);
+  const int64_t rows = std::min(p.count, kMeanRows);
   std::fill(mean, mean + p.dim, 0.0);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t start = p.count * i / rows * p.dim;
@@ -142,22 +142,29 @@ bool has_crowds(const FieldParams& p) {
   return equal >= kCrowd;
 }
 
-// See operands.h.
-void write_grid(const FieldParams& p, const Grid& grid, double* out) {
-  out[0] = grid.step;
-  out[1] = std::sqrt(static_cast<double>(p.dim)) * 2 * grid.tolerance / std::abs(grid.step);
-  std::fill(out + kGridHeader, out + kGridHeader + p.dim, grid.low + kCodeOrigin * grid.step);
+// Norms of codes, and the grid (operands.h) with its origin moved to the next code.
+void write_codes(const FieldParams& p, const Grid& grid, const uint8_t* codes) {
+  p.grid[0] = grid.step;
+  p.grid[1] = std::sqrt(static_cast<double>(p.dim)) * 2 * grid.tolerance / std::abs(grid.step);
+  p.grid[3] = grid.low;
+  double* origin = p.grid + kGridHeader;
+  std::vector<int32_t> origin_codes(p.dim);
+  for (int64_t c = 0; c < p.dim; ++c) {
+    const double code = std::clamp((origin[c] - grid.low) / grid.step, 0.0, 255.0);
+    origin_codes[c] = static_cast<int32_t>(std::lrint(code));
+    origin[c] = grid.low + grid.step * origin_codes[c];
+  }
+  for_rows(
+      p, [&](int64_t j) { p.norms[j] = code_norm(codes + j * p.dim, origin_codes.data(), p.dim); });
 }
 
 // Codes, norms and all of the grid but whether there are crowds.
 void encode_or_centre(const FieldParams& p) {
+  double* origin = p.grid + kGridHeader;
+  sample_mean(p, origin);
   if (p.value_type == ValueType::kUint8) {
     const Grid grid = table_grid(p.table);
-    if (grid.step != 0) {
-      const uint8_t* codes = static_cast<const uint8_t*>(p.values);
-      for_rows(p, [&](int64_t j) { p.norms[j] = code_norm(codes + j * p.dim, p.dim); });
-      return write_grid(p, grid, p.grid);
-    }
+    if (grid.step != 0) return write_codes(p, grid, static_cast<const uint8_t*>(p.values));
   } else if (p.codes) {
     const Grid grid = sample_grid(p);
     std::atomic<bool> fits{grid.step != 0};
@@ -166,15 +173,13 @@ void encode_or_centre(const FieldParams& p) {
       for_rows(p, [&](int64_t j) {
         if (!fits.load(std::memory_order_relaxed)) return;
         const int64_t start = j * p.dim;
-        if (!encode_row(values + start, p.dim, grid, p.codes + start, p.norms + j)) fits = false;
+        if (!encode_row(values + start, p.dim, grid, p.codes + start)) fits = false;
       });
     }
-    if (fits) return write_grid(p, grid, p.grid);
+    if (fits) return write_codes(p, grid, p.codes);
   }
   p.grid[0] = 1;
   p.grid[1] = -1;
-  double* origin = p.grid + kGridHeader;
-  sample_mean(p, origin);
   for_rows(p, [&](int64_t j) {
     double sum = 0;
     for (int64_t c = 0; c < p.dim; ++c) {

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // References as the kernels for larger d read them: y = (x0 − origin) / unit.
 //
-// Where the values lie on a grid of at most 256 steps (8-bit images, also stored as floats), unit
-// is the step, the middle of the grid is the origin, and y = code − 128 is a small exact integer.
-// Else unit is 1, and the origin is a point amid the data: products of y are then no larger than
-// the data are wide, however far from zero they lie. With x' = (x − origin)/unit,
+// The origin is a point amid the data: products of y are no larger than the data are wide, however
+// far from zero they lie, and a column in which most values are the same adds up no roundings,
+// which would be the same, too. Where the values lie on a grid of at most 256 steps (8-bit images,
+// also stored as floats), unit is the step, the origin is on the grid, and y = code − origin's code
+// is a small exact integer. Else unit is 1. With x' = (x − origin)/unit,
 //
 //   s_j / unit² = ‖x'‖² + t²/unit² + ‖y_j‖² − 2 x'·y_j
 #pragma once
@@ -16,14 +17,13 @@
 namespace pfgm {
 namespace {
 
-constexpr int kCodeOrigin = 128;
-
 struct Operands {
   const double* norms;   // (N,) ‖y‖², NaN where a reference is not finite
   const uint8_t* codes;  // (N, d), or null where the values are not on a grid
   double unit, inverse_unit;
-  double deviation;      // ‖x0 − (origin + unit · y)‖ / unit at most, where there are codes
-  const double* origin;  // (d,)
+  double deviation;              // ‖x0 − (origin + unit · y)‖ / unit at most, where there are codes
+  const double* origin;          // (d,)
+  Buffer<int32_t> origin_codes;  // (d,), where there are codes
   // Many references are equal: rounding errors of float products are then equal, too, and no sum
   // averages them out.
   bool crowds;
@@ -31,8 +31,9 @@ struct Operands {
   Buffer<double> roots;  // (N,) ‖y‖
 };
 
-// FieldParams' grid: unit, deviation (negative: there are no codes), crowds, origin (d,).
-constexpr int64_t kGridHeader = 3;
+// FieldParams' grid: unit, deviation (negative: there are no codes), crowds, what code 0 stands
+// for, origin (d,).
+constexpr int64_t kGridHeader = 4;
 
 inline int64_t value_size(ValueType type) {
   return type == ValueType::kFloat64 ? 8 : type == ValueType::kFloat32 ? 4 : 1;
@@ -49,6 +50,10 @@ inline Operands make_operands(const FieldParams& p) {
   o.deviation = coded ? p.grid[1] : 0;
   o.crowds = p.grid[2] != 0;
   o.origin = p.grid + kGridHeader;
+  o.origin_codes = Buffer<int32_t>(coded ? p.dim : 0);
+  for (int64_t c = 0; coded && c < p.dim; ++c) {
+    o.origin_codes[c] = static_cast<int32_t>(std::lrint((o.origin[c] - p.grid[3]) / o.unit));
+  }
   o.roots = Buffer<double>(p.count);
   for (int64_t j = 0; j < p.count; ++j) {
     o.roots[j] = ::sqrt(o.norms[j]);
@@ -66,10 +71,11 @@ inline void decode_block(const FieldParams& p, const Operands& operands, int64_t
     float* row = out + r * ld;
     if (operands.codes) {
       const uint8_t* codes = operands.codes + start;
+      const int32_t* origin = operands.origin_codes.get() + column;
       // The columns after these are read next, and rows are too far apart for the hardware to see.
       __builtin_prefetch(codes + columns);
       __builtin_prefetch(codes + 2 * columns - 1);
-      for (int64_t c = 0; c < columns; ++c) row[c] = static_cast<float>(codes[c] - kCodeOrigin);
+      for (int64_t c = 0; c < columns; ++c) row[c] = static_cast<float>(codes[c] - origin[c]);
     } else if (p.value_type == ValueType::kUint8) {
       const uint8_t* codes = static_cast<const uint8_t*>(p.values) + start;
       for (int64_t c = 0; c < columns; ++c) {

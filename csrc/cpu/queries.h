@@ -102,7 +102,7 @@ constexpr double kDigitBase = 254;
 struct Digits {
   double unit;                // of the first digit
   double residuals[kDigits];  // ‖x' − its first n + 1 digits‖
-  double sums[kDigits];       // Σ of the n-th digits: codes are multiplied, not y = code − 128
+  double sums[kDigits];       // n-th digits · origin's codes: codes are multiplied, not y
 };
 
 // Packs digits of x', four columns to a step, (dim/4, width) for each digit; digits of which
@@ -124,7 +124,7 @@ inline Digits pack_digits(const FieldParams& p, const Operands& o, int64_t b, in
       for (int n = 0; n < kDigits; ++n) {
         const double digit = std::nearbyint(rest * inverses[n]);
         rest -= digit * units[n];
-        digits.sums[n] += digit;
+        digits.sums[n] += digit * o.origin_codes[c];
         bytes[n][c - start] = static_cast<int8_t>(digit);
         digits.residuals[n] += rest * rest;
       }

@@ -113,14 +113,14 @@ struct IntegerProducts {
     for (int q = begin; q < begin + kFloatLanes && q < tiles.size(tile); ++q) {
       const int64_t b = tiles.row(tile, q), i = tile * kTileQueries + q;
       const Digits digits = pack_digits(p, screen.o, b, q, width, to);
-      double sum = 0;  // of all digits, in units of the first
+      double sum = 0;  // for all digits, in units of the first
       for (int n = kDigits - 1; n >= 0; --n) sum = digits.sums[n] + sum / kDigitBase;
       units[i] = digits.unit;
-      shifts[i] = kCodeOrigin * digits.unit * sum;
+      shifts[i] = digits.unit * sum;
       Bound& bound = screen.bounds[b];
       bound = make_bound(p, screen.o, b, query_norms(p, screen.o, b), base ? -1 : 2 * digits.unit,
                          digits.residuals[end_digit - 1], 0);
-      bound.offset += base ? base[b] : 2 * kCodeOrigin * digits.unit * digits.sums[0];
+      bound.offset += base ? base[b] : 2 * digits.unit * digits.sums[0];
       if (base) shifts[i] -= base[b] / 2;
     }
   }

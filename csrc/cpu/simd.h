@@ -213,6 +213,18 @@ inline VecF reciprocal_root(VecF v) {
 #endif
 }
 
+// A sum that keeps what its additions round off: those of many nearly equal terms round alike.
+struct CompensatedSum {
+  VecF sum = {}, lost = {};
+
+  void add(VecF v) {
+    const VecF next = sum + v;
+    lost += v - (next - sum);
+    sum = next;
+  }
+  VecF total() const { return sum + lost; }
+};
+
 struct VecMath {
   static Vec log_ratio(Vec s, Vec nearest) { return log(s / nearest); }
 };

@@ -51,7 +51,8 @@ struct Pull {
       const VecF cutoff = load(&pass.anchors.cutoff[i]);
       const VecF constant = load(&constants[i]);
       const VecF correction = load(&corrections[i]), mass = load(&masses[i]);
-      VecF sum = {}, moment = {}, mass_here = {};
+      CompensatedSum sum, moment;
+      VecF mass_here = {};
       for (int64_t j = first; j < last; ++j) {
         float* products = pass.screen.tile_products(tile) + j * width + q;
         const VecF u = pass.arguments(products, j, i);
@@ -61,8 +62,8 @@ struct Pull {
         const VecF c = p.half_k == INFINITY ? weights * a : weights * a / (1.0f + u);
         const VecF finite = weights == 0.0f ? VecF{} : c;
         store(products, finite);
-        sum += finite;
-        moment += finite * u;
+        sum.add(finite);
+        moment.add(finite * u);
         mass_here += weights;
       }
       pass.put(pass.block_sums, block, i, sum);

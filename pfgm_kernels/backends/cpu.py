@@ -37,14 +37,14 @@ def chunk_shape(batch: int, count: int, d: int, workspace: int) -> tuple[int, in
 
 
 def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
-    """Norms (N,) and the grid (3 + d,) of the values for the kernels for larger d, and codes (N, d)
+    """Norms (N,) and the grid (4 + d,) of the values for the kernels for larger d, and codes (N, d)
     uint8 where float32 values turn out to lie on a grid of 256 steps (csrc/cpu/operands.h).
     """
     count, d = values.shape
     if values.dtype == torch.float64 or d <= MAX_DIRECT_DIM:
         return []
     norms = torch.empty(count, dtype=torch.float64)
-    grid = torch.empty(3 + d, dtype=torch.float64)
+    grid = torch.empty(4 + d, dtype=torch.float64)
     encode = values.dtype == torch.float32 and values.numel() <= workspace
     codes = [torch.empty(values.shape, dtype=torch.uint8)] if encode else []
     _native.launch("prepare_references_cpu", **_references(values, table, [norms, grid, *codes]))

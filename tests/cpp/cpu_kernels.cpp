@@ -76,7 +76,7 @@ Outputs compute(const Problem& p) {
   forward.anchor_log_weight = outputs.anchor_log_weight.get();
   const bool prepare = p.type != ValueType::kFloat64;
   Array<double> norms(prepare ? p.count : 0, p.skewed);
-  Array<double> grid(prepare ? 3 + p.dim : 0, p.skewed);
+  Array<double> grid(prepare ? 4 + p.dim : 0, p.skewed);
   Array<uint8_t> codes(p.encode ? p.floats.size() : 0, p.skewed);
   for (FieldParams* params : {&forward, &backward}) {
     params->norms = norms.get();
