@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,7 +19,13 @@ from pfgm_kernels.backends import BACKENDS
 
 settings.register_profile("default", max_examples=100, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=5_000, deadline=None)
-settings.load_profile("default")
+settings.register_profile("interpreted", max_examples=15, deadline=None, derandomize=True)
+settings.load_profile("interpreted" if os.environ.get("TRITON_INTERPRET") else "default")
+
+INTERPRETED = 10
+"""Of each test so many parametrisations, evenly spread, run under Triton's interpreter, which takes
+seconds for a call. --interpret-all runs all; on a GPU all run anyway.
+"""
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -28,6 +36,10 @@ class Backend:
 
     name: str
     device: torch.device
+
+    @property
+    def interpreted(self) -> bool:
+        return self.name == "triton" and self.device.type == "cpu"
 
     def reason(self, d: int, requires_grad: bool = False) -> str | None:
         return BACKENDS[self.name].unsupported_reason(self.device, d, requires_grad)
@@ -62,6 +74,26 @@ def available_backends() -> list[Backend]:
             runs_on = [d for d in devices if module.unsupported_reason(d) is None]
             found += [Backend(name, device) for device in runs_on[:1]]
     return found
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--interpret-all", action="store_true", help="see INTERPRETED in conftest.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--interpret-all"):
+        return
+    groups: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        tested = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        if isinstance(tested, Backend) and tested.interpreted:
+            groups[item.nodeid.partition("[")[0]].append(item)
+    left_out = set()
+    for group in groups.values():
+        step = max(1, len(group) / INTERPRETED)
+        left_out |= set(group) - {group[int(i * step)] for i in range(int(len(group) / step))}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="module", params=available_backends(), ids=lambda b: b.name)

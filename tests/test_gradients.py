@@ -9,7 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CASES, Case, build, seeded, truth
-from oracle import Gradients, assert_gradients, differentiate, solve
+from oracle import (
+    Gradients,
+    assert_gradient_of_x,
+    assert_gradients,
+    differentiate,
+    solve,
+)
 from torch import Tensor
 
 
@@ -39,6 +45,18 @@ def test_displacement(backend, name, dtype):
     gradients = torch.autograd.grad([v, log_mass], [x, t, x0], [g_v.to(dtype), g_m])
     assert [g.dtype for g in gradients] == [dtype] * 3
     assert_gradients(expected(name, g_v, g_m), *gradients)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_that_of_x0(backend, name):
+    """For which other kernels may take what float32 is certain for."""
+    case = build(name)
+    x, t, _ = leaves(case)
+    g_v, g_m = cotangents(case)
+    v, log_mass = backend.displacement(x, t, case.x0, D=case.D)
+    dx, dt = torch.autograd.grad([v, log_mass], [x, t], [g_v, g_m])
+    assert_gradients(expected(name, g_v, g_m), dx, dt)
+    assert_gradient_of_x(expected(name, g_v, g_m), dx)
 
 
 @pytest.mark.parametrize("name", ["normal d=3", "normal d=64", "D=inf d=64", "N=513 d=2"])
