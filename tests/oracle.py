@@ -61,7 +61,7 @@ class Truth:
         Those that need not be summed count in full, and what may round when they are left out.
         """
         least = min(tolerance, CUT) / self.weights.shape[1] * self.weights.amax(1, keepdim=True)
-        return self.weights * torch.where(self.weights < least, (1 + 1e-12) / tolerance, 1.0)
+        return self.weights * torch.where(self.weights < least, (1 + 1e-6) / tolerance, 1.0)
 
     def field(self, gamma: float = 0.0, scale: float = 1.0) -> Tensor:
         """(B, d + 1), Eq. (12)."""
