@@ -113,6 +113,18 @@ class Compiled:
         return found
 
 
+@dataclass(frozen=True)
+class Failed:
+    kernel: str
+    use: str
+    chip: str
+    reason: str
+
+    @property
+    def problems(self) -> list[str]:
+        return [f"{self.kernel} ({self.use}) does not compile for {self.chip}: {self.reason}"]
+
+
 def run(use: Use) -> None:
     """Calls the backend with tensors that hold nothing."""
     from pfgm_kernels.backends import triton as backend
@@ -133,7 +145,7 @@ def run(use: Use) -> None:
 @contextlib.contextmanager
 def pretend(chip: Chip, once: bool = False) -> Iterator[list[tuple[str, Any]]]:
     """A GPU on which launches compile and do no more; of each kernel only the first, for `once`.
-    Yields the list of names and of what they compiled.
+    Yields the list of names and of what they compiled, or why they did not.
     """
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -146,8 +158,15 @@ def pretend(chip: Chip, once: bool = False) -> Iterator[list[tuple[str, Any]]]:
 
     def compile_only(self: JITFunction, *args: Any, warmup: bool, **options: Any) -> None:
         name = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
-        if not (once and name in dict(found)):
+        if once and name in dict(found):
+            return
+        try:
             found.append((name, launch(self, *args, warmup=True, **options)))
+        except Exception as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            found.append((name, cause))
 
     fake = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", chip.capability, 32),
@@ -186,7 +205,9 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def inspect(name: str, use: str, chip: str, kernel: Any) -> Compiled:
+def inspect(name: str, use: str, chip: str, kernel: Any) -> Compiled | Failed:
+    if isinstance(kernel, BaseException):
+        return Failed(name, use, chip, f"{type(kernel).__name__}: {kernel}".splitlines()[-1])
     ptx = kernel.asm["ptx"]
     found = re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[.\w:]*", ptx)
     registers, spill = resources(kernel.asm["cubin"])
@@ -203,23 +224,24 @@ def inspect(name: str, use: str, chip: str, kernel: Any) -> Compiled:
     )
 
 
-def compile_chip(chip: str, uses: tuple[str, ...], once: bool) -> list[Compiled]:
+def compile_chip(chip: str, uses: tuple[str, ...], once: bool) -> list[Compiled | Failed]:
     """What differs among the kernels that the uses launch."""
-    out: dict[str, Compiled] = {}
+    out: dict[str, Compiled | Failed] = {}
     with pretend(CHIPS[chip], once) as launches:
         for use in uses:
             known = len(launches)
             try:
                 run(USES[use])
             except Exception as error:
-                raise RuntimeError(f"{use} does not compile for {chip}") from error
+                launches.append(("what launches it", error))
             for name, kernel in launches[known:]:
-                if kernel.hash not in out:
-                    out[kernel.hash] = inspect(name, use, chip, kernel)
+                key = getattr(kernel, "hash", f"{name} {kernel}")
+                if key not in out:
+                    out[key] = inspect(name, use, chip, kernel)
     return list(out.values())
 
 
-def compile_all(uses: tuple[str, ...], cache: str, once: bool = False) -> list[Compiled]:
+def compile_all(uses: tuple[str, ...], cache: str, once: bool = False) -> list[Compiled | Failed]:
     """The kernels of the uses on all chips, in processes that do not interpret."""
     # Which way Triton goes is settled when it is imported.
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
@@ -232,15 +254,17 @@ def compile_all(uses: tuple[str, ...], cache: str, once: bool = False) -> list[C
         return [found for part in pool.map(job, CHIPS) for found in part]
 
 
-def table(found: list[Compiled]) -> str:
+def table(found: list[Compiled | Failed]) -> str:
     lines = [
         "| kernel | use | chip | registers | spilled bytes | shared memory | tensor cores |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for c in sorted(found, key=lambda c: (c.kernel, c.use, CHIPS[c.chip].capability)):
-        products = ", ".join(f"{i} ×{n}" for i, n in c.instructions.items())
-        cells = [c.kernel, c.use, c.chip, c.registers, c.spill, c.shared, products]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        cells = [c.kernel, c.use, c.chip, *["—"] * 4]
+        if isinstance(c, Compiled):
+            products = ", ".join(f"{i} ×{n}" for i, n in c.instructions.items())
+            cells[3:] = map(str, [c.registers, c.spill, c.shared, products])
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("triton", "3.6")
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> list[aot.Compiled]:
+def compiled(tmp_path_factory) -> list[aot.Compiled | aot.Failed]:
     return aot.compile_all(aot.REPRESENTATIVES, str(tmp_path_factory.mktemp("triton")), once=True)
 
 
@@ -29,10 +29,10 @@ def test_each_kernel_compiles_and_keeps_to_the_limits_of_the_chip(compiled, chip
         for source in sources
         for name in re.findall(r"^def (\w+_kernel)\(", source.read_text(encoding="utf-8"), re.M)
     }
-    assert {c.kernel for c in here} == kernels
-    assert {"products.compare_kernel", "products.sum_kernel"} <= {c.kernel for c in here if c.dots}
     problems = [problem for c in here for problem in c.problems]
     assert not problems, "\n".join(problems)
+    assert {c.kernel for c in here} == kernels
+    assert {"products.compare_kernel", "products.sum_kernel"} <= {c.kernel for c in here if c.dots}
 
 
 GOOD = aot.Compiled(
@@ -42,6 +42,11 @@ GOOD = aot.Compiled(
 
 def test_what_keeps_to_the_limits_is_no_problem():
     assert GOOD.problems == []
+
+
+def test_what_does_not_compile_is_named():
+    (problem,) = aot.Failed("a_kernel", "a use", "sm_80", "no such name").problems
+    assert problem == "a_kernel (a use) does not compile for sm_80: no such name"
 
 
 @pytest.mark.parametrize(

@@ -68,14 +68,14 @@ def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
 def forward(
     x: Tensor, t: Tensor, values: Tensor, table: Tensor, operands: list[Tensor], k: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from pfgm_kernels.backends.triton import direct
+    from pfgm_kernels.backends.triton import direct, fused
     from pfgm_kernels.backends.triton.call import Call
     from pfgm_kernels.backends.triton.forward_pass import (
         empty_outputs,
         exact_forward,
         two_pass_forward,
     )
-    from pfgm_kernels.backends.triton.operands import Operands
+    from pfgm_kernels.backends.triton.operands import FUSED_MAX_DIM, Operands
 
     call = Call(x.contiguous(), t.contiguous(), values.contiguous(), table, k)
     out = empty_outputs(call)
@@ -86,7 +86,10 @@ def forward(
     elif call.d <= direct.MAX_DIM:
         direct.direct_forward(call, out)
     else:
-        two_pass_forward(call, Operands(*operands), call.rows(1, torch.int8), out)
+        prepared, wanted = Operands(*operands), call.rows(1, torch.int8)
+        if call.d <= FUSED_MAX_DIM:
+            wanted = fused.fused_forward(call, prepared, out)
+        two_pass_forward(call, prepared, wanted, out)
     return out
 
 

@@ -35,8 +35,8 @@ class Cotangents:
 def exact_backward(
     call: Call, limit: Tensor, cotangents: Cotangents, dx: Tensor, dt: Tensor, r: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """dx (B, d) and dt (B,) of the queries that have a limit (B,), summed over the references within
-    it. Returns the weights and the coefficients of these, (B, N) each.
+    """dx (B, d) and dt (B,) of the queries that have a limit (B,), of the references within it.
+    Returns the weights and the coefficients of these, (B, N) each.
     """
     s, counts, projection = call.distances(limit, r, cotangents.g)
     exact.coefficients_kernel[call.B,](
@@ -68,7 +68,7 @@ def two_pass_backward(
     # a_j + g_m = unit (g·y_j + constant)
     zero, one = torch.zeros_like(operands.origin), torch.ones_like(operands.header[:1])
     parts, _, shared = split(cotangents.g, call.table, zero, one, 2, operands.mean)
-    pull, _ = compare(call, operands, parts, distances=False)
+    pull, _ = compare(call, operands, parts, wanted, distances=False)
     shift = (cotangents.g * (operands.origin - call.x)).sum(1)
     constant = (cotangents.constant + shift) / unit + shared
     high = constant.float()

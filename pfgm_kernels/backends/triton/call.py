@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One chunk of queries and references, and the launches that the forward and backward passes share."""
+"""One chunk of queries and references, and the launches that both passes share."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ class Screen:
         parts, squares, shared = split(
             call.x, call.table, operands.origin, inverse_unit, 2, operands.mean
         )
-        r, minima = compare(call, operands, parts, distances=True)
+        r, minima = compare(call, operands, parts, wanted, distances=True)
         backward = base is not None
         s = call.rows() if base is None else base.clone()
         limit, cut = call.rows(0, torch.float32), call.rows(0, torch.float32)
@@ -199,7 +199,7 @@ class Screen:
             CODES=call.codes,
             GAUSSIAN=call.gaussian,
             BACKWARD=backward,
-            Y_PARTS=len(operands.parts),
+            Y_PARTS=min(2, len(operands.parts)),
             TILE=blocks("compare", call.x.device)["BLOCK_N"],
             TILES=triton.next_power_of_2(tiles),
             BLOCK_D=min(1024, triton.next_power_of_2(call.d)),
@@ -269,7 +269,7 @@ class Screen:
             call.N,
             width,
             tiles,
-            Y_PARTS=len(parts),
+            Y_PARTS=min(2, len(parts)),
             **sizes,
         )
         # What belongs to no dense query was not written.
@@ -299,10 +299,10 @@ class Screen:
 
 
 def compare(
-    call: Call, operands: Operands, parts: Tensor, distances: bool
+    call: Call, operands: Operands, parts: Tensor, wanted: Tensor, distances: bool
 ) -> tuple[Tensor, Tensor]:
     """r (B, N) and its smallest in each tile, or without `distances` the products themselves, of
-    parts (2, B, width) with the references.
+    parts (2, B, width) with the references; of the queries that are wanted (B,) int8, at least.
     """
     sizes = blocks("compare", call.x.device)
     tiles = triton.cdiv(call.N, sizes["BLOCK_N"])
@@ -313,12 +313,13 @@ def compare(
         parts,
         operands.parts,
         operands.norms,
+        wanted,
         out,
         minima,
         call.B,
         call.N,
         parts.shape[2],
-        Y_PARTS=len(operands.parts),
+        Y_PARTS=min(2, len(operands.parts)),
         DISTANCES=distances,
         **sizes,
     )

@@ -17,14 +17,20 @@ TABLE: dict[str, dict[str, Blocks]] = {
     "small": {
         "compare": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=4),
         "sum": dict(BLOCK_M=128, BLOCK_D=128, BLOCK_K=32, num_warps=8, num_stages=4),
+        "fused 64": dict(BLOCK_M=64, BLOCK_N=32, SLICE=32, SLICES=2, num_warps=4, num_stages=2),
+        "fused 128": dict(BLOCK_M=32, BLOCK_N=32, SLICE=64, SLICES=2, num_warps=4, num_stages=2),
     },
     "ampere": {
         "compare": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=4),
         "sum": dict(BLOCK_M=128, BLOCK_D=128, BLOCK_K=32, num_warps=8, num_stages=4),
+        "fused 64": dict(BLOCK_M=64, BLOCK_N=32, SLICE=32, SLICES=2, num_warps=4, num_stages=2),
+        "fused 128": dict(BLOCK_M=32, BLOCK_N=32, SLICE=64, SLICES=2, num_warps=4, num_stages=2),
     },
     "hopper": {
         "compare": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
         "sum": dict(BLOCK_M=128, BLOCK_D=128, BLOCK_K=64, num_warps=8, num_stages=3),
+        "fused 64": dict(BLOCK_M=64, BLOCK_N=32, SLICE=64, SLICES=1, num_warps=4, num_stages=2),
+        "fused 128": dict(BLOCK_M=128, BLOCK_N=32, SLICE=64, SLICES=2, num_warps=8, num_stages=3),
     },
     "interpreter": {
         "compare": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
@@ -32,10 +38,8 @@ TABLE: dict[str, dict[str, Blocks]] = {
         "exact": dict(TILE=1024, GROUP=128, BLOCK_D=1024),
         "references": dict(BLOCK_N=256, BLOCK_D=256),
         "split": dict(BLOCK_R=64, BLOCK_D=1024),
-        "fused 64": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=64),
-        "fused 128": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=64),
-        "fused 192": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=128),
-        "fused 256": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=128),
+        "fused 64": dict(BLOCK_M=64, BLOCK_N=64, SLICE=64, SLICES=1),
+        "fused 128": dict(BLOCK_M=64, BLOCK_N=64, SLICE=64, SLICES=2),
         "direct": dict(BLOCK_M=128, BLOCK_N=256),
         "direct wide": dict(BLOCK_M=128, BLOCK_N=256),
     },

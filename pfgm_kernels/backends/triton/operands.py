@@ -2,8 +2,8 @@
 """References and queries as the tensor cores read them: y = (x0 − origin)/unit as a sum of bfloat16
 parts.
 
-8-bit codes: unit is the step of their grid and y = code − 128, exact in one part. Floats: unit is 1,
-the origin a point amid the data, and two parts hold 16 bits of y. With x' = (x − origin)/unit
+8-bit codes: unit is the step of their grid, y = code − 128, exact in one part. Floats: unit is 1,
+the origin a point amid the data, and each part holds 8 bits of y. With x' = (x − origin)/unit
 
     s_j / unit² = ‖x'‖² + t²/unit² + ‖y_j‖² − 2 x'·y_j
 
@@ -26,6 +26,7 @@ from pfgm_kernels.backends.triton.maths import load_values, round_to_bfloat16
 PART = torch.float32 if INTERPRETED else torch.bfloat16
 DIM_MULTIPLE = 64  # rows are padded to this many columns, with zeros
 CODE_ORIGIN = 128
+FUSED_MAX_DIM = 128  # columns up to which queries take one pass (fused.py)
 SAMPLE, CROWD = (
     1024,
     8,
@@ -101,7 +102,7 @@ class Operands:
     norms: Tensor
     """(N,) float32"""
     parts: Tensor
-    """(parts, N, width)"""
+    """(parts, N, width), of which two passes read two at most"""
 
     def tensors(self) -> list[Tensor]:
         return [self.header, self.origin, self.mean, self.norms, self.parts]
@@ -115,8 +116,8 @@ def split(
     parts: int,
     mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Parts (parts, rows, width), ‖y‖² (rows,) and marks (rows,) of values (rows, d): of references,
-    or where there is a mean of these, of queries.
+    """Parts (parts, rows, width), ‖y‖² (rows,) and marks (rows,) of values (rows, d): of
+    references, or where there is a mean of these, of queries.
     """
     rows, d = values.shape
     width = triton.cdiv(d, DIM_MULTIPLE) * DIM_MULTIPLE
@@ -145,6 +146,11 @@ def split(
     return out, norms, marks
 
 
+def reference_parts(dtype: torch.dtype, d: int) -> int:
+    """Codes are exact in one part, two do for two passes, and the one pass reads three."""
+    return 1 if dtype == torch.uint8 else 3 if d <= FUSED_MAX_DIM else 2
+
+
 def prepare(values: Tensor, table: Tensor) -> Operands:
     """Operands of values (N, d) float32, or uint8 codes into table."""
     count, d = values.shape
@@ -160,7 +166,7 @@ def prepare(values: Tensor, table: Tensor) -> Operands:
         origin = mean.float().double()
         unit, deviation, mean = one[0], 0 * one[0], 0 * origin
     parts, squares, hashes = split(
-        values, table, origin, 1 / unit.reshape(1), 1 if values.dtype == torch.uint8 else 2
+        values, table, origin, 1 / unit.reshape(1), reference_parts(values.dtype, d)
     )
     centre = (squares[0] + squares[count // 2] + squares[-1]) / 3
     radius = squares.amax().sqrt()

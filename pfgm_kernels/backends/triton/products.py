@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products on tensor cores at nearly float32 precision, by sums of products of bfloat16 parts.
+"""Matrix products on tensor cores at nearly float32 precision: sums of products of bfloat16 parts.
 
 A block of BLOCK_K terms is summed from zero, the small products first, and then added to a float32
 accumulator: tensor cores truncate what they add up.
@@ -29,6 +29,7 @@ def compare_kernel(
     a_ptr,  # (2, B, width) parts of queries or of cotangents
     y_ptr,  # (Y_PARTS, N, width)
     norms_ptr,  # (N,) float32, for DISTANCES
+    wanted_ptr,  # (B,) int8
     out_ptr,  # (B, pitch) float32
     minima_ptr,  # (B, tiles) float32, for DISTANCES
     B,
@@ -41,10 +42,12 @@ def compare_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """a·y_j, or for DISTANCES r_j = ‖y_j‖² − 2 a·y_j and for each query its smallest over a tile of
-    BLOCK_N references.
+    BLOCK_N references. Nothing where none of BLOCK_M queries is wanted.
     """
     # Programs that run together share references: there are far more of these than of queries.
     b = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if tl.max(tl.load(wanted_ptr + b, mask=b < B, other=0).to(tl.int32), 0) == 0:
+        return
     tile = tl.program_id(1)
     j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(b, B - 1).to(tl.int64)[:, None] * width
@@ -130,7 +133,10 @@ def sum_kernel(
             following = tl.load(list_ptr + tl.minimum(i + splits, length - 1))
             j = tile * BLOCK_K + tl.arange(0, BLOCK_K)
             w = weights_ptr + row[:, None] * stride + j[None, :]
-            w_high, w_low = tl.load(w, mask=mask, other=0.0), tl.load(w + low_w, mask=mask, other=0.0)
+            w_high, w_low = (
+                tl.load(w, mask=mask, other=0.0),
+                tl.load(w + low_w, mask=mask, other=0.0),
+            )
             y = y_ptr + tl.minimum(j, N - 1).to(tl.int64)[:, None] * width + column[None, :]
             y_high = tl.load(y)
             y_low = y_high

@@ -71,7 +71,11 @@ def route_kernel(
         return
     t, half_k = tl.load(t_ptr + b), tl.load(half_k_ptr)
     unit, deviation = tl.load(header_ptr), tl.load(header_ptr + 1)
-    crowded, radius, centre = tl.load(header_ptr + 2), tl.load(header_ptr + 3), tl.load(header_ptr + 4)
+    crowded, radius, centre = (
+        tl.load(header_ptr + 2),
+        tl.load(header_ptr + 3),
+        tl.load(header_ptr + 4),
+    )
     square, offset_t = unit * unit, s_offset(t, GAUSSIAN)
     squared = tl.load(squares_ptr + b)
     offset = squared + centre + offset_t / square - 2 * tl.load(shared_ptr + b)
@@ -256,7 +260,7 @@ def combine_kernel(
     SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Adds factor · Σ_j w_j (x0_j − x) over BLOCK_D columns of a query whose weights were summed."""
+    """Adds factor · Σ_j w_j (x0_j − x) over BLOCK_D columns of a query with weights summed."""
     b = tl.program_id(0).to(tl.int64)
     if tl.load(cut_ptr + b) == -float("inf"):
         return
