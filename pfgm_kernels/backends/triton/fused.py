@@ -279,10 +279,10 @@ def finish_kernel(
         moved = light * (origin - x)
         for start in range(0, splits, GROUP):
             group = start + tl.arange(0, GROUP)
-            level = tl.load(least_ptr + group * B + b, mask=group < splits, other=float("inf"))
-            scale = (level.to(tl.float64) + offset) * square
+            lowest = tl.load(least_ptr + group * B + b, mask=group < splits, other=float("inf"))
+            scale = (lowest.to(tl.float64) + offset) * square
             scale = unit * tl.exp(relative_logit(scale, base, half_k, t, GAUSSIAN))
-            scale = tl.where(level == float("inf"), 0.0, scale)
+            scale = tl.where(lowest == float("inf"), 0.0, scale)
             index = (group * B + b)[:, None] * width + column[None, :]
             mask = (group < splits)[:, None] & inside[None, :]
             sums = tl.load(sums_ptr + index, mask=mask, other=0.0).to(tl.float64)
