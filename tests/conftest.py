@@ -22,7 +22,7 @@ settings.register_profile("thorough", max_examples=5_000, deadline=None)
 settings.register_profile("interpreted", max_examples=15, deadline=None, derandomize=True)
 settings.load_profile("interpreted" if os.environ.get("TRITON_INTERPRET") else "default")
 
-INTERPRETED = 10
+INTERPRETED = 5
 """Of each test so many parametrisations, evenly spread, run under Triton's interpreter, which takes
 seconds for a call. --interpret-all runs all; on a GPU all run anyway.
 """
@@ -74,6 +74,27 @@ def available_backends() -> list[Backend]:
             runs_on = [d for d in devices if module.unsupported_reason(d) is None]
             found += [Backend(name, device) for device in runs_on[:1]]
     return found
+
+
+def patch_the_language_once() -> None:
+    """Triton's interpreter patches triton.language at each call of a function within a kernel,
+    which takes longer than the function. Once for each function does.
+    """
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set()
+
+    def call(self, *args, **kwargs):
+        if self.fn not in patched:
+            patched.add(self.fn)
+            patch(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
+if any(backend.interpreted for backend in available_backends()):
+    patch_the_language_once()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
