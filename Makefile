@@ -16,6 +16,7 @@ BIN := .venv/bin
 CXX_SOURCES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 READY := .venv/.ready
 # The Triton kernels run on the CPU under Triton's interpreter, whose matrix products are numpy's.
+TRITON_TESTS := $(patsubst %,tests/test_%.py,triton accuracy gradients autograd)
 INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .PHONY: setup demo test sanitize aot lint format benchmark pictures clean
@@ -33,7 +34,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q
-	$(INTERPRETED) $(BIN)/python -m pytest -q -k "triton and not layout and not aot" -n 2 --cov
+	$(INTERPRETED) $(BIN)/python -m pytest -q -k triton -n 2 $(TRITON_TESTS)
 
 sanitize: $(READY)
 	$(BIN)/python tests/sanitize.py
