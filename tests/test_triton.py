@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from cases import build
 from oracle import solve
 
 from pfgm_kernels import ReferenceSet, poisson_displacement
@@ -93,7 +92,7 @@ def screen_of(x, t, x0, k):
     call = Call(x, t.double(), x0, x0.new_empty(0), k)
     prepared = operands.prepare(x0, call.table)
     wanted, anchor = call.rows(1, torch.int8), call.rows(0, torch.int64)
-    return call, prepared, Screen.make(call, prepared, wanted, anchor)
+    return Screen.make(call, prepared, wanted, anchor)
 
 
 def test_the_error_of_the_products_is_within_its_bound(generator):
@@ -103,7 +102,7 @@ def test_the_error_of_the_products_is_within_its_bound(generator):
     x = x0[:40] + torch.logspace(-3, 1, 40)[:, None] * torch.randn(40, d, generator=generator)
     t = torch.logspace(-3, 1.5, 40)
     x, t, x0 = x.to(DEVICE), t.to(DEVICE), x0.to(DEVICE)
-    call, _, screen = screen_of(x, t, x0, d + 1.0)
+    screen = screen_of(x, t, x0, d + 1.0)
     weights = solve(x.cpu(), t.cpu(), x0.cpu()).weights
     heaviest = weights.max(1, keepdim=True).values
     counts = weights > heaviest * math.exp(-16) / len(x0)
@@ -111,7 +110,6 @@ def test_the_error_of_the_products_is_within_its_bound(generator):
     taken = (screen.r <= last).cpu()
     assert (taken | ~counts).all()
     assert (taken.sum(1) <= counts.sum(1) + 3).float().mean() > 0.5  # and hardly more than those
-    assert call.N == 400
 
 
 @pytest.mark.parametrize("eight_bit", [False, True])
@@ -131,7 +129,7 @@ def test_flat_rows_of_images_take_the_dense_path_and_others_do_not(eight_bit, ge
         x.to(DEVICE), t.double().to(DEVICE), values.to(DEVICE), table.to(DEVICE), x.shape[1] + 1.0
     )
     prepared = operands.prepare(call.values, call.table)
-    assert len(prepared.parts) >= (1 if eight_bit else 2)
+    assert len(prepared.parts) == (1 if eight_bit else 2)
     anchor = call.rows(0, torch.int64)
     screen = Screen.make(call, prepared, call.rows(1, torch.int8), anchor)
     dense = (screen.cut != -math.inf).cpu()
@@ -153,8 +151,7 @@ def test_flat_rows_of_images_take_the_dense_path_and_others_do_not(eight_bit, ge
 def test_products_of_parts_are_nearly_float32(generator):
     a = torch.randn(3, 70, generator=generator, dtype=torch.float64)
     x0 = torch.randn(200, 70, generator=generator)
-    case = build("normal d=65")
-    call = Call(a.float().to(DEVICE), case.t[:3].double(), x0.to(DEVICE), x0.new_empty(0), 71.0)
+    call = Call(a.float().to(DEVICE), torch.ones(3), x0.to(DEVICE), x0.new_empty(0), 71.0)
     prepared = operands.prepare(call.values, call.table)
     one = torch.ones(1, dtype=torch.float64, device=DEVICE)
     zero = torch.zeros(70, dtype=torch.float64, device=DEVICE)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels for NVIDIA GPUs: tensor cores at full precision, and TRITON_INTERPRET=1 on a CPU.
 
-float32 queries take direct differences in float32 where d ≤ 32. Beyond, they take two passes:
-products of bfloat16 parts give all distances to a known error; few
-references of a query are then taken by direct differences, the others by a second product. float64
-input takes direct differences in float64 throughout. The path of a query is chosen on the device.
+float32 queries take direct differences in float32 where d ≤ 32 (direct.py), and where d ≤ 128 one
+pass of products of bfloat16 parts (fused.py). Beyond, and where one pass is not certain to do, they
+take two: products give all distances to a known error; few references of a query are then taken by
+direct differences, the others by a second product (route.py). float64 input takes direct
+differences in float64 throughout (exact.py). The path of a query is chosen on the device.
 """
 
 from __future__ import annotations

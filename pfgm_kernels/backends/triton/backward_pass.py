@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
 from pfgm_kernels.backends.triton import exact
@@ -94,7 +95,7 @@ def references_backward(call: Call, cotangents: Cotangents, dx: Tensor, dt: Tens
     weights, coefficients = exact_backward(call, limit, cotangents, dx, dt, None)
     out = torch.empty_like(call.values)
     sizes = blocks("references", call.x.device)
-    grid = -(-call.N // sizes["BLOCK_N"]), -(-call.d // sizes["BLOCK_D"])
+    grid = triton.cdiv(call.N, sizes["BLOCK_N"]), triton.cdiv(call.d, sizes["BLOCK_D"])
     exact.references_kernel[grid](
         call.x,
         cotangents.g,

@@ -27,10 +27,8 @@ PART = torch.float32 if INTERPRETED else torch.bfloat16
 DIM_MULTIPLE = 64  # rows are padded to this many columns, with zeros
 CODE_ORIGIN = 128
 FUSED_MAX_DIM = 128  # columns up to which queries take one pass (fused.py)
-SAMPLE, CROWD = (
-    1024,
-    8,
-)  # this many equal references in a sample: rounding errors do not average out
+SAMPLE = 1024  # references among which equal ones are looked for
+CROWD = 8  # so many of them: rounding errors do not average out
 
 
 @triton.jit

@@ -129,8 +129,8 @@ def route_kernel(
         least = tl.minimum(base, 1e300) / square
     cut = ratio * least + shift / square - offset + error
     usable = (squared + offset_t / square < 1e30) & (radius < 1e15) & (cut == cut)
-    limit = tl.where(usable, cut, float("nan")).to(tl.float32) * 1.0000002
-    limit += tl.abs(limit) * 2e-7
+    limit = tl.where(usable, cut, float("nan")).to(tl.float32)
+    limit += tl.abs(limit) * 2e-7  # what rounding it took off
     count = 0
     for tile in range(0, tiles):
         if tl.load(minima_ptr + b * tiles + tile) <= limit:
