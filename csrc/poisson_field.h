@@ -19,25 +19,26 @@ struct FieldParams {
   const float* table;  // (256,) what 8-bit codes stand for; null for floating-point values
   ValueType value_type;
 
-  // CPU: whether the queries are float32, so that the kernels need not compute in double
-  // throughout.
+  // Whether the queries are float32, so that the kernels need not compute in double throughout.
   bool single;
-  // What prepare_references wrote, or null (cpu/operands.h).
+  // CPU: what prepare_references wrote, or null (cpu/operands.h).
   double* norms;   // (N,)
   uint8_t* codes;  // (N, d)
   double* grid;    // (4 + d,)
+  // The same for CUDA (cuda/operands.cu).
+  double* header;   // (5,)
+  double* origin;   // (d,)
+  double* mean;     // (d,)
+  float* squares;   // (N,)
+  uint16_t* parts;  // (num_parts, N, width) bfloat16, one part `plane` elements after the other
+  int64_t plane;
+  int num_parts;
 
   // Forward.
   double* displacement;       // (B, ld)
   int64_t* anchor;            // (B,)
   double* log_mass;           // (B,)
   double* anchor_log_weight;  // (B,) output of the forward pass, input of the backward pass
-  // CUDA: displacement and anchor hold num_splits partial results, over as many contiguous parts of
-  // the references, which are combined into the first.
-  int num_splits;
-  double* nearest;  // (num_splits, B) smallest s; work area
-  double* sum;      // (num_splits, B) of the weights relative to the nearest; work area
-
   // Backward.
   const double* anchor_s;           // (B,) s of the anchor
   const double* grad_displacement;  // (B, ld)
@@ -48,15 +49,20 @@ struct FieldParams {
   void* dvalues;                    // (N, d) of value_type, or null
 
   int num_threads;
-  int device;    // CUDA only
-  void* stream;  // CUDA only
+  // CUDA only. Where workspace is null, entry points compute nothing and return how many bytes of it
+  // they need.
+  void* workspace;
+  int device;
+  void* stream;
 };
 
 void field_forward_cpu(const FieldParams& params);
 void field_backward_queries_cpu(const FieldParams& params);
 void field_backward_references_cpu(const FieldParams& params);
 void prepare_references_cpu(const FieldParams& params);
-void field_forward_cuda(const FieldParams& params);
+int64_t field_forward_cuda(const FieldParams& params);
+int64_t field_backward_cuda(const FieldParams& params);
+int64_t prepare_references_cuda(const FieldParams& params);
 
 // Why the CUDA runtime of the extension cannot run here (no device, an old driver), or null.
 const char* cuda_unavailable();

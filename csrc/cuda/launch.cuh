@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launching kernels: errors become exceptions, the current device is restored, and the dimension
-// becomes a template argument.
+// Launching kernels: one function, errors become exceptions, the current device is restored, and
+// memory is shared out.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -35,11 +36,41 @@ class DeviceGuard {
   int former_ = 0;
 };
 
-inline void launch(void (*kernel)(FieldParams), dim3 grid, dim3 block, const FieldParams& params) {
-  void* arguments[] = {const_cast<FieldParams*>(&params)};
-  cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, 0,
-                   static_cast<cudaStream_t>(params.stream));
-  check(cudaGetLastError());
+// Hands out pieces of p.workspace, or where that is null counts what they take. A pass is written
+// once and run twice: counting, it launches nothing.
+class Workspace {
+ public:
+  explicit Workspace(const FieldParams& p) : base_(static_cast<char*>(p.workspace)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    char* const piece = base_ == nullptr ? nullptr : base_ + bytes_;
+    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
+    return reinterpret_cast<T*>(piece);
+  }
+
+  bool counting() const { return base_ == nullptr; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  static constexpr int64_t kAlignment = 256;
+  char* base_;
+  int64_t bytes_ = 0;
+};
+
+// A kernel takes one struct, `arguments`, whose member p is the call's FieldParams.
+template <class Arguments>
+void launch(void (*kernel)(Arguments), dim3 grid, dim3 block, size_t shared_bytes,
+            const Arguments& arguments) {
+  if (arguments.p.workspace == nullptr || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  constexpr size_t kStaticLimit = 48 << 10;
+  if (shared_bytes > kStaticLimit) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)));
+  }
+  void* pointers[] = {const_cast<Arguments*>(&arguments)};
+  check(cudaLaunchKernel(kernel, grid, block, pointers, shared_bytes,
+                         static_cast<cudaStream_t>(arguments.p.stream)));
 }
 
 // Calls body with the smallest of kDims that holds dim, as a std::integral_constant.
@@ -48,6 +79,14 @@ void switch_dim(int64_t dim, Body body) {
   const bool found = ((dim <= kDims && (body(std::integral_constant<int, kDims>()), true)) || ...);
   if (!found) throw std::invalid_argument("CUDA kernel called with a dimension out of range");
 }
+
+inline int multiprocessors(const FieldParams& p) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, p.device));
+  return count;
+}
+
+inline int64_t divide_up(int64_t total, int64_t size) { return (total + size - 1) / size; }
 
 }  // namespace
 }  // namespace pfgm
