@@ -49,7 +49,8 @@ def poisson_field(
         D: dimensions added to the data's d, real, ≥ 0; 1 is PFGM, `math.inf` the Gaussian kernel.
         gamma: ≥ 0, added to the norm, in the units of x.
         scale: factor of the normalised field.
-        backend: a name from `report()`, or None for the first that can run.
+        backend: a name from `report()`, or None for the one that a ReferenceSet was made for, or
+            else the first that can run.
 
     Returns:
         (B, d + 1), the last column the t-component, in the dtype that x and x0 promote to
@@ -132,6 +133,8 @@ def _displacement(
     requires_grad = torch.is_grad_enabled() and (
         queries.requires_grad or t64.requires_grad or values.requires_grad
     )
+    if backend is None and references:
+        backend = references.backend
     name = choose(backend, x.device, values.shape[1], requires_grad)
     operands = references.operands.get(name, []) if references else []
     k = values.shape[1] + D

@@ -13,13 +13,15 @@ which is what the backward pass needs to recompute every weight.
 A backend is a module with
 
     unsupported_reason(device, d, requires_grad) → None or why it cannot run
-    chunk_shape(B, N, d, workspace)              → queries and references that one call may take
+    chunk_shape(B, N, d, workspace, prepared)    → queries and references that one call may take
     prepare(values, table, workspace)            → operands, what is computed once of the references
+    operands_of(operands, references)            → those of a slice of the references
     forward(x, t, values, table, operands, k)    → the four outputs for one chunk
     backward(…, values_grad)                     → 2 Σ_j c_j (x0_j − x), dt, dvalues or None
 
 x is float32 or float64, t float64, values (N, d) float32, float64 or uint8 codes into table.
-operands are what `prepare` returned for all values, or empty: then the op has them prepared.
+operands are what `prepare` returned for all values, or empty: then the op has them prepared, chunk
+by chunk, within 5/8 of the workspace.
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ def _field_forward(
     backend: str,
 ) -> Partial:
     module = BACKENDS[backend]
-    sizes = module.chunk_shape(x.shape[0], *values.shape, workspace)
+    sizes = module.chunk_shape(x.shape[0], *values.shape, workspace, bool(operands))
     prepared = _Prepared(module, values, table, operands, workspace * 5 // 8)
     blocks = []
     with torch.autocast(x.device.type, enabled=False):
@@ -127,7 +129,7 @@ def _field_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     module = BACKENDS[backend]
-    sizes = module.chunk_shape(x.shape[0], *values.shape, workspace)
+    sizes = module.chunk_shape(x.shape[0], *values.shape, workspace, bool(operands))
     prepared = _Prepared(module, values, table, operands, workspace * 5 // 8)
     anchor_x0 = decode(values[anchor], table)
     dx = -grad_displacement
@@ -163,7 +165,9 @@ def _field_backward(
 
 
 class _Prepared:
-    """Operands of chunks of references; those of the last chunk are kept."""
+    """Operands of chunks of references: cut from what is prepared of all, or else prepared for a
+    chunk and kept for as long as it is the same.
+    """
 
     def __init__(
         self,
@@ -174,14 +178,16 @@ class _Prepared:
         workspace: int,
     ) -> None:
         self.module, self.values, self.table, self.workspace = module, values, table, workspace
-        self.chunk = slice(0, len(values)) if operands else None
-        self.operands = operands
+        self.all = operands
+        self.last: tuple[slice, list[Tensor]] | None = None
 
     def __call__(self, chunk: slice) -> list[Tensor]:
-        if self.chunk != chunk:
-            self.operands = self.module.prepare(self.values[chunk], self.table, self.workspace)
-            self.chunk = chunk
-        return self.operands
+        if self.all:
+            return self.module.operands_of(self.all, chunk)
+        if self.last is None or self.last[0] != chunk:
+            operands = self.module.prepare(self.values[chunk], self.table, self.workspace)
+            self.last = chunk, operands
+        return self.last[1]
 
 
 def no_vmap(*_: object) -> None:

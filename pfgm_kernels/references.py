@@ -18,16 +18,20 @@ class ReferenceSet:
 
     Holds a view of `x0`, not a copy (except where float16 or bfloat16 must become float32, or
     where `x0` is not contiguous), and what the backend computes from it once: on a CPU norms, and
-    where float32 values turn out to be 8-bit images a copy in 8 bits. `nbytes` counts everything.
+    where float32 values turn out to be 8-bit images a copy in 8 bits; for Triton the parts that
+    tensor cores multiply. `nbytes` counts everything.
 
     Args:
         x0: (N, *event), floating point, finite, N ≥ 1.
         workspace: bytes of temporaries that one call of the op may take, whatever B and N.
+        backend: the one that the op will run on where it is not asked for another; by default the
+            first that can.
 
     Raises:
         TypeError: `x0` is not a floating-point tensor.
         ValueError: `x0` is empty, holds NaN or Inf, or requires grad (a ReferenceSet is constant:
-            pass the tensor itself to the op instead).
+            pass the tensor itself to the op instead); `backend` is not a backend's name.
+        RuntimeError: the backend asked for cannot run here; the message says why.
     """
 
     values: Tensor
@@ -36,10 +40,14 @@ class ReferenceSet:
     """(256,) float32, what each 8-bit code stands for; (0,) for floating-point values."""
     event_shape: torch.Size
     workspace: int
+    backend: str | None
+    """As asked for."""
     operands: dict[str, list[Tensor]]
     """What the backend that will run prepared of the references, by its name."""
 
-    def __init__(self, x0: Tensor, *, workspace: int = DEFAULT_WORKSPACE) -> None:
+    def __init__(
+        self, x0: Tensor, *, workspace: int = DEFAULT_WORKSPACE, backend: str | None = None
+    ) -> None:
         if isinstance(x0, Tensor) and x0.requires_grad:
             raise ValueError(
                 "ReferenceSet is constant and expects a tensor that does not require grad; "
@@ -50,7 +58,8 @@ class ReferenceSet:
         low, high = torch.aminmax(values)
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("ReferenceSet expects finite references, got NaN or Inf in x0")
-        self._set(values, values.new_empty(0, dtype=torch.float32), x0.shape[1:], workspace)
+        table = values.new_empty(0, dtype=torch.float32)
+        self._set(values, table, x0.shape[1:], workspace, backend)
 
     @classmethod
     def from_images(
@@ -60,6 +69,7 @@ class ReferenceSet:
         high: float = 1.0,
         *,
         workspace: int = DEFAULT_WORKSPACE,
+        backend: str | None = None,
     ) -> ReferenceSet:
         """References stored as 8-bit images, a quarter of the bytes of float32.
 
@@ -69,11 +79,12 @@ class ReferenceSet:
         Args:
             images: (N, *event) uint8, N ≥ 1.
             low, high: the values of the pixels 0 and 255, low < high.
-            workspace: as for the constructor.
+            workspace, backend: as for the constructor.
 
         Raises:
             TypeError: `images` is not a uint8 tensor.
-            ValueError: no image, or not low < high with both finite.
+            ValueError: no image, or not low < high with both finite; not a backend's name.
+            RuntimeError: as for the constructor.
         """
         if not isinstance(images, Tensor) or images.dtype != torch.uint8:
             got = images.dtype if isinstance(images, Tensor) else type(images).__name__
@@ -84,15 +95,22 @@ class ReferenceSet:
         codes = torch.arange(256, dtype=torch.float64, device=images.device)
         table = (low + (high - low) * codes / 255).float()
         references = cls.__new__(cls)
-        references._set(_flatten(images), table, images.shape[1:], workspace)
+        references._set(_flatten(images), table, images.shape[1:], workspace, backend)
         return references
 
-    def _set(self, values: Tensor, table: Tensor, event_shape: torch.Size, workspace: int) -> None:
+    def _set(
+        self,
+        values: Tensor,
+        table: Tensor,
+        event_shape: torch.Size,
+        workspace: int,
+        backend: str | None,
+    ) -> None:
         if not isinstance(workspace, int) or workspace < 1 << 20:
             raise ValueError(f"workspace expects a number of bytes ≥ {1 << 20}, got {workspace!r}")
         self.values, self.table = values, table
-        self.event_shape, self.workspace = event_shape, workspace
-        name = choose(None, values.device, values.shape[1], requires_grad=False)
+        self.event_shape, self.workspace, self.backend = event_shape, workspace, backend
+        name = choose(backend, values.device, values.shape[1], requires_grad=False)
         self.operands = {name: BACKENDS[name].prepare(values, table, values.nbytes)}
 
     def to(self, device: torch.device | str) -> ReferenceSet:
@@ -100,7 +118,8 @@ class ReferenceSet:
         if torch.empty(0, device=device).device == self.device:
             return self
         moved = type(self).__new__(type(self))
-        moved._set(self.values.to(device), self.table.to(device), self.event_shape, self.workspace)
+        values, table = self.values.to(device), self.table.to(device)
+        moved._set(values, table, self.event_shape, self.workspace, self.backend)
         return moved
 
     @property

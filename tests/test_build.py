@@ -256,7 +256,7 @@ def test_a_launch_without_a_device_raises() -> None:
 def test_temporaries_stay_within_the_workspace(
     batch: int, count: int, d: int, workspace: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, references = cuda.chunk_shape(batch, count, d, workspace)
+    rows, references = cuda.chunk_shape(batch, count, d, workspace, False)
     assert references == count
     assert min(batch, 1) <= rows <= batch
     allocated = 0

@@ -10,12 +10,14 @@ from oracle import (
     FLOAT64,
     assert_displacement,
     assert_gradients,
+    assert_log_mass,
     differentiate,
     float32_contract,
     solve,
 )
 
 from pfgm_kernels import ReferenceSet, poisson_displacement
+from pfgm_kernels.backends import BACKENDS
 
 
 def codes(*shape: int) -> torch.Tensor:
@@ -71,11 +73,50 @@ def test_images_equal_the_floats_they_stand_for(backend, d, count, dtype):
     assert v.dtype == dtype
     tolerance = FLOAT64 if dtype == torch.float64 else float32_contract(backend.name)
     assert_displacement(v.detach(), truth, tolerance)
+    assert_log_mass(log_mass.detach(), truth)
     g_v, g_m = torch.ones_like(v), torch.ones_like(log_mass)
     gradient = torch.autograd.grad([v, log_mass], x, [g_v, g_m])
     assert_gradients(differentiate(truth, x, x0, g_v, g_m), *gradient)
-    plain = backend.displacement(x, t, x0)
-    torch.testing.assert_close(plain, (v, log_mass), rtol=1e-6, atol=1e-7)
+    v, log_mass = backend.displacement(x, t, x0)
+    assert_displacement(v.detach(), truth, tolerance)
+    assert_log_mass(log_mass.detach(), truth)
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_it_is_prepared_once_for_the_backend_asked_for(backend, images, monkeypatch):
+    """The op runs there, and cuts what was prepared where its workspace holds less."""
+    x0 = codes(2100, 40)
+    if images:
+        stored = ReferenceSet.from_images(
+            x0.to(backend.device), workspace=1 << 20, backend=backend.name
+        )
+        values = (2 * x0.double() / 255 - 1).float()
+    else:
+        values = torch.randn(2100, 40, generator=seeded())
+        stored = ReferenceSet(values.to(backend.device), workspace=1 << 20, backend=backend.name)
+    module = BACKENDS[backend.name]
+    reason = module.unsupported_reason(backend.device, 40, True)
+    if reason is not None:
+        pytest.skip(f"{backend.name}: {reason}")
+    assert list(stored.operands) == [backend.name]
+    kept = stored.values.nbytes + stored.table.nbytes
+    assert stored.nbytes == kept + sum(each.nbytes for each in stored.operands[backend.name])
+    if stored.operands[backend.name]:
+        monkeypatch.setattr(module, "prepare", None)
+    x = torch.randn(20, 40, generator=seeded(1), requires_grad=True)
+    t = torch.linspace(0.2, 3, 20) * 40**0.75
+    truth = solve(x, t, values)
+    assert truth.effective_sample_size.max() > 2
+    used = []
+    forward = module.forward
+    monkeypatch.setattr(module, "forward", lambda *args: used.append(0) or forward(*args))
+    v, log_mass = poisson_displacement(x.to(backend.device), t.to(backend.device), stored)
+    assert len(used) > 1
+    assert_displacement(v.detach().cpu(), truth, float32_contract(backend.name))
+    g_v, g_m = torch.ones_like(v), torch.ones_like(log_mass)
+    gradient = torch.autograd.grad([v, log_mass], x, [g_v, g_m])
+    expected = differentiate(truth, x, values, g_v.cpu(), g_m.cpu())
+    assert_gradients(expected, *gradient)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -135,6 +176,7 @@ def test_inputs_are_not_written_to(backend):
         ),
         (lambda: ReferenceSet(codes(3, 2)), TypeError, "uint8"),
         (lambda: ReferenceSet(torch.ones(2, 3, dtype=torch.complex64)), TypeError, "complex64"),
+        (lambda: ReferenceSet(torch.ones(3, 2), backend="gpu"), ValueError, "eager.*'gpu'"),
         (lambda: ReferenceSet(torch.ones(())), ValueError, r"N ≥ 1.*\(\)"),
         (lambda: ReferenceSet(torch.ones(0, 3)), ValueError, r"N ≥ 1.*\(0, 3\)"),
         (lambda: ReferenceSet(torch.ones(3, 0)), ValueError, r"\(3, 0\)"),

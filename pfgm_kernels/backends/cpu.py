@@ -25,13 +25,13 @@ def unsupported_reason(
     return None
 
 
-def chunk_shape(batch: int, count: int, d: int, workspace: int) -> tuple[int, int]:
-    """The kernels for larger d keep a float for each query and reference, at times two, in what the
-    operands leave of the workspace.
+def chunk_shape(batch: int, count: int, d: int, workspace: int, prepared: bool) -> tuple[int, int]:
+    """The kernels for larger d keep a float for each query and reference, at times two, in what
+    operands that are yet to be prepared leave of the workspace.
     """
     if d <= MAX_DIRECT_DIM:
         return batch, count
-    pairs = workspace * 3 // 8 // (2 * 4)
+    pairs = (workspace if prepared else workspace * 3 // 8) // (2 * 4)
     count = max(1, min(count, pairs // TILE))
     return max(TILE, pairs // count // TILE * TILE), count
 
@@ -49,6 +49,11 @@ def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
     codes = [torch.empty(values.shape, dtype=torch.uint8)] if encode else []
     _native.launch("prepare_references_cpu", **_references(values, table, [norms, grid, *codes]))
     return [norms, grid, *(codes if grid[1] >= 0 else [])]
+
+
+def operands_of(operands: list[Tensor], references: slice) -> list[Tensor]:
+    norms, grid, *codes = operands
+    return [norms[references], grid, *(rows[references] for rows in codes)]
 
 
 def forward(

@@ -57,7 +57,7 @@ def runs_on(capability: tuple[int, int], archs: list[str]) -> bool:
     )
 
 
-def chunk_shape(batch: int, count: int, d: int, workspace: int) -> tuple[int, int]:
+def chunk_shape(batch: int, count: int, d: int, workspace: int, prepared: bool) -> tuple[int, int]:
     """Every reference, and as many queries as their partial sums leave room for."""
     rows = batch
     # A query in float64, and per split its displacement, nearest s, sum and anchor.
@@ -67,6 +67,10 @@ def chunk_shape(batch: int, count: int, d: int, workspace: int) -> tuple[int, in
 
 
 def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
+    return []
+
+
+def operands_of(operands: list[Tensor], references: slice) -> list[Tensor]:
     return []
 
 

@@ -19,7 +19,7 @@ def unsupported_reason(
     return None
 
 
-def chunk_shape(batch: int, count: int, d: int, workspace: int) -> tuple[int, int]:
+def chunk_shape(batch: int, count: int, d: int, workspace: int, prepared: bool) -> tuple[int, int]:
     """Queries and references per chunk that keep the float64 temporaries within `workspace`.
 
     A reference costs two rows of d (and its decoding indices), a query five; a pair costs five
@@ -31,6 +31,10 @@ def chunk_shape(batch: int, count: int, d: int, workspace: int) -> tuple[int, in
 
 
 def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
+    return []
+
+
+def operands_of(operands: list[Tensor], references: slice) -> list[Tensor]:
     return []
 
 

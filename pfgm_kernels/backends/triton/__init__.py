@@ -47,14 +47,21 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-def chunk_shape(batch: int, count: int, d: int, workspace: int) -> tuple[int, int]:
-    """A pair takes a float32 r, a float64 s, and a weight in two parts; for the gradients also two
-    projections: 32 bytes, within half of what the operands leave of the workspace.
+def chunk_shape(batch: int, count: int, d: int, workspace: int, prepared: bool) -> tuple[int, int]:
+    """A pair takes a float64 s and, for the gradients, a projection; beyond direct differences also
+    a float32 r, a weight in two parts and another projection: 32 bytes in all.
     """
-    pairs = workspace * 3 // 8 // 32
+    from pfgm_kernels.backends.triton import direct, operands
+
+    if d <= direct.MAX_DIM:
+        pairs = workspace // 16
+    elif prepared:
+        pairs = workspace // 32
+    else:
+        pairs = workspace * 3 // 8 // 32
+        count = min(count, workspace * 5 // 8 // operands.bytes_per_reference(d))
     batch = max(1, min(batch, 1024, pairs // 128))
-    count = max(1, min(count, pairs // batch, workspace * 5 // 8 // (4 * d)))
-    return batch, count
+    return batch, max(1, min(count, pairs // batch))
 
 
 def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
@@ -64,6 +71,12 @@ def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
     if values.dtype == torch.float64 or values.shape[1] <= direct.MAX_DIM:
         return []
     return operands.prepare(values, table).tensors()
+
+
+def operands_of(operands: list[Tensor], references: slice) -> list[Tensor]:
+    from pfgm_kernels.backends.triton.operands import Operands
+
+    return Operands(*operands).of(references).tensors()
 
 
 def forward(

@@ -91,7 +91,7 @@ def fused_kernel(
     squares_ptr,  # (B,) float64 ‖x'‖²
     shared_ptr,  # (B,) float64: what the products x'·y_j of a query all lack
     x_ptr,  # (3, B, width)
-    y_ptr,  # (Y_PARTS, N, width)
+    y_ptr,  # (Y_PARTS, N, width), parts y_plane apart
     norms_ptr,  # (N,) float32
     list_ptr,  # (splits, B, CAP) int32
     counts_ptr,  # (splits, B) int32: references listed, beyond CAP without being written
@@ -101,6 +101,7 @@ def fused_kernel(
     sums_ptr,  # (splits, B, width) float32 Σ w y of what was not listed
     B,
     N,
+    y_plane,
     GAUSSIAN: tl.constexpr,
     Y_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -143,7 +144,8 @@ def fused_kernel(
     for tile in range(split, tl.cdiv(N, BLOCK_N), splits):
         j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         first_y = y_ptr + tile * BLOCK_N * width
-        y = load_slices(first_y, N * width, N - tile * BLOCK_N, Y_PARTS, BLOCK_N, SLICE, SLICES)
+        rest = N - tile * BLOCK_N
+        y = load_slices(first_y, y_plane, rest, Y_PARTS, BLOCK_N, SLICE, SLICES)
         r = dot_slices(x, y, Y_PARTS, SLICES)
         norms = tl.load(norms_ptr + j, mask=j < N, other=float("inf"))
         r = norms[None, :] - 2 * r
@@ -365,6 +367,7 @@ def fused_forward(
         *state,
         B,
         call.N,
+        operands.parts.stride(0),
         GAUSSIAN=call.gaussian,
         Y_PARTS=len(operands.parts),
         **sizes,

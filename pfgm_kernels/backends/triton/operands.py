@@ -13,7 +13,7 @@ the same and held in float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -105,6 +105,9 @@ class Operands:
     def tensors(self) -> list[Tensor]:
         return [self.header, self.origin, self.mean, self.norms, self.parts]
 
+    def of(self, references: slice) -> Operands:
+        return replace(self, norms=self.norms[references], parts=self.parts[:, references])
+
 
 def split(
     values: Tensor,
@@ -118,7 +121,7 @@ def split(
     references, or where there is a mean of these, of queries.
     """
     rows, d = values.shape
-    width = triton.cdiv(d, DIM_MULTIPLE) * DIM_MULTIPLE
+    width = padded(d)
     out = torch.empty(parts, rows, width, dtype=PART, device=values.device)
     norms = torch.empty(rows, dtype=torch.float64, device=values.device)
     marks = torch.empty_like(norms)
@@ -147,6 +150,15 @@ def split(
 def reference_parts(dtype: torch.dtype, d: int) -> int:
     """Codes are exact in one part, two do for two passes, and the one pass reads three."""
     return 1 if dtype == torch.uint8 else 3 if d <= FUSED_MAX_DIM else 2
+
+
+def padded(d: int) -> int:
+    return triton.cdiv(d, DIM_MULTIPLE) * DIM_MULTIPLE
+
+
+def bytes_per_reference(d: int) -> int:
+    """Of the operands of float32 references, in bfloat16, with what making them takes."""
+    return 2 * reference_parts(torch.float32, d) * padded(d) + 24
 
 
 def prepare(values: Tensor, table: Tensor) -> Operands:

@@ -27,7 +27,7 @@ def dot_parts(a_high, a_low, b_high, b_low, B_PARTS: tl.constexpr):
 @triton.jit
 def compare_kernel(
     a_ptr,  # (2, B, width) parts of queries or of cotangents
-    y_ptr,  # (Y_PARTS, N, width)
+    y_ptr,  # (Y_PARTS, N, width), parts y_plane apart
     norms_ptr,  # (N,) float32, for DISTANCES
     wanted_ptr,  # (B,) int8
     out_ptr,  # (B, pitch) float32
@@ -35,6 +35,7 @@ def compare_kernel(
     B,
     N,
     width,
+    y_plane,
     Y_PARTS: tl.constexpr,
     DISTANCES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -52,7 +53,7 @@ def compare_kernel(
     j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(b, B - 1).to(tl.int64)[:, None] * width
     column = tl.minimum(j, N - 1).to(tl.int64)[None, :] * width
-    low_a, low_y = tl.cast(B, tl.int64) * width, tl.cast(N, tl.int64) * width
+    low_a, low_y = tl.cast(B, tl.int64) * width, tl.cast(y_plane, tl.int64)
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, width, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
@@ -98,7 +99,7 @@ def list_kernel(
 @triton.jit
 def sum_kernel(
     weights_ptr,  # (2, B, tiles · BLOCK_K) parts, where cut is not −∞
-    y_ptr,  # (Y_PARTS, N, width)
+    y_ptr,  # (Y_PARTS, N, width), parts y_plane apart
     cut_ptr,  # (B,) float32
     list_ptr,  # (blocks of queries, tiles) int32
     length_ptr,  # (blocks of queries,) int32
@@ -106,6 +107,7 @@ def sum_kernel(
     B,
     N,
     width,
+    y_plane,
     tiles,
     Y_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -123,7 +125,7 @@ def sum_kernel(
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         column = d % width  # in one piece, unlike a minimum, so that loads stay wide
         stride = tiles * BLOCK_K
-        low_w, low_y = tl.cast(B, tl.int64) * stride, tl.cast(N, tl.int64) * width
+        low_w, low_y = tl.cast(B, tl.int64) * stride, tl.cast(y_plane, tl.int64)
         mask = (tl.load(cut_ptr + b, mask=b < B, other=-float("inf")) != -float("inf"))[:, None]
         accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         list_ptr += block.to(tl.int64) * tiles
