@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+// All products of queries, or of cotangents, with references.
+#include "products.cuh"
+#include "two_pass.cuh"
+
+namespace pfgm {
+namespace {
+
+// r_j = ‖y_j‖² − centre − 2 a·y_j of a tile of queries and references, and of each query the
+// smallest; or where there is a cut a·y_j, in tiles in which the smallest r of any query is within
+// its cut.
+template <int kAParts, int kBParts>
+__global__ void __launch_bounds__(kThreads, 1)
+    compare_kernel(const __grid_constant__ CompareArguments c) {
+  const FieldParams& p = c.p;
+  const int thread = static_cast<int>(threadIdx.x);
+  // Blocks that run together share references: there are far more of these than of queries.
+  const int64_t query_blocks = (p.batch + kTile - 1) / kTile, tiles = (p.count + kTile - 1) / kTile;
+  const int64_t first_query = blockIdx.x % query_blocks * kTile;
+  const int64_t tile = blockIdx.x / query_blocks, first_reference = tile * kTile;
+  if (c.cut != nullptr) {
+    const int64_t b = first_query + thread;
+    const bool wanted =
+        thread < kTile && b < p.batch && c.minima[b * tiles + tile] <= c.cut[b];
+    if (!block_any(wanted)) return;
+  }
+
+  Sums sums = {};
+  const auto copy_a = [&](int step, int part, int row, int column, uint16_t* to) {
+    const int64_t b = minimum(first_query + row, p.batch - 1);
+    copy_async(to, c.a + (part * p.batch + b) * c.width + step * kBlockK + column);
+  };
+  const auto copy_b = [&](int step, int part, int row, int column, uint16_t* to) {
+    const int64_t j = minimum(first_reference + row, p.count - 1);
+    copy_async(to, p.parts + part * p.plane + j * c.width + step * kBlockK + column);
+  };
+  Product<kAParts, kBParts, false>().run(static_cast<int>(c.width / kBlockK), copy_a, copy_b, sums);
+
+  const Position at;
+  if (c.cut == nullptr) {
+    float* const smallest = shared_memory<float>();  // (kTile, kWarpsN)
+    PFGM_UNROLL
+    for (int m = 0; m < kFragmentsM; ++m) {
+      float least[2] = {INFINITY, INFINITY};
+      PFGM_UNROLL
+      for (int n = 0; n < kFragmentsN; ++n) {
+        PFGM_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int64_t j = first_reference + at.column_of(n, i);
+          const float square = j < p.count ? p.squares[j] : INFINITY;
+          sums[m][n][i] = square - 2 * sums[m][n][i];
+          least[i / 2] = least[i / 2] < sums[m][n][i] ? least[i / 2] : sums[m][n][i];
+        }
+      }
+      PFGM_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        for (int offset = 1; offset < 4; offset *= 2) {
+          const float other = __shfl_xor_sync(0xFFFFFFFFu, least[half], offset);
+          least[half] = least[half] < other ? least[half] : other;
+        }
+        if (at.lane % 4 == 0) {
+          smallest[at.row_of(m, 2 * half) * kWarpsN + at.column / kWarpN] = least[half];
+        }
+      }
+    }
+    __syncthreads();
+    const int64_t b = first_query + thread;
+    if (thread < kTile && b < p.batch) {
+      float least = INFINITY;
+      for (int i = 0; i < kWarpsN; ++i) {
+        const float other = smallest[thread * kWarpsN + i];
+        least = least < other ? least : other;
+      }
+      c.minima[b * tiles + tile] = least;
+    }
+  }
+  store(sums, at, p.batch - first_query, c.pitch - first_reference, c.pitch,
+        c.out + first_query * c.pitch + first_reference);
+}
+
+template <int kAParts, int kBParts>
+void launch_compare(const CompareArguments& c) {
+  const int64_t blocks = divide_up(c.p.batch, kTile) * divide_up(c.p.count, kTile);
+  launch(compare_kernel<kAParts, kBParts>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
+         ProductTraits<kAParts, kBParts>::kSharedBytes, c);
+}
+
+}  // namespace
+
+void compare(const CompareArguments& c) {
+  if (c.p.num_parts == 1) {
+    launch_compare<2, 1>(c);
+  } else {
+    launch_compare<2, 2>(c);
+  }
+}
+
+}  // namespace pfgm

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels of the two passes share: their arguments, reductions and roundings.
+#pragma once
+
+#include "../field_math.h"
+#include "intrinsics.cuh"
+#include "kernel_traits.cuh"
+#include "passes.cuh"
+
+namespace pfgm {
+
+// Rows of values and of what the tensor cores read of them: y = (value − origin)/unit as a sum of
+// bfloat16 parts, y = code − 128 where the references are codes.
+struct SplitArguments {
+  FieldParams p;
+  const double* rows;    // (count, d) queries or cotangents, or null: the references
+  bool cotangents;       // y = value; p has what it takes of the backward pass
+  int64_t count;
+  int num_parts;
+  uint16_t* parts;       // (num_parts, count, width), a part `plane` after the other
+  int64_t plane;
+  double* squares;       // (count,) ‖y‖²
+  double* marks;         // (count,) see split_kernel
+};
+
+struct CompareArguments {
+  FieldParams p;
+  const uint16_t* a;   // (parts, B, width)
+  int64_t width, pitch;
+  float* out;          // (B, pitch)
+  float* minima;       // (B, tiles)
+  const float* cut;    // (B,) or null, see compare_kernel
+};
+
+// One call of the two passes: pieces of the workspace.
+struct TwoPassArguments {
+  FieldParams p;
+  bool backward;
+  int64_t width, pitch;   // columns with padding; of rows of r
+  int64_t tiles, groups;  // ⌈N/kTile⌉; ⌈N/kGroup⌉
+  int num_parts;                 // of queries
+  int splits;                    // sums over references that a product is split into
+
+  uint16_t* queries;   // (num_parts, B, width)
+  double* squares;     // (B,) ‖x'‖²
+  double* shared;      // (B,) what the products x'·y_j of a query all lack
+  float* r;            // (B, pitch)
+  float* minima;       // (B, tiles) of r
+  float* limit;        // (B,)
+  float* cut;          // (B,) −∞ where no references are summed by products
+  double* base;        // (B,) s of the anchor; of the forward pass NaN without a cut
+  float* scales;       // (4, B) u = ((r − scales[0]) − scales[1]) scales[2]; see logits_float
+
+  uint16_t* cotangents;  // (num_parts, B, width), backward only, as the next three
+  double* cotangent_squares;
+  double* constant;    // (B,) a_j + g_m = unit (pull_j + constant)
+  float* pull;         // (B, pitch) g·y_j, where a tile has weights
+
+  uint16_t* weights;   // (2, B, kGroup · groups) parts, of queries with a cut
+  uint8_t* active;     // (B, groups) which tiles of a group have weights
+  double* sums;        // (2, B, groups) Σ w, Σ w u
+  int* list;           // (blocks of queries, tiles of kBlockK) those with weights, in order
+  int* length;         // (blocks of queries,)
+  double* rest;        // (B,) Σ w
+  double* moment;      // (B,) Σ w u
+  float* products;     // (splits, B, width) Σ w y
+  double* total;       // (B,) Σ w of all references
+
+  PFGM_HOST_DEVICE int64_t stride() const { return kGroup * groups; }  // of weights
+  PFGM_HOST_DEVICE int64_t list_stride() const { return kGroup / kBlockK * groups; }
+};
+
+PFGM_HOST_DEVICE int64_t width_of(int64_t dim) {
+  return (dim + kWidthMultiple - 1) / kWidthMultiple * kWidthMultiple;
+}
+
+namespace {
+
+__device__ inline double warp_sum(double v) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    v += __shfl_xor_sync(0xFFFFFFFFu, v, offset);
+  }
+  return v;
+}
+
+// Whether `v` holds for any thread of the block; all call.
+__device__ inline bool block_any(bool v) {
+  int* const votes = shared_memory<int>();
+  const bool any = __any_sync(0xFFFFFFFFu, v);
+  if (threadIdx.x % kWarp == 0) votes[threadIdx.x / kWarp] = any;
+  __syncthreads();
+  bool all = false;
+  for (int warp = 0; warp < kWarps; ++warp) all |= votes[warp] != 0;
+  __syncthreads();  // votes may be overwritten
+  return all;
+}
+
+}  // namespace
+
+// operands.cu
+void split(const SplitArguments& a);
+// products_compare.cu, products_sum.cu
+void compare(const CompareArguments& a);
+void weighted_sum(const TwoPassArguments& a);
+// route.cu
+void route(const TwoPassArguments& a);
+void weigh(const TwoPassArguments& a);
+void combine(const TwoPassArguments& a);
+
+}  // namespace pfgm
