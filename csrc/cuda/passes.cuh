@@ -10,7 +10,7 @@ namespace pfgm {
 
 constexpr int kMaxDirectDim = 32;  // up to here direct differences in float
 
-constexpr int64_t pitch(int64_t count) { return (count + 15) / 16 * 16; }
+__host__ __device__ constexpr int64_t pitch(int64_t count) { return (count + 15) / 16 * 16; }
 
 // exact_forward.cu, exact_backward.cu
 //

@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+// Gradients by direct differences in double, with the cotangents g of the displacement and g_m of
+// the log mass:
+//
+//   a_j = g·(x0_j − x) − g·v + g_m,  c_j = (k/2) w_j a_j/s_j        (k = ∞: c_j = w_j a_j/(2t²))
+//   dx = 2 Σ_j c_j (x0_j − x),  dt = −2t Σ_j c_j                    (k = ∞: (2/t) Σ_j c_j s_j)
+//   dx0_j = Σ_b w_j g + 2 c_j (x − x0_j)
+//
+// Weights follow from s and log w of the anchor.
+#include "exact.cuh"
+
+namespace pfgm {
+namespace {
+
+struct BackwardPass {
+  static constexpr bool kPull = true;
+
+  const ExactArguments& a;
+  RadialKernel kernel;
+  double base, log_weight, constant, cutoff, sum = 0;
+
+  __device__ BackwardPass(const ExactArguments& a, const Task& task)
+      : a(a),
+        kernel(a.p.half_k, a.p.t[task.b]),
+        base(a.p.anchor_s[task.b]),
+        log_weight(a.p.anchor_log_weight[task.b]),
+        constant(a.p.grad_log_mass[task.b] - a.p.projection[task.b]),
+        cutoff(::exp(-kCutoff) / a.p.count) {}
+
+  __device__ double weigh(const Task& task, const int* rows, int count, Scratch& scratch,
+                          bool& heavy) {
+    if (static_cast<int>(threadIdx.x) < count) {
+      const double s = scratch.s[threadIdx.x];
+      double w = 0, c = 0;
+      // At the singular point all gradients are zero.
+      if (kernel.gaussian || base != 0) {
+        w = ::exp(kernel.relative_logit<ScalarMath>(s, base) + log_weight);
+        if (w <= cutoff) w = 0;
+      }
+      if (w != 0) {
+        c = w * (scratch.pull[threadIdx.x] + constant);
+        c *= kernel.gaussian ? kernel.inverse_two_t2 : kernel.half_k / s;
+        sum += kernel.gaussian ? c * s : c;
+      }
+      scratch.weights[threadIdx.x] = c;
+      heavy = c != 0;
+      if (a.weights != nullptr) {
+        const int64_t pair = task.b * a.p.count + task.begin + rows[threadIdx.x];
+        a.weights[pair] = w;
+        a.coefficients[pair] = c;
+      }
+    }
+    return 1;
+  }
+
+  __device__ Part finish(Scratch& scratch) const {
+    return {0, block_sum(sum, scratch.partial), 0, false};
+  }
+
+  __device__ static void combine(const ExactArguments& a, int64_t b, const Part* parts, int count,
+                                 double* factors, bool write) {
+    for (int i = threadIdx.x; i < count; i += kExactThreads) factors[i] = 2;
+    __syncthreads();
+    if (!write || threadIdx.x != 0) return;
+    double sum = 0;
+    for (int i = 0; i < count; ++i) {
+      if (!parts[i].empty) sum += parts[i].sum;
+    }
+    const double t = a.p.t[b];
+    a.p.dt[b] = sum * (a.p.half_k == INFINITY ? 2 / t : -2 * t);
+  }
+};
+
+// A thread owns a column and kOwn references, a block `width` columns.
+constexpr int kOwn = 4;
+
+struct ReferencesArguments {
+  FieldParams p;
+  const double* weights;       // (B, N)
+  const double* coefficients;  // (B, N)
+  int width;
+};
+
+template <class Stored>
+__global__ void __launch_bounds__(kExactThreads)
+    references_kernel(const __grid_constant__ ReferencesArguments a) {
+  const FieldParams& p = a.p;
+  const int64_t blocks = (p.dim + a.width - 1) / a.width, groups = kExactThreads / a.width;
+  const int64_t c = blockIdx.x % blocks * a.width + threadIdx.x % a.width;
+  const int64_t first = (blockIdx.x / blocks * groups + threadIdx.x / a.width) * kOwn;
+  if (c >= p.dim || first >= p.count) return;
+  const int count = p.count - first < kOwn ? static_cast<int>(p.count - first) : kOwn;
+  Stored* const out = static_cast<Stored*>(p.dvalues) + first * p.dim + c;
+  double y[kOwn], sums[kOwn] = {};
+  PFGM_UNROLL
+  for (int i = 0; i < kOwn; ++i) {
+    y[i] = load_value<Stored>(p, (first + (i < count ? i : 0)) * p.dim + c);
+  }
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const double g = p.grad_displacement[b * p.dim + c], x = p.x[b * p.dim + c];
+    const int64_t pair = b * p.count + first;
+    PFGM_UNROLL
+    for (int i = 0; i < kOwn; ++i) {
+      if (i < count) {
+        sums[i] += a.weights[pair + i] * g + 2 * a.coefficients[pair + i] * (x - y[i]);
+      }
+    }
+  }
+  PFGM_UNROLL
+  for (int i = 0; i < kOwn; ++i) {
+    if (i < count) out[i * p.dim] = static_cast<Stored>(sums[i]);
+  }
+}
+
+void references_backward(const ReferencesArguments& a) {
+  const FieldParams& p = a.p;
+  const int64_t rows = kExactThreads / a.width * kOwn;
+  const dim3 grid(divide_up(p.count, rows) * divide_up(p.dim, a.width));
+  const bool single = p.value_type == ValueType::kFloat32;
+  launch(single ? references_kernel<float> : references_kernel<double>, grid, dim3(kExactThreads),
+         0, a);
+}
+
+}  // namespace
+
+void exact_backward(const FieldParams& p, Workspace& workspace, const float* limit,
+                    const float* r) {
+  ExactArguments a{};
+  a.p = p;
+  a.limit = limit;
+  a.r = r;
+  a.result = p.dx;
+  const int64_t pairs = p.dvalues == nullptr ? 0 : p.batch * p.count;
+  if (p.dvalues != nullptr) {
+    a.weights = workspace.take<double>(pairs);
+    a.coefficients = workspace.take<double>(pairs);
+  }
+  run_exact<BackwardPass>(a, workspace);
+  if (p.dvalues == nullptr) return;
+  int width = 1;
+  while (width < p.dim && width < 32) width *= 2;
+  references_backward({p, a.weights, a.coefficients, width});
+}
+
+}  // namespace pfgm
