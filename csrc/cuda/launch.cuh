@@ -13,7 +13,6 @@
 #include "../poisson_field.h"
 
 namespace pfgm {
-namespace {
 
 inline void check(cudaError_t status) {
   if (status == cudaSuccess) return;
@@ -50,7 +49,8 @@ class Workspace {
   }
 
   bool counting() const { return base_ == nullptr; }
-  int64_t bytes() const { return bytes_; }
+  // Never 0: memory of no bytes would have no address.
+  int64_t bytes() const { return bytes_ + kAlignment; }
 
  private:
   static constexpr int64_t kAlignment = 256;
@@ -88,5 +88,4 @@ inline int multiprocessors(const FieldParams& p) {
 
 inline int64_t divide_up(int64_t total, int64_t size) { return (total + size - 1) / size; }
 
-}  // namespace
 }  // namespace pfgm
