@@ -21,14 +21,13 @@ ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "tests" / "emulation"
 BUILD = ROOT / "build" / "emulation"
 
-FLAGS = "-std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno".split()
-WARNINGS = ["-Wall", "-Wextra", "-Werror"]
-KINDS = {
-    "plain": [],
-    "races": ["-DPFGM_RACES"],
-    "address": ["-fsanitize=address", "-fno-omit-frame-pointer"],
-}
-RACES = ["-fsanitize=thread"]  # the kernels alone: races.cpp stands in for the sanitizer's library
+COMPILER = os.environ.get("CXX", "g++")
+EMULATOR = [EMULATION / f"{part}.cpp" for part in ("emulator", "schedule", "races")]
+PROGRAMS = (EMULATION / "programs.cu", EMULATION / "programs_module.cpp")
+
+FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
+KINDS = ("plain", "races", "address")
 
 
 def sources_of_kernels() -> list[Path]:
@@ -43,9 +42,16 @@ def _digest(text: str, sources: Sequence[Path]) -> str:
     return hashlib.sha256(text.encode() + content).hexdigest()[:16]
 
 
+def _flags(source: Path, kind: str) -> list[str]:
+    """What the kind adds for one source. races.cpp takes the place of ThreadSanitizer's library."""
+    if kind == "races":
+        return ["-DPFGM_RACES", *(["-fsanitize=thread"] if source.suffix == ".cu" else [])]
+    watched = kind == "address" and not source.name.endswith("module.cpp")
+    return ["-fsanitize=address", "-fno-omit-frame-pointer"] if watched else []
+
+
 def _compile(source: Path, output: Path, flags: list[str]) -> None:
-    compiler = os.environ.get("CXX", "g++")
-    command = [compiler, "-x", "c++", "-c", str(source), "-o", str(output), *flags]
+    command = [COMPILER, "-x", "c++", "-c", str(source), "-o", str(output), *flags]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
@@ -57,7 +63,7 @@ def library(kind: str = "plain", name: str = "kernels", sources: tuple[Path, ...
     import pybind11
 
     sources = sources or tuple(sources_of_kernels())
-    flags = [*FLAGS, *WARNINGS, *KINDS[kind], f"-DPFGM_MODULE={name}", f"-I{EMULATION}"]
+    flags = [*FLAGS, f"-DPFGM_MODULE={name}", f"-I{EMULATION}"]
     includes = [pybind11.get_include(), sysconfig.get_path("include")]
     flags += [option for path in includes for option in ("-isystem", path)]
     folder = BUILD / f"{name}-{kind}-{_digest(' '.join(flags), sources)}"
@@ -66,16 +72,16 @@ def library(kind: str = "plain", name: str = "kernels", sources: tuple[Path, ...
         return output
     work = folder.with_suffix(f".{os.getpid()}")
     work.mkdir(parents=True, exist_ok=True)
-    jobs = {}
-    for source in (*sources, *EMULATION.glob("*.cpp")):
-        if source.name == "module.cpp" and source not in sources:
-            continue
-        instrumented = kind == "races" and source.suffix == ".cu"
-        jobs[source] = (work / f"{source.name}.o", [*flags, *(RACES if instrumented else [])])
+    objects = {source: work / f"{source.name}.o" for source in (*sources, *EMULATOR)}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda item: _compile(item[0], *item[1]), jobs.items()))
-    link = [os.environ.get("CXX", "g++"), "-shared", *KINDS[kind], "-o", str(work / output.name)]
-    subprocess.run([*link, *(str(target) for target, _ in jobs.values())], check=True)
+        tasks = [
+            pool.submit(_compile, source, target, [*flags, *_flags(source, kind)])
+            for source, target in objects.items()
+        ]
+    for task in tasks:
+        task.result()
+    link = [COMPILER, "-shared", *(["-fsanitize=address"] if kind == "address" else [])]
+    subprocess.run([*link, "-o", str(work / output.name), *map(str, objects.values())], check=True)
     for old in BUILD.glob(f"{name}-{kind}-{'?' * 16}"):
         if time.time() - old.stat().st_mtime > 3600:  # another process may be about to load it
             shutil.rmtree(old, ignore_errors=True)
@@ -94,7 +100,8 @@ def build(kind: str = "plain", name: str = "kernels", sources: tuple[Path, ...] 
     """
     path = library(kind, name, sources)
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     flags = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_LAZY | os.RTLD_LOCAL)
     try:
@@ -107,7 +114,8 @@ def build(kind: str = "plain", name: str = "kernels", sources: tuple[Path, ...] 
 
 def address_environment() -> dict[str, str]:
     """What a Python needs that loads the kind "address"."""
-    compiler = os.environ.get("CXX", "g++")
-    runtime = subprocess.check_output([compiler, "-print-file-name=libasan.so"], text=True).strip()
+    # The sanitizer looks for the function that throws when it starts: the C++ library comes along.
+    queries = [[COMPILER, f"-print-file-name=lib{name}.so"] for name in ("asan", "stdc++")]
+    runtime = " ".join(subprocess.check_output(query, text=True).strip() for query in queries)
     options = "detect_leaks=0:detect_stack_use_after_return=0"
     return {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": options}

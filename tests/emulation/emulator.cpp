@@ -37,6 +37,7 @@ constexpr size_t kGuardBytes = 0;  // the sanitizer guards what lies behind
 #else
 constexpr size_t kGuardBytes = 256;
 #endif
+constexpr size_t kLastFrames = 4096;  // more than a thread's calls take when it exits
 constexpr unsigned char kPoison = 0xff, kGuard = 0xa5;  // floats and doubles of 0xff are NaN
 
 std::mutex one_launch;
@@ -60,10 +61,8 @@ void become(size_t thread) {
                index / blockDim.x / blockDim.y};
 }
 
-[[noreturn]] void give_up() {
-  switch_context(self().context, host);
-  __builtin_unreachable();
-}
+// Does not return; AddressSanitizer, were it told, would take the host's stack for this one.
+void give_up() { switch_context(self().context, host); }
 
 void hand_over() {
   Thread& from = self();
@@ -95,7 +94,6 @@ void thread_main() {
   wait(State::kExited, {"exit", "", 0});
   ++block.exited;
   hand_over();
-  __builtin_unreachable();
 }
 
 bool same(const Site& a, const Site& b) {
@@ -156,6 +154,13 @@ void perform(const Copy& copy) {
   std::memset(target + copy.bytes, 0, static_cast<size_t>(16 - copy.bytes));
 }
 
+// For AddressSanitizer: the functions that ran there have been left for good.
+void forget_frames([[maybe_unused]] void* begin, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(begin, bytes);
+#endif
+}
+
 void start_block(const dim3& index) {
   blockIdx = {index.x, index.y, index.z};
   const Launch& launch = *block.launch;
@@ -166,6 +171,7 @@ void start_block(const dim3& index) {
   for (size_t i = 0; i < block.size; ++i) {
     threads[i].groups.assign(1, {});
     threads[i].mask = 0;
+    forget_frames(stacks->top(i) - kLastFrames, kLastFrames);
     stacks->start(i, threads[i].context, thread_main);
     set_ready(i);
   }
@@ -173,16 +179,13 @@ void start_block(const dim3& index) {
 }
 
 [[noreturn]] void report(const std::string& error) {
-#if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(stacks->memory(), stacks->bytes());  // frames were left for good
-#endif
+  forget_frames(stacks->memory(), stacks->bytes());
   char place[100];
   std::snprintf(place, sizeof place, "block (%u, %u, %u): ", blockIdx.x, blockIdx.y, blockIdx.z);
-  const std::string name = block.launch->name;
-  const size_t start = name.find("Arguments = ");
-  throw std::runtime_error("emulation: kernel of " +
-                           (start == std::string::npos ? name : name.substr(start + 12)) + ", " +
-                           place + error);
+  std::string name = block.launch->name;  // as __PRETTY_FUNCTION__ says: [with Arguments = …; …]
+  name = name.substr(name.find("Arguments = ") + 12);
+  throw std::runtime_error("emulation: kernel of " + name.substr(0, name.find_first_of(";]")) +
+                           ", " + place + error);
 }
 
 void run_block(const dim3& index) {
@@ -226,13 +229,14 @@ int lane() { return static_cast<int>(block.current % kWarpSize); }
 
 void fail(const char* format, ...) {
   races::watch(false);
-  char text[400];
+  char text[1000];
   va_list arguments;
   va_start(arguments, format);
   std::vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
   block.error = text;
   give_up();
+  std::abort();
 }
 
 void block_barrier(const Site& site) {
@@ -280,8 +284,7 @@ void copy_async(void* target, const void* global, int bytes) {
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes < 0 || bytes > 16) {
     fail("cp.async of %d bytes from %p, thread %zu", bytes, global, block.current);
   }
-  races::read_global(global, static_cast<size_t>(bytes));
-  races::copy_started(target, 16);
+  races::copy_started(target, global, bytes, __builtin_return_address(0));
   const Copy copy{target, global, bytes};
   if (!schedule.late) perform(copy);
   self().groups.back().push_back(copy);
@@ -307,7 +310,7 @@ void copy_async_wait(int pending) {
 
 void note_atomic(const void* location, size_t bytes) {
   const Unwatched unwatched;
-  races::atomic(location, bytes);
+  races::atomic(location, bytes, __builtin_return_address(0));
 }
 
 int allow_shared(const void* kernel, size_t bytes) {

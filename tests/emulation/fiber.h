@@ -80,6 +80,7 @@ class Stacks {
   bool holds(uintptr_t address) const {
     return address - reinterpret_cast<uintptr_t>(memory_) < bytes_;
   }
+  char* top(size_t index) const { return memory_ + (index + 1) * kSize; }
   void* memory() const { return memory_; }
   size_t bytes() const { return bytes_; }
 
