@@ -25,12 +25,15 @@ struct FieldParams {
   double* norms;   // (N,)
   uint8_t* codes;  // (N, d)
   double* grid;    // (4 + d,)
-  // The same for CUDA (cuda/operands.cu).
-  double* header;   // (5,)
+  // The same for CUDA (cuda/operands.cu): y = (x0 − origin)/unit as a sum of num_parts bfloat16
+  // parts, one for 8-bit codes, two for floats, or three where d ≤ 128. Rows of a part are d rounded
+  // up to a multiple of 64 long, the rest zeros, and aligned to 16 bytes.
+  double* header;   // (5,) unit; ‖x0 − (origin + unit · y)‖/unit at most; 1 if many references are
+                    // equal, else 0; max ‖y‖; a number amid the ‖y‖²
   double* origin;   // (d,)
-  double* mean;     // (d,)
-  float* squares;   // (N,)
-  uint16_t* parts;  // (num_parts, N, width) bfloat16, one part `plane` elements after the other
+  double* mean;     // (d,) of a sample of the y
+  float* squares;   // (N,) ‖y‖² less header[4]
+  uint16_t* parts;  // (num_parts, N, width), one part `plane` elements after the other
   int64_t plane;
   int num_parts;
 

@@ -19,8 +19,8 @@ __device__ inline float log1p_float(float u) {
   const float w = 1.0f + u;
   const float lost = u - (w - 1.0f);
   const uint32_t bits = __float_as_uint(w);
-  const uint32_t high = (bits - 0x3F3504F3u) & 0xFF800000u;        // exponent << 23
-  const float unit = __uint_as_float(0x3F800000u - high);  // 2^−exponent
+  const uint32_t high = (bits - 0x3F3504F3u) & 0xFF800000u;  // exponent << 23
+  const float unit = __uint_as_float(0x3F800000u - high);    // 2^−exponent
   const float f = (__uint_as_float(bits - high) - 1.0f) + lost * unit;
   const float e = static_cast<float>(static_cast<int32_t>(high)) * 1.1920928955078125e-07f;
   float series = -0.07646101489f * f + 0.12779113629f;

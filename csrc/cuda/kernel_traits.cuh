@@ -43,7 +43,7 @@ static_assert(kWidthMultiple % kBlockK == 0, "no tile of columns is cut short");
 static_assert(kTile % kWidthMultiple == 0);
 
 // Shared memory moves in chunks of 16 bytes.
-constexpr int kChunk = 8;                       // bfloat16 elements
+constexpr int kChunk = 8;                        // bfloat16 elements
 constexpr int kPartBytes = kTile * kBlockK * 2;  // one part of one operand
 constexpr int kPartChunks = kTile * kBlockK / kChunk;
 static_assert(kPartChunks % kThreads == 0, "every thread copies the same number of chunks");

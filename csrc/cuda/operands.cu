@@ -16,6 +16,36 @@ constexpr int kCodeOrigin = 128;
 constexpr int kSample = 1024;  // references among which equal ones are looked for
 constexpr int kCrowd = 8;      // so many of them: rounding errors do not average out
 
+constexpr int kMeanSample = 256;  // references whose mean is that of all, nearly
+
+// Origin and unit, and the mean of the y, a column to a thread.
+__global__ void __launch_bounds__(kThreads)
+    origin_kernel(const __grid_constant__ SplitArguments a) {
+  const FieldParams& p = a.p;
+  const bool codes = p.value_type == ValueType::kUint8;
+  const double low = codes ? p.table[0] : 0, unit = codes ? (p.table[255] - low) / 255 : 1;
+  const int64_t column = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  if (column == 0) {
+    double deviation = 0;
+    for (int code = 0; codes && code < 256; ++code) {
+      const double off = ::fabs(p.table[code] - (low + unit * code)) / ::fabs(unit);
+      if (!(off <= deviation)) deviation = off;
+    }
+    p.header[0] = unit;
+    p.header[1] = deviation * ::sqrt(static_cast<double>(p.dim));
+  }
+  if (column >= p.dim) return;
+  const int64_t rows = p.count < kMeanSample ? p.count : kMeanSample;
+  double mean = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t index = i * p.count / rows * p.dim + column;
+    mean += codes ? static_cast<const uint8_t*>(p.values)[index] : decode(p, index);
+  }
+  mean /= static_cast<double>(rows);
+  p.origin[column] = codes ? low + kCodeOrigin * unit : static_cast<float>(mean);
+  p.mean[column] = codes ? mean - kCodeOrigin : 0;
+}
+
 __device__ double load(const SplitArguments& a, int64_t row, int64_t column) {
   const FieldParams& p = a.p;
   const int64_t index = row * p.dim + column;
@@ -75,8 +105,7 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__
   a.marks[row] = mark;
 }
 
-// What is known of all references: p.header from its third number on, by the first block, and
-// p.squares, by all.
+// What is known of all references together, by the first block; and p.squares, by all.
 __global__ void __launch_bounds__(kThreads)
     summarise_kernel(const __grid_constant__ SplitArguments a) {
   const FieldParams& p = a.p;
@@ -144,6 +173,8 @@ int64_t prepare_references_cuda(const FieldParams& p) {
   a.plane = p.plane;
   a.squares = workspace.take<double>(p.count);
   a.marks = workspace.take<double>(p.count);
+  launch(origin_kernel, dim3(static_cast<unsigned>(divide_up(p.dim, kThreads))), dim3(kThreads), 0,
+         a);
   split(a);
   constexpr int64_t kMostBlocks = 1024;
   const int64_t blocks = divide_up(p.count, kThreads);

@@ -29,7 +29,10 @@ struct Position {
   }
 };
 
-__device__ inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+template <class T>
+__device__ T minimum(T a, T b) {
+  return a < b ? a : b;
+}
 
 using Sums = float[kFragmentsM][kFragmentsN][4];
 
@@ -39,7 +42,8 @@ using Sums = float[kFragmentsM][kFragmentsN][4];
 template <int kColumns>
 struct SharedPart {
   static constexpr int kChunks = kColumns / kChunk;  // of a row
-  static constexpr int kRowsPerLine = kChunks < 8 ? 8 / kChunks : 1;  // a line: 128 bytes, all banks
+  static constexpr int kRowsPerLine =
+      kChunks < 8 ? 8 / kChunks : 1;  // a line: 128 bytes, all banks
   static_assert(kChunks * kRowsPerLine % 8 == 0);
 
   __device__ static int offset(int row, int chunk) {
@@ -59,15 +63,16 @@ class Product {
   using FragmentsB = uint32_t[kFragmentsN][2];
 
  public:
-  // Adds `steps` steps to sums. copy_a(step, part, row, column, to) starts the copy of a chunk to
-  // shared memory, and copy_b likewise: (row, column) of a tile of the operand as it is stored.
-  template <class CopyA, class CopyB>
-  __device__ void run(int steps, CopyA copy_a, CopyB copy_b, Sums& sums) {
-    for (int step = 0; step < Traits::kStages - 1; ++step) copy(step, steps, copy_a, copy_b);
+  // Adds `steps` steps to sums. source.begin_step() is called before what each step needs is
+  // copied, copy_a(part, row, column, to) starts the copy of a chunk of a to shared memory, and
+  // copy_b likewise: (row, column) of a tile of the operand as it is stored.
+  template <class Source>
+  __device__ void run(int steps, Source& source, Sums& sums) const {
+    for (int step = 0; step < Traits::kStages - 1; ++step) copy(step, steps, source);
     for (int step = 0; step < steps; ++step) {
       copy_async_wait<Traits::kStages - 2>();
       __syncthreads();  // the stage is there for all, and all have done with the one before
-      copy(step + Traits::kStages - 1, steps, copy_a, copy_b);
+      copy(step + Traits::kStages - 1, steps, source);
       multiply_stage(stage(step), sums);
     }
     copy_async_wait<0>();
@@ -81,25 +86,28 @@ class Product {
     return shared_memory<uint16_t>() + step % Traits::kStages * (Traits::kStageBytes / 2);
   }
 
-  template <class CopyA, class CopyB>
-  __device__ void copy(int step, int steps, CopyA copy_a, CopyB copy_b) const {
+  template <class Source>
+  __device__ static void copy(int step, int steps, Source& source) {
     if (step < steps) {
-      uint16_t* part = stage(step);
-      PFGM_UNROLL
-      for (int i = 0; i < kAParts; ++i, part += kPartBytes / 2) copy_part<PartA>(step, i, part, copy_a);
-      PFGM_UNROLL
-      for (int i = 0; i < kBParts; ++i, part += kPartBytes / 2) copy_part<PartB>(step, i, part, copy_b);
+      source.begin_step();
+      uint16_t* to = stage(step);
+      for_chunks<PartA, kAParts>(to, [&](auto... chunk) { source.copy_a(chunk...); });
+      for_chunks<PartB, kBParts>(to + kAParts * kPartBytes / 2,
+                                 [&](auto... chunk) { source.copy_b(chunk...); });
     }
     copy_async_commit();  // an empty group too: waits count groups
   }
 
-  template <class Part, class Copy>
-  __device__ static void copy_part(int step, int part, uint16_t* to, Copy copy) {
+  template <class Part, int kParts, class Copy>
+  __device__ static void for_chunks(uint16_t* to, Copy copy) {
     PFGM_UNROLL
-    for (int i = 0; i < kPartChunks / kThreads; ++i) {
-      const int index = static_cast<int>(threadIdx.x) + i * kThreads;
-      const int row = index / Part::kChunks, chunk = index % Part::kChunks;
-      copy(step, part, row, chunk * kChunk, to + Part::offset(row, chunk));
+    for (int part = 0; part < kParts; ++part) {
+      PFGM_UNROLL
+      for (int i = 0; i < kPartChunks / kThreads; ++i) {
+        const int index = static_cast<int>(threadIdx.x) + i * kThreads;
+        const int row = index / Part::kChunks, chunk = index % Part::kChunks;
+        copy(part, row, chunk * kChunk, to + part * (kPartBytes / 2) + Part::offset(row, chunk));
+      }
     }
   }
 

@@ -6,6 +6,28 @@
 namespace pfgm {
 namespace {
 
+// Rows of the queries and of the references, kBlockK columns at a time.
+struct CompareSource {
+  const CompareArguments& c;
+  int64_t first_query, first_reference;
+  int64_t column = -kBlockK;
+
+  __device__ CompareSource(const CompareArguments& c, int64_t first_query, int64_t first_reference)
+      : c(c), first_query(first_query), first_reference(first_reference) {}
+
+  __device__ void begin_step() { column += kBlockK; }
+
+  __device__ void copy_a(int part, int row, int offset, uint16_t* to) const {
+    const int64_t b = minimum(first_query + row, c.p.batch - 1);
+    copy_async(to, c.a + (part * c.p.batch + b) * c.width + column + offset);
+  }
+
+  __device__ void copy_b(int part, int row, int offset, uint16_t* to) const {
+    const int64_t j = minimum(first_reference + row, c.p.count - 1);
+    copy_async(to, c.p.parts + part * c.p.plane + j * c.width + column + offset);
+  }
+};
+
 // r_j = ‖y_j‖² − centre − 2 a·y_j of a tile of queries and references, and of each query the
 // smallest; or where there is a cut a·y_j, in tiles in which the smallest r of any query is within
 // its cut.
@@ -20,21 +42,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t tile = blockIdx.x / query_blocks, first_reference = tile * kTile;
   if (c.cut != nullptr) {
     const int64_t b = first_query + thread;
-    const bool wanted =
-        thread < kTile && b < p.batch && c.minima[b * tiles + tile] <= c.cut[b];
-    if (!block_any(wanted)) return;
+    const bool wanted = thread < kTile && b < p.batch && c.minima[b * tiles + tile] <= c.cut[b];
+    if (block_reduce(static_cast<int>(wanted), Sum()) == 0) return;
   }
 
   Sums sums = {};
-  const auto copy_a = [&](int step, int part, int row, int column, uint16_t* to) {
-    const int64_t b = minimum(first_query + row, p.batch - 1);
-    copy_async(to, c.a + (part * p.batch + b) * c.width + step * kBlockK + column);
-  };
-  const auto copy_b = [&](int step, int part, int row, int column, uint16_t* to) {
-    const int64_t j = minimum(first_reference + row, p.count - 1);
-    copy_async(to, p.parts + part * p.plane + j * c.width + step * kBlockK + column);
-  };
-  Product<kAParts, kBParts, false>().run(static_cast<int>(c.width / kBlockK), copy_a, copy_b, sums);
+  CompareSource source(c, first_query, first_reference);
+  Product<kAParts, kBParts, false>().run(static_cast<int>(c.width / kBlockK), source, sums);
 
   const Position at;
   if (c.cut == nullptr) {

@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which references of a query are taken how. With r_j and the offset of a query from
+//
+//     s_j / unit² = r_j + offset,   r_j = ‖y_j‖² − centre − 2 x'·y_j   (operands.cu)
+//
+// and r_j known to some error, a reference can carry weight only if r_j ≤ cut. Of those
+//
+//     r_j ≤ limit           are taken by direct differences in double,
+//     limit < r_j ≤ cut     by tensor cores (weigh.cu, products_sum.cu).
+//
+// Where few references can carry weight, or where the error of r is not certain to be small enough
+// for weights, limit = cut. Else the limit leaves to direct differences what holds more than 1/64
+// of the weight. Where float does not hold the squares, or is not finite, limit is NaN: all
+// references.
+#include "float_math.cuh"
+#include "two_pass.cuh"
+
+namespace pfgm {
+namespace {
+
+constexpr int kFew = 64;  // candidates up to which a query is always finished by direct differences
+constexpr double kHeavy = 64;         // one over the share of the weight that is left to these
+constexpr double kLogitError = 5e-6;  // of a dense sum's logits at most, root mean square
+constexpr double kDepth = 16;         // weights below exp(−kDepth)/N of the nearest's are not seen
+
+// What is known of a query before its references are looked at.
+struct Query {
+  int64_t b;
+  bool gaussian;
+  double half_k, t, offset_t;
+  double unit, deviation, radius, centre;
+  double squared, length;  // ‖x'‖²
+  double offset;
+
+  __device__ Query(const TwoPassArguments& a, int64_t b)
+      : b(b),
+        gaussian(a.p.half_k == INFINITY),
+        half_k(a.p.half_k),
+        t(a.p.t[b]),
+        offset_t(RadialKernel(half_k, t).s_offset(t)),
+        unit(a.p.header[0]),
+        deviation(a.p.header[1]),
+        radius(a.p.header[3]),
+        centre(a.p.header[4]),
+        squared(a.squares[b]),
+        length(::sqrt(squared)),
+        offset(squared + centre + offset_t / (unit * unit) - 2 * a.shared[b]) {}
+};
+
+// The error of r: certain, by the sizes of all terms, and root mean square.
+struct Errors {
+  double certain, noise;
+
+  __device__ Errors(const TwoPassArguments& a, const Query& q, double nearest) {
+    const double d = static_cast<double>(a.p.dim);
+    // Of each product of parts that is left out.
+    const double left = a.num_parts == 3 ? 0x1p-25 : 0x1p-18;
+    const double split = a.p.num_parts == 1 ? left : 3 * left;
+    const double summed = (16 + d / 64) * 0x1p-23;
+    certain = 2 * q.length * q.radius * (split + summed) +
+              2.4e-7 * q.radius * (q.radius + 2 * q.length) +
+              2 * q.deviation * (q.radius + q.length);
+    const double product = (::fabs(nearest) + ::fabs(q.centre) + q.radius * q.radius) / 2;
+    noise = (q.length * q.radius * left + q.deviation * (q.length + q.radius)) / ::sqrt(d);
+    noise = 2 * (noise + product * 3.6e-8 * ::sqrt(1 + d / 192));
+  }
+};
+
+// Calls body(r) for a query's references with r ≤ limit, each in one thread.
+template <class Body>
+__device__ void for_each_within(const TwoPassArguments& a, int64_t b, float limit, Body body) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int64_t tile = threadIdx.x / kWarp; tile < a.tiles; tile += kWarps) {
+    if (!(a.minima[b * a.tiles + tile] <= limit)) continue;
+    PFGM_UNROLL
+    for (int i = 0; i < kTile / kWarp; ++i) {
+      const int64_t j = tile * kTile + i * kWarp + lane;
+      const float r = j < a.p.count ? a.r[b * a.pitch + j] : INFINITY;
+      if (r <= limit && j < a.p.count) body(r);
+    }
+  }
+}
+
+__device__ float smallest_r(const TwoPassArguments& a, int64_t b) {
+  float smallest = INFINITY;
+  for (int64_t tile = threadIdx.x; tile < a.tiles; tile += kThreads) {
+    smallest = Least()(smallest, a.minima[b * a.tiles + tile]);
+  }
+  return block_reduce(smallest, Least());
+}
+
+// The first reference whose r is `nearest`; any where there is none, which a NaN brings about.
+__device__ int64_t find_anchor(const TwoPassArguments& a, int64_t b, float nearest) {
+  int64_t tile = a.tiles - 1;
+  for (int64_t i = threadIdx.x; i < tile; i += kThreads) {
+    if (a.minima[b * a.tiles + i] == nearest) tile = i;
+  }
+  tile = block_reduce(tile, Least());
+  int64_t anchor = a.p.count - 1;
+  const int64_t j = tile * kTile + threadIdx.x;
+  if (threadIdx.x < kTile && j < anchor && a.r[b * a.pitch + j] == nearest) anchor = j;
+  return block_reduce(anchor, Least());
+}
+
+// s of a reference, by direct differences.
+__device__ double exact_s(const TwoPassArguments& a, const Query& q, int64_t j) {
+  double s = 0;
+  for (int64_t column = threadIdx.x; column < a.p.dim; column += kThreads) {
+    const double difference = decode(a.p, j * a.p.dim + column) - a.p.x[q.b * a.p.dim + column];
+    s += difference * difference;
+  }
+  return block_reduce(s, Sum()) + q.offset_t;
+}
+
+// How logits are formed of r.
+struct Scales {
+  double exact, origin;  // u = (r − origin) exact
+  float origin_high, origin_low, inverse;
+  float half_k, correction;
+  bool gaussian;
+
+  __device__ Scales(const Query& q, double slope, double base)
+      : exact(slope * q.unit * q.unit / (q.gaussian ? 1 : q.half_k)),
+        origin(base / (q.unit * q.unit) - q.offset),
+        gaussian(q.gaussian) {
+    const double factor = gaussian ? 1 : q.half_k;
+    origin_high = static_cast<float>(origin);
+    origin_low = static_cast<float>(origin - origin_high);
+    inverse = static_cast<float>(exact);
+    half_k = static_cast<float>(factor);
+    correction = static_cast<float>(factor * (exact / inverse) - half_k);
+  }
+
+  __device__ float weight(float r) const {
+    const float u = Least()(((r - origin_high) - origin_low) * inverse, 1e30f);
+    return ::expf(logit_float(u, half_k, correction, gaussian));
+  }
+};
+
+// A block of threads takes a query: limit and cut, and what its logits are formed with.
+__global__ void __launch_bounds__(kThreads)
+    route_kernel(const __grid_constant__ TwoPassArguments a) {
+  const int64_t b = blockIdx.x;
+  const bool first = threadIdx.x == 0;
+  const Query q(a, b);
+  const float nearest = smallest_r(a, b);
+  const double square = q.unit * q.unit;
+  double depth = ::log(static_cast<double>(a.p.count)) + kDepth, heavy = ::log(kHeavy), base;
+  if (a.backward) {
+    base = a.p.anchor_s[b];
+    depth += a.p.anchor_log_weight[b];
+    heavy += a.p.anchor_log_weight[b];
+  } else {
+    const int64_t anchor = find_anchor(a, b, nearest);
+    base = exact_s(a, q, anchor);
+    if (first) a.p.anchor[b] = anchor;
+  }
+  const Errors errors(a, q, nearest);
+
+  // The largest r that can carry weight.
+  const double slope = q.gaussian ? 0.5 / (q.t * q.t) : q.half_k / base;
+  const double ratio = q.gaussian ? 1 : ::exp(depth / q.half_k);
+  const double shift = q.gaussian ? depth / slope : 0;
+  const double least =
+      a.backward ? (base > 1e300 ? 1e300 : base) / square : nearest + errors.certain + q.offset;
+  const double cut = ratio * least + shift / square - q.offset + errors.certain;
+  const bool usable = q.squared + q.offset_t / square < 1e30 && q.radius < 1e15 && cut == cut;
+  float limit = static_cast<float>(usable ? cut : NAN);
+  limit += ::fabsf(limit) * 2e-7f;  // what rounding it took off
+
+  int64_t count = 0;
+  for_each_within(a, b, limit, [&](float) { ++count; });
+  count = block_reduce(count, Sum());
+  const double distance = ::sqrt(base > q.offset_t ? base - q.offset_t : 0);
+  const bool dense = usable && count > kFew && slope * square * errors.noise <= kLogitError &&
+                     a.p.header[2] == 0 && distance >= q.unit * q.radius / (a.backward ? 64 : 4);
+  if (!dense) {
+    if (!first) return;
+    if (!a.backward) a.base[b] = NAN;
+    a.limit[b] = limit;
+    a.cut[b] = -INFINITY;
+    return;
+  }
+
+  const Scales scales(q, slope, base);
+  if (!a.backward) {
+    double total = 0;
+    for_each_within(a, b, limit, [&](float r) { total += scales.weight(r); });
+    heavy -= ::log(block_reduce(total, Sum()));
+  }
+  if (!first) return;
+  if (!a.backward) a.base[b] = base;
+  a.cut[b] = limit;
+  // logit(u) = −heavy
+  const double u = q.gaussian ? heavy : ::exp(heavy / q.half_k) - 1;
+  a.limit[b] = static_cast<float>(scales.origin + u / scales.exact);
+  const int64_t batch = a.p.batch;
+  a.scales[b] = scales.origin_high;
+  a.scales[batch + b] = scales.origin_low;
+  a.scales[2 * batch + b] = scales.inverse;
+  a.scales[3 * batch + b] = scales.correction;
+}
+
+}  // namespace
+
+void route(const TwoPassArguments& a) {
+  launch(route_kernel, dim3(static_cast<unsigned>(a.p.batch)), dim3(kThreads), kReductionBytes, a);
+}
+
+}  // namespace pfgm
