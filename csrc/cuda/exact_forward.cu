@@ -69,7 +69,7 @@ struct ForwardPass {
     const RadialKernel kernel(a.p.half_k, a.p.t[b]);
     const double base = a.summed.base == nullptr ? NAN : a.summed.base[b];
     double nearest = base == base ? base : INFINITY;
-    int64_t anchor = base == base ? a.p.anchor[b] : 0;
+    int64_t anchor = 0;
     for (int i = 0; i < count; ++i) {
       if (parts[i].nearest < nearest) {
         nearest = parts[i].nearest;
@@ -89,7 +89,7 @@ struct ForwardPass {
     __syncthreads();
     if (!write || threadIdx.x != 0) return;
     a.total[b] = total;
-    a.p.anchor[b] = anchor;
+    if (base != base) a.p.anchor[b] = anchor;
     a.p.log_mass[b] = kernel.logit(nearest) + ::log(total);
     a.p.anchor_log_weight[b] = -::log(total);
   }
