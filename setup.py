@@ -50,7 +50,8 @@ def ninja_file(output: Path) -> str:
         version = check_output([nvcc, "--version"], text=True).split("release ")[1].split(",")[0]
         code = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
         code += [f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"]  # PTX
-        edges["field_forward_cuda.o"] = ("nvcc", "cuda/field_forward.cu", " ".join(code))
+        for file in sorted((SOURCES / "cuda").glob("*.cu")):
+            edges[f"{file.stem}_cuda.o"] = ("nvcc", f"cuda/{file.name}", " ".join(code))
         defines = f"-DPFGM_CUDA_VERSION='\"{version}\"' -DPFGM_CUDA_ARCHS='\"{';'.join(archs)}\"'"
         link = f"{nvcc} -shared -cudart static -Xcompiler -fopenmp"
     for isa, flags in ISA_FLAGS.items():

@@ -8,14 +8,17 @@ measured at each in turn.
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
 
+import emulated
 import pytest
 import torch
 
 from pfgm_kernels import memory
+from pfgm_kernels.backends import cuda
 from pfgm_kernels.memory import PeakMemory
 
 LIMIT = 300  # MiB
@@ -61,6 +64,29 @@ def test_extra_memory(backend):
         assert 95 < known < 120  # the meter works
         assert 0 <= forward < LIMIT
         assert 0 <= backward < LIMIT
+
+
+@pytest.mark.parametrize("workspace", [1 << 20, 1 << 24, 1 << 28])
+@pytest.mark.parametrize("batch", [1, 129, 5_000, 3_000_000])
+@pytest.mark.parametrize("count", [1, 1_000, 10_000_000])
+@pytest.mark.parametrize("d", [1, 32, 64, 3072])
+def test_cuda_temporaries_stay_within_the_workspace(batch, count, d, workspace):
+    """What the entry points ask for. The least that they take is 128 pairs and a row of each."""
+    module = emulated.build("plain")
+    least = 128 * 32 + 64 * d
+    for prepared, single in itertools.product((False, True), (False, True)):
+        rows, references = cuda.chunk_shape(batch, count, d, workspace, prepared)
+        sizes = {"batch": rows, "count": references, "dim": d, "half_k": d + 1.0, "num_parts": 2}
+        names = ["x", "t", "values", "header", "origin", "mean", "squares", "parts"]
+        forward = ["displacement", "anchor", "log_mass", "anchor_log_weight"]
+        backward = ["anchor_s", "anchor_log_weight", "grad_displacement", "projection"]
+        backward += ["grad_log_mass", "dx", "dt"]
+        options = {"value_type": "float32", "single": single, "workspace": 0}
+        left = workspace if prepared or d <= cuda.MAX_DIRECT_DIM else workspace * 3 // 8
+        for entry, more in (("forward", forward), ("backward", backward)):
+            pointers = dict.fromkeys([*names, *more], 1)
+            taken = getattr(module, f"field_{entry}_cuda")(**sizes, **pointers, **options)
+            assert 0 < taken <= max(left, least)
 
 
 def test_a_system_that_keeps_its_high_water_mark_gives_no_figure(monkeypatch, tmp_path):

@@ -23,8 +23,8 @@ def description() -> str:
     return missing_reason or ", ".join(f"{key} {value}" for key, value in build_info.items())
 
 
-def launch(entry: str, **arguments: Any) -> None:
-    """Call an entry point of the extension with tensors as pointers.
+def launch(entry: str, **arguments: Any) -> Any:
+    """Call an entry point of the extension with tensors as pointers, and return what it does.
 
     The tensors are held by `arguments` until the call returns (a CPU kernel has then finished; a
     CUDA kernel's tensors are kept by torch's stream-ordered allocator).
@@ -39,7 +39,7 @@ def launch(entry: str, **arguments: Any) -> None:
         pointers["stream"] = torch.cuda.current_stream(device).cuda_stream
     else:
         pointers["num_threads"] = torch.get_num_threads()
-    getattr(_C, entry)(**pointers)
+    return getattr(_C, entry)(**pointers)
 
 
 def cuda_unavailable() -> str | None:

@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA C++ kernel: forward only, direct differences up to d = 32, no (B, N) matrix.
+"""The CUDA C++ kernels (csrc/cuda): forward and backward, any d, without Triton.
 
-Everything is computed in float64, which A100, H100, H200 and B200 run at half the rate of float32
-and other GPUs at 1/32 to 1/64. There is no `backward` here: `unsupported_reason` refuses inputs
-that require grad. So far the kernel has been compiled, and run through a shim on the CPU
-(tests/test_field_math.py), but not on a GPU.
+float32 queries take direct differences in float32 where d ≤ 32. Beyond, products of bfloat16 parts
+on tensor cores give all distances to a known error; few references of a query are then taken by
+direct differences in float64, the others by a second product. float64 input takes direct
+differences in float64 throughout. The path of a query is chosen on the device.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pfgm_kernels.backends import _native
 
-MAX_DIM = 32
-BLOCK_QUERIES = 128  # queries that a thread block takes where there are that many
-BLOCKS = 2048  # thread blocks that fill a GPU several times over
-MIN_SPLIT = 256  # references that are worth a thread block
+MAX_DIRECT_DIM = 32  # up to here nothing is prepared
+DIM_MULTIPLE = 64  # parts are padded to this many columns, with zeros
+MAX_BATCH = 1024
 
 
 def unsupported_reason(
@@ -29,10 +30,6 @@ def unsupported_reason(
         return "the extension was built without CUDA: nvcc was not found, or PFGM_CUDA=0 was set"
     if device is not None and device.type != "cuda":
         return f"it computes on CUDA tensors, got {device}"
-    if d is not None and d > MAX_DIM:
-        return f"it takes direct differences, up to d = {MAX_DIM} so far, got d = {d}"
-    if requires_grad:
-        return "it has no backward pass yet"
     reason = _native.cuda_unavailable()
     if reason is not None:
         return f"no CUDA device can be used here ({reason})"
@@ -57,57 +54,136 @@ def runs_on(capability: tuple[int, int], archs: list[str]) -> bool:
     )
 
 
-def chunk_shape(batch: int, count: int, d: int, workspace: int, prepared: bool) -> tuple[int, int]:
-    """Every reference, and as many queries as their partial sums leave room for."""
-    rows = batch
-    # A query in float64, and per split its displacement, nearest s, sum and anchor.
-    while rows > 1 and 8 * rows * (d + _num_splits(rows, count) * (d + 3)) > workspace:
-        rows = -(-rows // 2)
-    return rows, count
+def chunk_shape(
+    batch: int, count: int, d: int, workspace: int, prepared: bool
+) -> tuple[int, int]:
+    """A pair takes up to 32 bytes of the workspace."""
+    if d > MAX_DIRECT_DIM and not prepared:
+        count = min(count, workspace * 5 // 8 // _bytes_per_reference(d))
+        workspace = workspace * 3 // 8
+    pairs = workspace // 32
+    batch = max(1, min(batch, MAX_BATCH, pairs // 128))
+    return batch, max(1, min(count, pairs // batch))
 
 
 def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
-    return []
+    """header, origin, mean, squares and parts as poisson_field.h has them."""
+    if values.dtype == torch.float64 or values.shape[1] <= MAX_DIRECT_DIM:
+        return []
+    count, d = values.shape
+    number = {"dtype": torch.float64, "device": values.device}
+    header, origin, mean = (torch.empty(n, **number) for n in (5, d, d))  # type: ignore[call-overload]
+    squares = torch.empty(count, device=values.device)
+    shape = _num_parts(values.dtype, d), count, _width(d)
+    parts = torch.empty(shape, dtype=torch.bfloat16, device=values.device)
+    operands = [header, origin, mean, squares, parts]
+    _launch("prepare_references_cuda", **_references(values, table, operands))
+    return operands
 
 
 def operands_of(operands: list[Tensor], references: slice) -> list[Tensor]:
-    return []
+    header, origin, mean, squares, parts = operands
+    return [header, origin, mean, squares[references], parts[:, references]]
 
 
 def forward(
     x: Tensor, t: Tensor, values: Tensor, table: Tensor, operands: list[Tensor], k: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, d = x.shape
-    splits = _num_splits(batch, values.shape[0])
-    queries = x.double().contiguous()
-    displacement = queries.new_empty(splits, batch, d)
-    nearest = queries.new_empty(splits, batch)
-    anchor = torch.empty_like(nearest, dtype=torch.int64)
-    log_mass, anchor_log_weight = queries.new_empty(batch), queries.new_empty(batch)
-    _native.launch(
+    arguments = _common(x, t, values, table, operands, k)
+    displacement = torch.empty_like(arguments["x"])
+    log_mass, anchor_log_weight = torch.empty_like(t), torch.empty_like(t)
+    anchor = torch.empty_like(t, dtype=torch.int64)
+    _launch(
         "field_forward_cuda",
-        batch=batch,
-        count=values.shape[0],
-        dim=d,
-        half_k=k / 2,
-        x=queries,
-        t=t.contiguous(),
-        values=values.contiguous(),
-        table=table.contiguous(),
-        value_type=str(values.dtype).removeprefix("torch."),
-        num_splits=splits,
+        **arguments,
         displacement=displacement,
-        nearest=nearest,
-        sum=torch.empty_like(nearest),
         anchor=anchor,
         log_mass=log_mass,
         anchor_log_weight=anchor_log_weight,
     )
-    # Copies: a view would keep every split's part alive.
-    return displacement[0].clone(), log_mass, anchor[0].clone(), anchor_log_weight
+    return displacement, log_mass, anchor, anchor_log_weight
 
 
-def _num_splits(batch: int, count: int) -> int:
-    """Parts that the references are shared out in, so that few queries fill the GPU too."""
-    blocks = max(1, -(-batch // BLOCK_QUERIES))
-    return max(1, min(-(-BLOCKS // blocks), count // MIN_SPLIT))
+def backward(
+    x: Tensor,
+    t: Tensor,
+    values: Tensor,
+    table: Tensor,
+    operands: list[Tensor],
+    k: float,
+    displacement: Tensor,
+    anchor_x0: Tensor,
+    anchor_log_weight: Tensor,
+    grad_displacement: Tensor,
+    grad_log_mass: Tensor,
+    values_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    anchor_s = (anchor_x0 - x).square().sum(1)
+    if k != torch.inf:
+        anchor_s += t * t
+    arguments = _common(x, t, values, table, operands, k)
+    dx, dt = torch.empty_like(arguments["x"]), torch.empty_like(t)
+    dvalues = torch.zeros_like(values) if values_grad else None
+    _launch(
+        "field_backward_cuda",
+        **arguments,
+        anchor_s=anchor_s,
+        anchor_log_weight=anchor_log_weight.contiguous(),
+        grad_displacement=grad_displacement.contiguous(),
+        projection=(grad_displacement * displacement).sum(1),
+        grad_log_mass=grad_log_mass.contiguous(),
+        dx=dx,
+        dt=dt,
+        **({} if dvalues is None else {"dvalues": dvalues}),
+    )
+    return dx, dt, dvalues
+
+
+def _common(
+    x: Tensor, t: Tensor, values: Tensor, table: Tensor, operands: list[Tensor], k: float
+) -> dict[str, Any]:
+    return _references(values, table, operands) | {
+        "batch": x.shape[0],
+        "half_k": k / 2,
+        "x": x.double().contiguous(),
+        "t": t.contiguous(),
+        "single": x.dtype == torch.float32,
+    }
+
+
+def _references(values: Tensor, table: Tensor, operands: list[Tensor]) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "count": values.shape[0],
+        "dim": values.shape[1],
+        "half_k": 1.0,
+        "values": values.contiguous(),
+        "table": table.contiguous(),
+        "value_type": str(values.dtype).removeprefix("torch."),
+    }
+    if operands:
+        arguments |= dict(
+            zip(("header", "origin", "mean", "squares", "parts"), operands, strict=True)
+        )
+        arguments |= {"plane": operands[4].stride(0), "num_parts": len(operands[4])}
+    return arguments
+
+
+def _launch(entry: str, **arguments: Any) -> None:
+    """Asks the entry point how large a workspace it needs, and calls it with one."""
+    size = _native.launch(entry, **arguments)
+    workspace = torch.empty(size, dtype=torch.uint8, device=arguments["values"].device)
+    _native.launch(entry, **arguments, workspace=workspace)
+
+
+def _num_parts(dtype: torch.dtype, d: int) -> int:
+    """8-bit codes are exact in one bfloat16, floats nearly so in two."""
+    return 1 if dtype == torch.uint8 else 2
+
+
+def _width(d: int) -> int:
+    return -(-d // DIM_MULTIPLE) * DIM_MULTIPLE
+
+
+def _bytes_per_reference(d: int) -> int:
+    """Of the operands of a float32 reference, and of the marks that making them takes."""
+    return 2 * 2 * _width(d) + 24
