@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import emulated
 import pytest
 import torch
 from hypothesis import settings
@@ -20,12 +21,15 @@ from pfgm_kernels.backends import BACKENDS
 settings.register_profile("default", max_examples=100, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=5_000, deadline=None)
 settings.register_profile("interpreted", max_examples=15, deadline=None, derandomize=True)
-settings.load_profile("interpreted" if os.environ.get("TRITON_INTERPRET") else "default")
+SLOW = os.environ.get("TRITON_INTERPRET") or os.environ.get("PFGM_EMULATION")
+settings.load_profile("interpreted" if SLOW else "default")
 
 INTERPRETED = 5
 """Of each test so many parametrisations, evenly spread, run under Triton's interpreter, which takes
-seconds for a call. --interpret-all runs all; on a GPU all run anyway.
+seconds for a call, and on the emulated GPU. --interpret-all runs all; on a GPU all run anyway.
 """
+
+EMULATED = emulated.install(kind) if (kind := os.environ.get("PFGM_EMULATION")) else None
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -39,7 +43,7 @@ class Backend:
 
     @property
     def interpreted(self) -> bool:
-        return self.name == "triton" and self.device.type == "cpu"
+        return self.name in ("triton", "cuda") and self.device.type == "cpu"
 
     def reason(self, d: int, requires_grad: bool = False) -> str | None:
         return BACKENDS[self.name].unsupported_reason(self.device, d, requires_grad)
@@ -93,7 +97,7 @@ def patch_the_language_once() -> None:
     interpreter.InterpretedFunction.__call__ = call
 
 
-if any(backend.interpreted for backend in available_backends()):
+if any(b.name == "triton" and b.interpreted for b in available_backends()):
     patch_the_language_once()
 
 
@@ -130,6 +134,11 @@ def poison() -> Iterator[None]:
     assert torch.empty(8).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if EMULATED is not None:
+        emulated.set_schedule(EMULATED, item.nodeid)
 
 
 @pytest.fixture

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels on the CPU: csrc/cuda compiled by a C++ compiler for tests/emulation."""
+"""The CUDA kernels on the CPU: csrc/cuda compiled by a C++ compiler for tests/emulation.
+
+python tests/emulated.py KIND [ARGUMENT ...] runs pytest with the kernels so built, as backend
+"cuda" on CPU tensors: "plain"; "races", which finds what no barrier orders; "address", where the
+tensors' ends are guarded. Each test runs under one of SCHEDULES.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +17,14 @@ import subprocess
 import sys
 import sysconfig
 import time
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "tests" / "emulation"
@@ -28,6 +37,10 @@ PROGRAMS = (EMULATION / "programs.cu", EMULATION / "programs_module.cpp")
 FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
 KINDS = ("plain", "races", "address")
+ENTRIES = ("field_forward_cuda", "field_backward_cuda", "prepare_references_cuda")
+
+SCHEDULES = tuple((order, late) for order in ("forward", "reverse", "greedy") for late in (0, 1))
+"""In which order threads run, and whether asynchronous copies come as late as they may."""
 
 
 def sources_of_kernels() -> list[Path]:
@@ -44,10 +57,11 @@ def _digest(text: str, sources: Sequence[Path]) -> str:
 
 def _flags(source: Path, kind: str) -> list[str]:
     """What the kind adds for one source. races.cpp takes the place of ThreadSanitizer's library."""
+    if source.name.endswith("module.cpp"):
+        return ["-O0"]  # Python's part
     if kind == "races":
         return ["-DPFGM_RACES", *(["-fsanitize=thread"] if source.suffix == ".cu" else [])]
-    watched = kind == "address" and not source.name.endswith("module.cpp")
-    return ["-fsanitize=address", "-fno-omit-frame-pointer"] if watched else []
+    return ["-fsanitize=address", "-fno-omit-frame-pointer"] if kind == "address" else []
 
 
 def _compile(source: Path, output: Path, flags: list[str]) -> None:
@@ -63,11 +77,11 @@ def library(kind: str = "plain", name: str = "kernels", sources: tuple[Path, ...
     import pybind11
 
     sources = sources or tuple(sources_of_kernels())
-    flags = [*FLAGS, f"-DPFGM_MODULE={name}", f"-I{EMULATION}"]
+    flags = [*FLAGS, f"-DPFGM_MODULE={name}_{kind}", f"-I{EMULATION}"]
     includes = [pybind11.get_include(), sysconfig.get_path("include")]
     flags += [option for path in includes for option in ("-isystem", path)]
     folder = BUILD / f"{name}-{kind}-{_digest(' '.join(flags), sources)}"
-    output = folder / f"{name}.so"
+    output = folder / f"{name}_{kind}.so"
     if output.exists():
         return output
     work = folder.with_suffix(f".{os.getpid()}")
@@ -99,7 +113,7 @@ def build(kind: str = "plain", name: str = "kernels", sources: tuple[Path, ...] 
     `address_environment` does for a process of its own.
     """
     path = library(kind, name, sources)
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     flags = sys.getdlopenflags()
@@ -119,3 +133,48 @@ def address_environment() -> dict[str, str]:
     runtime = " ".join(subprocess.check_output(query, text=True).strip() for query in queries)
     options = "detect_leaks=0:detect_stack_use_after_return=0"
     return {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": options}
+
+
+class Extension:
+    """pfgm_kernels._C with the entry points of the emulated kernels."""
+
+    def __init__(self, extension: object, kernels: ModuleType) -> None:
+        self._extension, self._kernels = extension, kernels
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernels if name in ENTRIES else self._extension, name)
+
+
+def install(kind: str) -> ModuleType:
+    """Lets the backend "cuda" compute on CPU tensors, and returns the kernels."""
+    from pfgm_kernels.backends import _native, cuda
+
+    def unsupported_reason(
+        device: torch.device | None = None, d: int | None = None, requires_grad: bool = False
+    ) -> str | None:
+        on_cpu = device is None or device.type == "cpu"
+        return None if on_cpu else f"it is emulated on the CPU, got {device}"
+
+    kernels = build(kind)
+    setattr(_native, "_C", Extension(getattr(_native, "_C", None), kernels))  # noqa: B010
+    cuda.unsupported_reason = unsupported_reason
+    return kernels
+
+
+def set_schedule(kernels: ModuleType, test: str) -> None:
+    """One of the schedules for a test, always the same one."""
+    seed = zlib.crc32(test.encode())
+    order, late = SCHEDULES[seed % len(SCHEDULES)]
+    kernels.set_schedule(order, seed, bool(late))
+
+
+def main(kind: str, arguments: list[str]) -> int:
+    if kind not in KINDS:
+        raise SystemExit(f"{kind!r} is none of {', '.join(KINDS)}")
+    environment = address_environment() if kind == "address" else dict(os.environ)
+    command = [sys.executable, "-m", "pytest", *arguments]
+    return subprocess.call(command, env={**environment, "PFGM_EMULATION": kind})
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1], sys.argv[2:]))

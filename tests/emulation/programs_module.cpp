@@ -6,7 +6,7 @@
 PYBIND11_MODULE(PFGM_MODULE, module) {
   namespace py = pybind11;
   using namespace pfgm;
-  py::enum_<Mistake>(module, "Mistake")
+  py::enum_<Mistake>(module, "Mistake", py::module_local())
       .value("none", kNone)
       .value("no_barrier", kNoBarrier)
       .value("no_trailing_barrier", kNoTrailingBarrier)
