@@ -103,9 +103,9 @@ void launch_compare(const CompareArguments& c) {
 
 void compare(const CompareArguments& c) {
   if (c.p.num_parts == 1) {
-    launch_compare<2, 1>(c);
+    c.num_parts == 3 ? launch_compare<3, 1>(c) : launch_compare<2, 1>(c);
   } else {
-    launch_compare<2, 2>(c);
+    c.num_parts == 3 ? launch_compare<3, 3>(c) : launch_compare<2, 2>(c);
   }
 }
 

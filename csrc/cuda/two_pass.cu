@@ -30,7 +30,7 @@ TwoPassArguments arrange(const FieldParams& p, Workspace& workspace, bool backwa
   a.pitch = pitch(p.count);
   a.tiles = divide_up(p.count, kTile);
   a.groups = divide_up(p.count, kGroup);
-  a.num_parts = 2;
+  a.num_parts = p.num_parts > 1 ? p.num_parts : p.dim <= kMaxThreePartDim ? 3 : 2;
   a.splits = splits_for(a);
   const int64_t batch = p.batch, blocks = divide_up(batch, kTile);
   a.queries = workspace.take<uint16_t>(a.num_parts * batch * a.width);
