@@ -18,6 +18,7 @@ from pfgm_kernels.backends import _native
 
 MAX_DIRECT_DIM = 32  # up to here nothing is prepared
 DIM_MULTIPLE = 64  # parts are padded to this many columns, with zeros
+MAX_THREE_PART_DIM = 128
 MAX_BATCH = 1024
 
 
@@ -123,7 +124,9 @@ def backward(
         anchor_s += t * t
     arguments = _common(x, t, values, table, operands, k)
     dx, dt = torch.empty_like(arguments["x"]), torch.empty_like(t)
-    dvalues = torch.zeros_like(values) if values_grad else None
+    dvalues = torch.empty_like(values) if values_grad else None
+    if dvalues is not None and len(x) == 0:
+        dvalues.zero_()
     _launch(
         "field_backward_cuda",
         **arguments,
@@ -176,8 +179,8 @@ def _launch(entry: str, **arguments: Any) -> None:
 
 
 def _num_parts(dtype: torch.dtype, d: int) -> int:
-    """8-bit codes are exact in one bfloat16, floats nearly so in two."""
-    return 1 if dtype == torch.uint8 else 2
+    """8-bit codes are exact in one bfloat16; in few dimensions two of a float would not do."""
+    return 1 if dtype == torch.uint8 else 3 if d <= MAX_THREE_PART_DIM else 2
 
 
 def _width(d: int) -> int:
@@ -185,5 +188,5 @@ def _width(d: int) -> int:
 
 
 def _bytes_per_reference(d: int) -> int:
-    """Of the operands of a float32 reference, and of the marks that making them takes."""
-    return 2 * 2 * _width(d) + 24
+    """Of the operands of a float32 reference, and of what making them takes."""
+    return 2 * _num_parts(torch.float32, d) * _width(d) + 24
