@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+// Displacement and log mass, Eqs. (3) and (12), in few dimensions:
+//
+//   v = Σ_j w_j (x0_j − x),  w = softmax_j(logit_j),  log_mass = logsumexp_j(logit_j)
+#include "direct_sum.cuh"
+
+namespace pfgm {
+namespace {
+
+constexpr int kChunk = 32;  // references that the nearest is one of
+
+// Where many references are equal their rounding errors do not average out: so many of a sample.
+constexpr int kSample = 1024, kCrowd = 8;
+constexpr int kCrowdBlocks = kSample / kDirectThreads;
+
+// The smallest ‖x − x0‖² of a part of the references, and the chunk where it is.
+template <int kDim>
+__global__ void __launch_bounds__(kDirectThreads, Shape<kDim>::kBlocks)
+    nearest_kernel(const __grid_constant__ DirectArguments a) {
+  constexpr int kQueries = Shape<kDim>::kQueries;
+  const FieldParams& p = a.p;
+  float* const tile = shared_memory<float>();
+  const Place<kDim> place(a);
+  float x[kQueries][kDim], smallest[kQueries];
+  int chunk[kQueries];
+  PFGM_UNROLL
+  for (int q = 0; q < kQueries; ++q) {
+    const int64_t b = place.row(p, q);
+    smallest[q] = INFINITY;
+    chunk[q] = 0;
+    PFGM_UNROLL
+    for (int c = 0; c < kDim; ++c) {
+      x[q][c] = c < p.dim ? static_cast<float>(p.x[b * p.dim + c]) : 0;
+    }
+  }
+
+  clear_tile<kDim>(tile);
+  for (int64_t first = place.begin; first < place.end; first += kTile) {
+    load_tile<kDim>(p, first, tile);
+    if (place.query >= p.batch) continue;
+    for (int start = 0; start < kTile; start += kChunk) {
+      float least[kQueries];
+      PFGM_UNROLL
+      for (int q = 0; q < kQueries; ++q) least[q] = INFINITY;
+      PFGM_UNROLL_BY_FOUR
+      for (int row = start + place.share; row < start + kChunk; row += a.shares) {
+        float y[kDim];
+        load_row<kDim>(tile, row, y);
+        PFGM_UNROLL
+        for (int q = 0; q < kQueries; ++q) {
+          float square = 0;
+          PFGM_UNROLL
+          for (int c = 0; c < kDim; ++c) square += (y[c] - x[q][c]) * (y[c] - x[q][c]);
+          least[q] = ::fminf(least[q], square);
+        }
+      }
+      PFGM_UNROLL
+      for (int q = 0; q < kQueries; ++q) {
+        if (least[q] < smallest[q]) chunk[q] = static_cast<int>((first + start) / kChunk);
+        smallest[q] = ::fminf(least[q], smallest[q]);
+      }
+    }
+  }
+
+  PFGM_UNROLL
+  for (int q = 0; q < kQueries; ++q) {
+    for (int other = a.shares / 2; other > 0; other /= 2) {
+      const float theirs = __shfl_xor_sync(kWholeWarp, smallest[q], other);
+      const int their_chunk = __shfl_xor_sync(kWholeWarp, chunk[q], other);
+      if (theirs < smallest[q] || (theirs == smallest[q] && their_chunk < chunk[q])) {
+        smallest[q] = theirs;
+        chunk[q] = their_chunk;
+      }
+    }
+    const int64_t b = place.query + q * place.step;
+    if (place.share == 0 && b < p.batch) {
+      a.near_square[b * a.splits + place.split] = smallest[q];
+      a.near_chunk[b * a.splits + place.split] = chunk[q];
+    }
+  }
+}
+
+// The smaller of the lanes' values, and the smallest place that has it.
+template <class Value, class Index>
+__device__ void find_least(Value& value, Index& place) {
+  for (int other = 16; other > 0; other /= 2) {
+    const Value theirs = __shfl_xor_sync(kWholeWarp, value, other);
+    const Index their_place = __shfl_xor_sync(kWholeWarp, place, other);
+    if (theirs < value || (theirs == value && their_place < place)) {
+      value = theirs;
+      place = their_place;
+    }
+  }
+}
+
+// The nearest reference of all parts and its squared distance in double. A warp to a query.
+__global__ void __launch_bounds__(kDirectThreads)
+    anchor_kernel(const __grid_constant__ DirectArguments a) {
+  const FieldParams& p = a.p;
+  const int64_t b = query_of_warp();
+  if (b >= p.batch) return;
+  const int lane = threadIdx.x % 32;
+  float smallest = INFINITY;
+  int chunk = 0;
+  for (int split = lane; split < a.splits; split += 32) {
+    const float other = a.near_square[b * a.splits + split];
+    if (other < smallest) {
+      smallest = other;
+      chunk = a.near_chunk[b * a.splits + split];
+    }
+  }
+  find_least(smallest, chunk);
+  int64_t row = static_cast<int64_t>(__shfl_sync(kWholeWarp, chunk, 0)) * kChunk + lane;
+  if (row >= p.count) row = p.count - 1;
+  double square = 0;
+  for (int64_t c = 0; c < p.dim; ++c) {
+    const double difference = load_float(p, row * p.dim + c) - p.x[b * p.dim + c];
+    square += difference * difference;
+  }
+  find_least(square, row);
+  if (lane == 0) {
+    p.anchor[b] = row;
+    a.square[b] = square;
+  }
+}
+
+struct CrowdArguments {
+  FieldParams p;
+  int* crowd;  // (kCrowdBlocks,)
+};
+
+// How many references of a sample equal an earlier one of it.
+__global__ void __launch_bounds__(kDirectThreads)
+    crowd_kernel(const __grid_constant__ CrowdArguments a) {
+  constexpr int kFactor = 40503, kModulus = 65521;
+  double* const hashes = shared_memory<double>();
+  int* const counts = reinterpret_cast<int*>(hashes + kSample);
+  const FieldParams& p = a.p;
+  const int sample = p.count < kSample ? static_cast<int>(p.count) : kSample;
+  for (int i = threadIdx.x; i < sample; i += kDirectThreads) {
+    const int64_t row = i * p.count / sample * p.dim;
+    double hash = 0;
+    for (int c = 0; c < p.dim; ++c) hash += load_float(p, row + c) * (c * kFactor % kModulus + 1.0);
+    hashes[i] = hash;
+  }
+  __syncthreads();
+  const int mine = blockIdx.x * kDirectThreads + threadIdx.x;
+  int equal = 0;
+  for (int i = 0; mine < sample && i < mine; ++i) equal |= hashes[i] == hashes[mine];
+  const int count = __popc(__ballot_sync(kWholeWarp, equal));
+  if (threadIdx.x % 32 == 0) counts[threadIdx.x / 32] = count;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  int total = 0;
+  for (int w = 0; w < kDirectThreads / 32; ++w) total += counts[w];
+  a.crowd[blockIdx.x] = total;
+}
+
+__device__ bool is_sure(const DirectArguments& a, double reach, double log_weight) {
+  if (!(reach <= ::fmax(kSmallReach, kRootReach * ::sqrt(static_cast<double>(a.p.dim))))) {
+    return false;
+  }
+  if (a.crowd == nullptr) return true;
+  int equal = 0;
+  for (int block = 0; block < kCrowdBlocks; ++block) equal += a.crowd[block];
+  if (equal < kCrowd) return true;
+  const double spread = log_weight + ::log(static_cast<double>(a.p.count));
+  const double most = reach + 2 * spread;
+  return most <= kCrowdReach || (a.weighing.power != 0 && a.p.half_k <= kCrowdReach);
+}
+
+// Adds the nearest reference to what was summed of the others. A warp to a query.
+__global__ void __launch_bounds__(kDirectThreads)
+    direct_finish_kernel(const __grid_constant__ DirectArguments a) {
+  const FieldParams& p = a.p;
+  const int64_t b = query_of_warp();
+  if (b >= p.batch) return;
+  const int lane = threadIdx.x % 32;
+  double total;
+  const double sum = combine_sums(a, b, total);
+  const int64_t anchor = p.anchor[b];
+  const double square = a.square[b];
+  const Scale scale(p, b, square);
+  const double logit = scale.logit(square + scale.offset), weight = ::exp(logit);
+  total += weight;
+  if (lane < p.dim) {
+    const int64_t at = b * p.dim + lane;
+    const double difference = load_float(p, anchor * p.dim + lane) - p.x[at];
+    p.displacement[at] = (sum + weight * difference) / total;
+  }
+  const double log_total = ::log(total);
+  const bool sure = is_sure(a, scale.reach(square), logit - log_total);
+  const float limit = choose_limit(sure, sum, total);
+  if (lane != 0) return;
+  p.log_mass[b] = scale.own_logit() + log_total;
+  p.anchor_log_weight[b] = logit - log_total;
+  a.limit[b] = limit;
+}
+
+}  // namespace
+
+void direct_forward(const FieldParams& p, Workspace& workspace) {
+  DirectArguments a = share_out(p, p.half_k, workspace);
+  a.near_square = workspace.take<float>(p.batch * a.splits);
+  a.near_chunk = workspace.take<int>(p.batch * a.splits);
+  a.square = workspace.take<double>(p.batch);
+  if (a.weighing.power == 0 || p.half_k > kCrowdReach) {
+    const CrowdArguments crowd{p, workspace.take<int>(kCrowdBlocks)};
+    a.crowd = crowd.crowd;
+    launch(crowd_kernel, dim3(kCrowdBlocks), dim3(kDirectThreads),
+           kSample * sizeof(double) + kDirectThreads / 32 * sizeof(int), crowd);
+  }
+  launch_direct(a, [](auto dim) { return nearest_kernel<decltype(dim)::value>; });
+  launch_warps(anchor_kernel, a);
+  launch_direct(a, [](auto dim) { return direct_sum_kernel<decltype(dim)::value, false>; });
+  launch_warps(direct_finish_kernel, a);
+  exact_forward(p, workspace, a.limit, {}, workspace.take<double>(p.batch));
+}
+
+}  // namespace pfgm
