@@ -53,8 +53,8 @@ struct Errors {
 
   __device__ Errors(const TwoPassArguments& a, const Query& q, double nearest) {
     const double d = static_cast<double>(a.p.dim);
-    // Of each product of parts that is left out.
-    const double left = a.num_parts == 3 ? 0x1p-25 : 0x1p-18;
+    // Of each product of parts that is left out; three parts hold a float, and its rounding is left.
+    const double left = a.num_parts == 3 ? 0x1p-24 : 0x1p-18;
     const double split = a.p.num_parts == 1 ? left : 3 * left;
     const double summed = (16 + d / 64) * 0x1p-23;
     certain = 2 * q.length * q.radius * (split + summed) +

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do the two passes of the CUDA backend hold at the edges of their tiles, in all their variants?"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from oracle import Truth, assert_gradients, assert_log_mass, differentiate, solve
+from torch import Tensor
+
+from pfgm_kernels.backends import cuda
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+REASON = cuda.unsupported_reason(DEVICE)
+pytestmark = [
+    pytest.mark.skipif(REASON is not None, reason=f"cuda: {REASON}"),
+    pytest.mark.usefixtures("poison"),
+]
+
+# d, B, N, codes: tiles are 128 queries by 128 references or columns, 32 terms at a time, and
+# references are weighed 256 at a time. Floats have three parts where d ≤ 128, queries with codes
+# then, too.
+SHAPES = [
+    (33, 1, 1, False),
+    (33, 2, 300, False),
+    (64, 127, 128, False),
+    (65, 129, 129, False),
+    (128, 3, 1025, False),
+    (129, 70, 257, False),
+    (192, 128, 127, False),
+    (64, 5, 256, True),
+    (127, 130, 255, True),
+    (193, 66, 513, True),
+]
+TOLERANCE = 1e-6  # stricter than the contract for normal data, 5e-6
+EXACT = 1e-9  # where products take no part
+
+
+def problem(d: int, B: int, N: int, codes: bool, D: float = 1) -> tuple[Tensor, ...]:
+    """x, t, values, table: noise, of whose references many share the weight of a query."""
+    generator = torch.Generator().manual_seed(d * B + N)
+    if codes:
+        values = torch.randint(0, 256, (N, d), generator=generator, dtype=torch.uint8)
+        table, deviation = torch.linspace(-1, 1, 256), 2 / math.sqrt(12)
+    else:
+        values, table, deviation = torch.randn(N, d, generator=generator), torch.empty(0), 1.0
+    x = deviation * torch.randn(B, d, generator=generator)
+    k = 1 if math.isinf(D) else d + D
+    t = deviation * math.sqrt(k * math.sqrt(2 * d)) * torch.linspace(1, 2, B).double()
+    return x, t, values, table
+
+
+def run(
+    x: Tensor, t: Tensor, values: Tensor, table: Tensor, D: float = 1, gradients: bool = False
+) -> list[Tensor]:
+    """v and log_mass, or with cotangents of ones dx without −g, and dt."""
+    x, t, values, table = (a.to(DEVICE) for a in (x, t, values, table))
+    k = x.shape[1] + D
+    operands = cuda.prepare(values, table, 1 << 28)
+    v, log_mass, anchor, anchor_log_weight = cuda.forward(x, t, values, table, operands, k)
+    if not gradients:
+        return [v.cpu(), log_mass.cpu()]
+    anchor_x0 = decoded(values[anchor], table).double()
+    weights = anchor_log_weight, torch.ones_like(v), torch.ones_like(t), False
+    out = cuda.backward(x, t, values, table, operands, k, v, anchor_x0, *weights)
+    return [a.cpu() for a in out[:2] if a is not None]
+
+
+def decoded(values: Tensor, table: Tensor) -> Tensor:
+    return table[values.long()] if values.dtype == torch.uint8 else values
+
+
+def errors(v: Tensor, truth: Truth) -> Tensor:
+    scale = (truth.term_weights(TOLERANCE) * truth.distances).sum(1)
+    return (v - truth.v).norm(dim=1) / scale
+
+
+@pytest.mark.parametrize("D", [1, math.inf])
+@pytest.mark.parametrize(("d", "B", "N", "codes"), SHAPES)
+def test_values(d, B, N, codes, D):
+    x, t, values, table = problem(d, B, N, codes, D)
+    truth = solve(x, t, decoded(values, table), D)
+    v, log_mass = run(x, t, values, table, D)
+    assert (errors(v, truth) <= TOLERANCE).all()
+    assert_log_mass(log_mass, truth)
+    if N > 1:
+        assert truth.effective_sample_size.max() > 64
+        assert (errors(v, truth) > EXACT).any(), "the products took no part"
+
+
+@pytest.mark.parametrize("D", [1, math.inf])
+@pytest.mark.parametrize(("d", "B", "N", "codes"), SHAPES)
+def test_gradients(d, B, N, codes, D):
+    x, t, values, table = problem(d, B, N, codes, D)
+    x0 = decoded(values, table)
+    dx, dt = run(x, t, values, table, D, gradients=True)
+    truth = differentiate(solve(x, t, x0, D), x, x0, torch.ones(B, d), torch.ones(B).double(), D)
+    assert_gradients(truth, dx - 1, dt)
+
+
+@pytest.mark.parametrize("name", ["equal references", "far queries", "few candidates"])
+def test_what_products_are_not_certain_for_is_exact(name):
+    x, t, values, table = problem(100, 9, 400, False)
+    if name == "equal references":
+        values[100:] = values[0]
+    elif name == "far queries":
+        x, t = 1e5 * x, 100 * t
+    else:
+        x, t = values[:9] + x / 100, t / 100
+    truth = solve(x, t, values)
+    v, log_mass = run(x, t, values, table)
+    assert (errors(v, truth) <= EXACT).all()
+    assert_log_mass(log_mass, truth)
+
+
+@pytest.mark.parametrize(("d", "scale"), [(70, 1e-12), (200, 1e-12), (70, 1e12), (200, 1e20)])
+def test_scale(d, scale):
+    x, t, values, table = problem(d, 40, 300, False)
+    x, t, values = scale * x, scale * t, scale * values + scale * 100
+    x = x + scale * 100
+    truth = solve(x, t, values)
+    v, log_mass = run(x, t, values, table)
+    assert (errors(v, truth) <= TOLERANCE).all()
+    assert_log_mass(log_mass, truth)
+
+
+def test_results_are_the_same_every_time():
+    arguments = problem(129, 131, 600, False)
+    for gradients in (False, True):
+        first = run(*arguments, gradients=gradients)
+        for again in zip(first, run(*arguments, gradients=gradients), strict=True):
+            assert torch.equal(*again)
+
+
+@pytest.mark.parametrize("d", [33, 64, 129])
+def test_operands_of_floats(d):
+    values = 3 + torch.randn(300, d, generator=torch.Generator().manual_seed(d))
+    operands = cuda.prepare(values.to(DEVICE), torch.empty(0, device=DEVICE), 1 << 28)
+    header, origin, mean, squares, parts = (a.cpu() for a in operands)
+    y = values.double() - origin
+    assert header[:3].tolist() == [1, 0, 0]
+    assert mean.eq(0).all()
+    assert (origin - values.double().mean(0)).abs().max() < 1
+    assert parts[:, :, d:].eq(0).all()
+    error = (parts[:, :, :d].double().sum(0) - y).abs()
+    assert (error <= y.abs() * 2.0 ** (-24 if len(parts) == 3 else -17.9)).all()
+    norms = y.square().sum(1)
+    torch.testing.assert_close(header[3], norms.max().sqrt())
+    torch.testing.assert_close(squares.double() + header[4], norms, rtol=1e-7, atol=1e-6)
+
+
+def test_operands_of_codes():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 256, (300, 70), generator=generator, dtype=torch.uint8)
+    values[4:12] = values[3]
+    table = torch.linspace(-1, 3, 256)
+    operands = cuda.prepare(values.to(DEVICE), table.to(DEVICE), 1 << 28)
+    header, origin, mean, squares, parts = (a.cpu() for a in operands)
+    y = values.double() - 128
+    assert parts.shape == (1, 300, 128)
+    assert torch.equal(parts[0, :, :70].double(), y)
+    restored = origin + header[0] * y - table[values.long()].double()
+    assert (restored.norm(dim=1) <= header[1] * header[0] * (1 + 1e-6)).all()
+    assert header[2] == 1, "eight references equal another"
+    assert torch.equal(squares.double() + header[4], y.square().sum(1).float().double())
+    rows = torch.arange(256) * 300 // 256
+    torch.testing.assert_close(mean, y[rows].mean(0))
