@@ -26,8 +26,8 @@ struct FieldParams {
   uint8_t* codes;  // (N, d)
   double* grid;    // (4 + d,)
   // The same for CUDA (cuda/operands.cu): y = (x0 − origin)/unit as a sum of num_parts bfloat16
-  // parts, one for 8-bit codes, two for floats, or three where d ≤ 128. Rows of a part are d rounded
-  // up to a multiple of 64 long, the rest zeros, and aligned to 16 bytes.
+  // parts, one for 8-bit codes, two for floats, or three where d ≤ 128. Rows of a part are d
+  // rounded up to a multiple of 64 long, the rest zeros, and aligned to 16 bytes.
   double* header;   // (5,) unit; ‖x0 − (origin + unit · y)‖/unit at most; 1 if many references are
                     // equal, else 0; max ‖y‖; a number amid the ‖y‖²
   double* origin;   // (d,)
@@ -52,8 +52,8 @@ struct FieldParams {
   void* dvalues;                    // (N, d) of value_type, or null
 
   int num_threads;
-  // CUDA only. Where workspace is null, entry points compute nothing and return how many bytes of it
-  // they need.
+  // CUDA only. Where workspace is null, entry points compute nothing and return how many bytes of
+  // it they need.
   void* workspace;
   int device;
   void* stream;

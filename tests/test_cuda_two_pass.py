@@ -145,7 +145,7 @@ def test_operands_of_floats(d):
     assert (origin - values.double().mean(0)).abs().max() < 1
     assert parts[:, :, d:].eq(0).all()
     error = (parts[:, :, :d].double().sum(0) - y).abs()
-    assert (error <= y.abs() * 2.0 ** (-24 if len(parts) == 3 else -17.9)).all()
+    assert (error <= y.abs() * (2.0**-24 + (0 if len(parts) == 3 else 2.0**-17))).all()
     norms = y.square().sum(1)
     torch.testing.assert_close(header[3], norms.max().sqrt())
     torch.testing.assert_close(squares.double() + header[4], norms, rtol=1e-7, atol=1e-6)

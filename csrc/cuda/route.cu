@@ -53,15 +53,16 @@ struct Errors {
 
   __device__ Errors(const TwoPassArguments& a, const Query& q, double nearest) {
     const double d = static_cast<double>(a.p.dim);
-    // Of each product of parts that is left out; three parts hold a float, and its rounding is left.
-    const double left = a.num_parts == 3 ? 0x1p-24 : 0x1p-18;
-    const double split = a.p.num_parts == 1 ? left : 3 * left;
+    // Two parts leave 2⁻¹⁷ of a number at most, usually half of it. The product of the low parts,
+    // 2⁻⁸ of a number each, is left out. Three parts hold a float: its rounding is what is left.
+    const double left = a.num_parts == 3 ? 0x1p-24 : 0x1p-17;
+    const double split = a.p.num_parts == 1 ? left : 4 * left;
     const double summed = (16 + d / 64) * 0x1p-23;
     certain = 2 * q.length * q.radius * (split + summed) +
               2.4e-7 * q.radius * (q.radius + 2 * q.length) +
               2 * q.deviation * (q.radius + q.length);
     const double product = (::fabs(nearest) + ::fabs(q.centre) + q.radius * q.radius) / 2;
-    noise = (q.length * q.radius * left + q.deviation * (q.length + q.radius)) / ::sqrt(d);
+    noise = (q.length * q.radius * left / 2 + q.deviation * (q.length + q.radius)) / ::sqrt(d);
     noise = 2 * (noise + product * 3.6e-8 * ::sqrt(1 + d / 192));
   }
 };
