@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -25,6 +26,17 @@ __device__ __forceinline__ T* shared_memory() {
   return reinterpret_cast<T*>(block_memory);
 #else
   return static_cast<T*>(emulation::shared_memory());
+#endif
+}
+
+// 1/√v to a unit in the last place or two, in one instruction, for v that is no denormal.
+__device__ __forceinline__ float reciprocal_root(float v) {
+#if defined(__CUDACC__)
+  float result;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+#else
+  return 1 / std::sqrt(v);
 #endif
 }
 
@@ -106,13 +118,16 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
 
 #if !defined(__CUDACC__)
 struct Fragments {
-  uint32_t a[4], b[2];
+  float a[8], b[4];
 };
 
-// Element k of a row of a (index 0 or 1: rows g and g + 8 of the lanes 4g…) or of a column of b.
-inline float element(const uint32_t* registers, int stride, int half) {
-  const uint32_t bits = registers[stride] >> (16 * half) << 16;
-  return __uint_as_float(bits);
+// The two bfloat16 values of each register.
+template <int kRegisters>
+void widen(const uint32_t (&registers)[kRegisters], float* values) {
+  for (int i = 0; i < kRegisters; ++i) {
+    values[2 * i] = __uint_as_float(registers[i] << 16);
+    values[2 * i + 1] = __uint_as_float(registers[i] & 0xffff0000);
+  }
 }
 
 // Lane 4g + q holds c at rows g (0, 1) and g + 8 (2, 3), columns 2q and 2q + 1; a in register
@@ -123,14 +138,15 @@ __attribute__((no_sanitize("thread"))) inline void multiply_fragments(float (&c)
                                                                       const Fragments& own) {
   const Fragments* all =
       emulation::exchange(emulation::kFullMask, own, {"mma.sync", __FILE__, __LINE__});
-  const int group = emulation::lane() / 4 * 4, pair = emulation::lane() % 4 * 2;
-  for (int i = 0; i < 4; ++i) {
-    const int column = (pair + i % 2) * 4;
-    for (int k = 0; k < 16; ++k) {
-      const int lane = k % 8 / 2;
-      c[i] += element(all[group + lane].a, k / 8 * 2 + i / 2, k % 2) *
-              element(all[column + lane].b, k / 8, k % 2);
-    }
+  const Fragments* const rows = all + emulation::lane() / 4 * 4;
+  const Fragments* const left = all + emulation::lane() % 4 * 8;
+  const Fragments* const right = left + 4;
+  for (int k = 0; k < 16; ++k) {
+    const int lane = k % 8 / 2, a = k / 8 * 4 + k % 2, b = k / 8 * 2 + k % 2;
+    c[0] += rows[lane].a[a] * left[lane].b[b];
+    c[1] += rows[lane].a[a] * right[lane].b[b];
+    c[2] += rows[lane].a[a + 2] * left[lane].b[b];
+    c[3] += rows[lane].a[a + 2] * right[lane].b[b];
   }
 }
 #endif
@@ -145,7 +161,10 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4],
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  multiply_fragments(c, {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
+  Fragments own;
+  widen(a, own.a);
+  widen(b, own.b);
+  multiply_fragments(c, own);
 #endif
 }
 

@@ -35,7 +35,7 @@ extern dim3 blockDim, gridDim;
 namespace emulation {
 
 constexpr int kWarpSize = 32;
-constexpr size_t kMaxValue = 32;  // bytes that a lane can hand to the others
+constexpr size_t kMaxValue = 48;  // bytes that a lane can hand to the others
 constexpr unsigned kFullMask = 0xffffffff;
 
 // Where a thread waits.

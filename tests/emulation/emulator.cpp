@@ -97,16 +97,17 @@ void thread_main() {
 }
 
 bool same(const Site& a, const Site& b) {
-  return a.line == b.line && std::strcmp(a.what, b.what) == 0 && std::strcmp(a.file, b.file) == 0;
+  const auto equal = [](const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; };
+  return a.line == b.line && equal(a.what, b.what) && equal(a.file, b.file);
 }
 
 // Whether all lanes of the mask wait where this thread does.
 bool all_arrived(unsigned mask) {
+  if (mask & ~block.collecting[warp_of(block.current)]) return false;
   const size_t first = block.current / kWarpSize * kWarpSize;
   for (unsigned lanes = mask; lanes != 0; lanes &= lanes - 1) {
     const Thread& other = threads[first + static_cast<size_t>(__builtin_ctz(lanes))];
-    if (other.state != State::kAtCollective || other.mask != mask || !same(other.site, self().site))
-      return false;
+    if (other.mask != mask || !same(other.site, self().site)) return false;
   }
   return true;
 }
@@ -130,6 +131,7 @@ void deliver(unsigned mask, size_t size) {
     }
     set_ready(first + lane);
   }
+  block.collecting[warp] &= ~mask;
 }
 
 void collective(unsigned mask, const void* value, size_t size, const Site& site) {
@@ -140,6 +142,7 @@ void collective(unsigned mask, const void* value, size_t size, const Site& site)
   }
   wait(State::kAtCollective, site);
   self().mask = mask;
+  block.collecting[warp] |= 1u << lane();
   if (size > 0) std::memcpy(self().brought, value, size);
   if (all_arrived(mask)) {
     deliver(mask, size);
@@ -337,6 +340,7 @@ int run(const Launch& launch) {
   ++launched[launch.kernel];
   block.launch = &launch;
   block.ready.assign((block.size + kWarpSize - 1) / kWarpSize, 0);
+  block.collecting.assign(block.ready.size(), 0);
   block.all.assign(block.ready.size(), std::vector<char>(kMaxValue * kWarpSize));
   blockDim = size;
   gridDim = grid;

@@ -53,6 +53,7 @@ struct Block {
   size_t size;                         // threads
   size_t current;                      // thread that runs
   std::vector<unsigned> ready;         // lanes, by warp
+  std::vector<unsigned> collecting;    // lanes that wait at a collective
   std::vector<std::vector<char>> all;  // what a collective of a full warp handed out
   size_t arrived, exited;
   bool released;  // a barrier has just been reached by all
