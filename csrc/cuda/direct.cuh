@@ -130,7 +130,8 @@ struct Place {
   static constexpr int kQueries = Shape<kDim>::kQueries;
 
   int split, share, step;  // from one query of a thread to the next
-  int64_t query, begin, end;
+  int size;                // of the part
+  int64_t query, begin;
 
   __device__ explicit Place(const DirectArguments& a) {
     split = blockIdx.x % a.splits;
@@ -139,8 +140,8 @@ struct Place {
     query = blockIdx.x / a.splits * static_cast<int64_t>(step * kQueries) + threadIdx.x / a.shares;
     const int64_t tiles = (a.p.count + kTile - 1) / kTile;
     begin = tiles * split / a.splits * kTile;
-    end = tiles * (split + 1) / a.splits * kTile;
-    if (end > a.p.count) end = a.p.count;
+    const int64_t end = tiles * (split + 1) / a.splits * kTile;
+    size = static_cast<int>((end < a.p.count ? end : a.p.count) - begin);
   }
 
   // The q-th query; beyond the last, the last.
@@ -247,7 +248,7 @@ inline DirectArguments share_out(const FieldParams& p, double half_k, Workspace&
     constexpr int kQueries = Shape<decltype(dim)::value>::kQueries;
     while (a.shares < 32 && kDirectThreads / (2 * a.shares) * kQueries >= p.batch) a.shares *= 2;
     const int64_t blocks = divide_up(p.batch, kDirectThreads / a.shares * kQueries);
-    const int64_t wanted = divide_up(kBlocksEach * multiprocessors(p), blocks);
+    const int64_t wanted = divide_up(kBlocksEach * multiprocessors(p), blocks) + (p.count >> 30);
     const int64_t most = divide_up(p.count, kLeast * kTile);
     a.splits = static_cast<int>(wanted < most ? wanted : most);
   });

@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(kDirectThreads, Shape<kDim>::kBlocks)
   }
 
   clear_tile<kDim>(tile);
-  for (int64_t first = place.begin; first < place.end; first += kTile) {
+  for (int offset = 0; offset < place.size; offset += kTile) {
+    const int64_t first = place.begin + offset;
     load_tile<kDim>(p, first, tile);
     if (place.query >= p.batch) continue;
     for (int start = 0; start < kTile; start += kChunk) {

@@ -45,14 +45,14 @@ __device__ __forceinline__ void weigh(const Weighing& how, const float (&u)[n], 
   const float even = how.power % 2 == 0 ? 1 : 0;
   PFGM_UNROLL
   for (int i = 0; i < n; ++i) {
-    const float ratio = 1 + u[i], y = ::rsqrtf(ratio);
+    const float ratio = 1 + u[i], y = reciprocal_root(ratio);
     square[i] = y * y;
     const float lost = u[i] - (ratio - 1);
     const float e = ::fmaf(-ratio, square[i], 1) - lost * square[i];
     const float first = even != 0 ? 1 : y;
     w[i] = first + first * (e * how.half_k);
   }
-  for (int left = how.power / 2; left > 0;) {
+  for (unsigned left = how.power / 2u; left > 0;) {
     if (left % 2 == 1) {
       PFGM_UNROLL
       for (int i = 0; i < n; ++i) w[i] *= square[i];
@@ -87,18 +87,20 @@ struct Query {
   float x[kDim], g[kBackward ? kDim : 1];
   float origin, inverse, inverse_low;
   float constant, constant_low;
-  int64_t without;  // a reference that is left out, or −1
+  int without;  // a reference of the part that is left out, or −1
   RunningSums<kDim + 1> sums;
 };
 
 template <int kDim, bool kBackward>
-__device__ void load_query(const DirectArguments& a, int64_t b, Query<kDim, kBackward>& query) {
+__device__ void load_query(const DirectArguments& a, const Place<kDim>& place, int64_t b,
+                           Query<kDim, kBackward>& query) {
   const FieldParams& p = a.p;
   const Scale scale(p, b, kBackward ? anchor_square(p, b) : a.square[b]);
   query.origin = scale.origin;
   query.inverse = scale.inverse;
   query.inverse_low = scale.inverse_low;
-  query.without = kBackward ? -1 : p.anchor[b];
+  const int64_t without = kBackward ? -1 : p.anchor[b] - place.begin;
+  query.without = without >= 0 && without < place.size ? static_cast<int>(without) : -1;
   double unit = 1;
   if constexpr (kBackward) {
     double constant = p.grad_log_mass[b] - p.projection[b];
@@ -117,10 +119,11 @@ __device__ void load_query(const DirectArguments& a, int64_t b, Query<kDim, kBac
   }
 }
 
-// Adds kTogether references of the tile, `shares` rows apart, to the sums of a thread's queries.
+// Adds kTogether references, `shares` rows apart in the tile, which begins at `offset` of the part,
+// to the sums of a thread's queries.
 template <int kDim, bool kBackward>
 __device__ __forceinline__ void add_rows(const DirectArguments& a, const float* tile, int row,
-                                         int rows, int64_t first,
+                                         int offset, int size,
                                          Query<kDim, kBackward> (&queries)[Shape<kDim>::kQueries]) {
   constexpr int kQueries = Shape<kDim>::kQueries, kTogether = Shape<kDim>::kTogether;
   constexpr int kPairs = kQueries * kTogether;
@@ -146,8 +149,8 @@ __device__ __forceinline__ void add_rows(const DirectArguments& a, const float* 
   PFGM_UNROLL
   for (int i = 0; i < kPairs; ++i) {
     Query<kDim, kBackward>& query = queries[i % kQueries];
-    const int place = row + i / kQueries * a.shares;
-    float weight = place < rows && first + place != query.without ? w[i] : 0;
+    const int place = offset + row + i / kQueries * a.shares;
+    float weight = place < size && place != query.without ? w[i] : 0;
     if constexpr (kBackward) {
       float pull = 0;
       PFGM_UNROLL
@@ -172,17 +175,17 @@ __global__ void __launch_bounds__(kDirectThreads, Shape<kDim>::kBlocks)
   const Place<kDim> place(a);
   Query<kDim, kBackward> queries[kQueries];
   PFGM_UNROLL
-  for (int q = 0; q < kQueries; ++q) load_query(a, place.row(p, q), queries[q]);
+  for (int q = 0; q < kQueries; ++q) load_query(a, place, place.row(p, q), queries[q]);
 
   clear_tile<kDim>(tile);
-  for (int64_t first = place.begin; first < place.end; first += kTile) {
-    load_tile<kDim>(p, first, tile);
+  for (int offset = 0; offset < place.size; offset += kTile) {
+    load_tile<kDim>(p, place.begin + offset, tile);
     if (place.query >= p.batch) continue;
-    const int rows = static_cast<int>(place.end - first < kTile ? place.end - first : kTile);
+    const int rows = place.size - offset < kTile ? place.size - offset : kTile;
     for (int run = 0; run < rows; run += kRun * a.shares) {
       const int end = run + kRun * a.shares < rows ? run + kRun * a.shares : rows;
       for (int row = run + place.share; row < end; row += Shape<kDim>::kTogether * a.shares) {
-        add_rows(a, tile, row, rows, first, queries);
+        add_rows(a, tile, row, offset, place.size, queries);
       }
       PFGM_UNROLL
       for (int q = 0; q < kQueries; ++q) queries[q].sums.end_run();
