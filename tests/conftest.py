@@ -105,7 +105,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--interpret-all", action="store_true", help="see INTERPRETED in conftest.py")
 
 
+def _emulated(item: pytest.Item) -> bool:
+    tested = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+    return isinstance(tested, Backend) and tested.name == "cuda"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if EMULATED is not None:
+        others = [item for item in items if not _emulated(item)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if _emulated(item)]
     if config.getoption("--interpret-all"):
         return
     groups: dict[str, list[pytest.Item]] = defaultdict(list)

@@ -11,6 +11,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <string>
@@ -138,17 +139,19 @@ void touch(const void* pointer, size_t bytes, Kind kind, const void* code) {
   Access now = access_now(code);
   now.atomic = kind == Kind::kAtomic;
   now.pending = kind == Kind::kCopy;
-  for (uintptr_t at = address; at < address + bytes; ++at) {
-    Shadow& byte = shadow_of(at);
-    if (conflict(byte.write, now, oldest)) report(byte.write, true, now, kind, at);
-    if (kind == Kind::kRead) {
-      remember_read(byte, now);
-      continue;
+  for (uintptr_t at = address; at < address + bytes;) {
+    const uintptr_t end = std::min(address + bytes, (at / kPage + 1) * kPage);
+    for (Shadow* byte = &shadow_of(at); at < end; ++at, ++byte) {
+      if (conflict(byte->write, now, oldest)) report(byte->write, true, now, kind, at);
+      if (kind == Kind::kRead) {
+        remember_read(*byte, now);
+        continue;
+      }
+      for (const Access* read : {&byte->latest, &byte->same_warp, &byte->other_warp}) {
+        if (conflict(*read, now, oldest)) report(*read, false, now, kind, at);
+      }
+      byte->write = now;
     }
-    for (const Access* read : {&byte.latest, &byte.same_warp, &byte.other_warp}) {
-      if (conflict(*read, now, oldest)) report(*read, false, now, kind, at);
-    }
-    byte.write = now;
   }
 }
 
