@@ -23,11 +23,11 @@ void check_params(const FieldParams& p) {
 }  // namespace
 
 int64_t field_forward_cuda(const FieldParams& p) {
+  if (p.batch == 0) return 0;  // torch gives no addresses of empty tensors
   check_params(p);
   if (!p.displacement || !p.anchor || !p.log_mass || !p.anchor_log_weight) {
     throw std::invalid_argument("CUDA kernel called with a null pointer");
   }
-  if (p.batch == 0) return 0;
   const DeviceGuard guard(p.device);
   Workspace workspace(p);
   if (!p.single) {
@@ -41,12 +41,12 @@ int64_t field_forward_cuda(const FieldParams& p) {
 }
 
 int64_t field_backward_cuda(const FieldParams& p) {
+  if (p.batch == 0) return 0;  // torch gives no addresses of empty tensors
   check_params(p);
   if (!p.anchor_s || !p.anchor_log_weight || !p.grad_displacement || !p.projection ||
       !p.grad_log_mass || !p.dx || !p.dt) {
     throw std::invalid_argument("CUDA kernel called with a null pointer");
   }
-  if (p.batch == 0) return 0;
   const DeviceGuard guard(p.device);
   Workspace workspace(p);
   if (!p.single || p.dvalues != nullptr) {
