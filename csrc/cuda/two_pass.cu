@@ -14,15 +14,26 @@
 namespace pfgm {
 namespace {
 
-// Sums over references that a product is split into, so that it fills the chip; and their memory.
+void check_operands(const FieldParams& p) {
+  const bool aligned = reinterpret_cast<uintptr_t>(p.parts) % 16 == 0 && p.plane % kChunk == 0;
+  if (!aligned)
+    throw std::invalid_argument("CUDA kernel called with parts not aligned to 16 bytes");
+  if (p.num_parts > kMaxParts || (p.num_parts > 1 && p.plane < p.count * width_of(p.dim))) {
+    throw std::invalid_argument("CUDA kernel called with sizes out of range");
+  }
+}
+
+// Sums over references that a product is split into, so that it fills the chip, but that their
+// memory stays within 16 bytes a pair.
 int splits_for(const TwoPassArguments& a) {
   const int64_t blocks = divide_up(a.p.batch, kTile) * divide_up(a.width, kTile);
   const int64_t wanted = divide_up(2 * multiprocessors(a.p), blocks);
-  const int64_t tiles = divide_up(a.p.count, kBlockK);
-  return static_cast<int>(wanted < tiles ? wanted : tiles);
+  const int64_t most = 4 * a.p.count / a.width;
+  return static_cast<int>(most < 1 ? 1 : wanted < most ? wanted : most);
 }
 
 TwoPassArguments arrange(const FieldParams& p, Workspace& workspace, bool backward) {
+  check_operands(p);
   TwoPassArguments a{};
   a.p = p;
   a.backward = backward;
