@@ -29,7 +29,9 @@ INTERPRETED = 5
 seconds for a call, and on the emulated GPU. --interpret-all runs all; on a GPU all run anyway.
 """
 
-EMULATED = emulated.install(kind) if (kind := os.environ.get("PFGM_EMULATION")) else None
+EMULATED = emulated.build(kind) if (kind := os.environ.get("PFGM_EMULATION")) else None
+if EMULATED is not None:
+    emulated.install(EMULATED)
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 

@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -43,8 +43,9 @@ SCHEDULES = tuple((order, late) for order in ("forward", "reverse", "greedy") fo
 """In which order threads run, and whether asynchronous copies come as late as they may."""
 
 
-def sources_of_kernels() -> list[Path]:
-    return [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), EMULATION / "module.cpp"]
+def sources_of_kernels(root: Path = ROOT) -> list[Path]:
+    module = root / "tests" / "emulation" / "module.cpp"
+    return [*sorted((root / "csrc" / "cuda").glob("*.cu")), module]
 
 
 def _digest(text: str, sources: Sequence[Path]) -> str:
@@ -55,7 +56,16 @@ def _digest(text: str, sources: Sequence[Path]) -> str:
     return hashlib.sha256(text.encode() + content).hexdigest()[:16]
 
 
-def _flags(source: Path, kind: str) -> list[str]:
+def flags(name: str, kind: str) -> list[str]:
+    """For all sources of the module of that name."""
+    import pybind11
+
+    includes = [pybind11.get_include(), sysconfig.get_path("include")]
+    system = [option for path in includes for option in ("-isystem", path)]
+    return [*FLAGS, f"-DPFGM_MODULE={name}_{kind}", f"-I{EMULATION}", *system]
+
+
+def flags_of(source: Path, kind: str) -> list[str]:
     """What the kind adds for one source. races.cpp takes the place of ThreadSanitizer's library."""
     if source.name.endswith("module.cpp"):
         return ["-O0"]  # Python's part
@@ -64,23 +74,25 @@ def _flags(source: Path, kind: str) -> list[str]:
     return ["-fsanitize=address", "-fno-omit-frame-pointer"] if kind == "address" else []
 
 
-def _compile(source: Path, output: Path, flags: list[str]) -> None:
+def compile_source(source: Path, output: Path, flags: list[str]) -> None:
     command = [COMPILER, "-x", "c++", "-c", str(source), "-o", str(output), *flags]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
 
 
+def link(objects: Iterable[Path], output: Path, kind: str) -> None:
+    sanitizer = ["-fsanitize=address"] if kind == "address" else []
+    command = [COMPILER, "-shared", *sanitizer, "-o", str(output), *map(str, objects)]
+    subprocess.run(command, check=True)
+
+
 @functools.cache
 def library(kind: str = "plain", name: str = "kernels", sources: tuple[Path, ...] = ()) -> Path:
     """The shared library of the sources (by default all kernels), built where it is not there."""
-    import pybind11
-
     sources = sources or tuple(sources_of_kernels())
-    flags = [*FLAGS, f"-DPFGM_MODULE={name}_{kind}", f"-I{EMULATION}"]
-    includes = [pybind11.get_include(), sysconfig.get_path("include")]
-    flags += [option for path in includes for option in ("-isystem", path)]
-    folder = BUILD / f"{name}-{kind}-{_digest(' '.join(flags), sources)}"
+    common = flags(name, kind)
+    folder = BUILD / f"{name}-{kind}-{_digest(' '.join(common), sources)}"
     output = folder / f"{name}_{kind}.so"
     if output.exists():
         return output
@@ -89,13 +101,12 @@ def library(kind: str = "plain", name: str = "kernels", sources: tuple[Path, ...
     objects = {source: work / f"{source.name}.o" for source in (*sources, *EMULATOR)}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         tasks = [
-            pool.submit(_compile, source, target, [*flags, *_flags(source, kind)])
+            pool.submit(compile_source, source, target, [*common, *flags_of(source, kind)])
             for source, target in objects.items()
         ]
     for task in tasks:
         task.result()
-    link = [COMPILER, "-shared", *(["-fsanitize=address"] if kind == "address" else [])]
-    subprocess.run([*link, "-o", str(work / output.name), *map(str, objects.values())], check=True)
+    link(objects.values(), work / output.name, kind)
     for old in BUILD.glob(f"{name}-{kind}-{'?' * 16}"):
         if time.time() - old.stat().st_mtime > 3600:  # another process may be about to load it
             shutil.rmtree(old, ignore_errors=True)
@@ -112,17 +123,15 @@ def build(kind: str = "plain", name: str = "kernels", sources: tuple[Path, ...] 
     """The kernels as a module. "address" wants AddressSanitizer's library loaded first, as
     `address_environment` does for a process of its own.
     """
-    path = library(kind, name, sources)
+    return load(library(kind, name, sources))
+
+
+def load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
-    flags = sys.getdlopenflags()
-    sys.setdlopenflags(os.RTLD_LAZY | os.RTLD_LOCAL)
-    try:
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.setdlopenflags(flags)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 
@@ -145,8 +154,8 @@ class Extension:
         return getattr(self._kernels if name in ENTRIES else self._extension, name)
 
 
-def install(kind: str) -> ModuleType:
-    """Lets the backend "cuda" compute on CPU tensors, and returns the kernels."""
+def install(kernels: ModuleType) -> None:
+    """Lets the backend "cuda" compute on CPU tensors, with the kernels that `build` returned."""
     from pfgm_kernels.backends import _native, cuda
 
     def unsupported_reason(
@@ -155,10 +164,8 @@ def install(kind: str) -> ModuleType:
         on_cpu = device is None or device.type == "cpu"
         return None if on_cpu else f"it is emulated on the CPU, got {device}"
 
-    kernels = build(kind)
     setattr(_native, "_C", Extension(getattr(_native, "_C", None), kernels))  # noqa: B010
     cuda.unsupported_reason = unsupported_reason
-    return kernels
 
 
 def set_schedule(kernels: ModuleType, test: str) -> None:

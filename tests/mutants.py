@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests the tests of the CUDA kernels: does one of them fail for each mistake put into a kernel?
+
+python tests/mutants.py [--jobs N] [--every-build] [--only WORD] [--table FILE] makes one mistake at
+a time by text: takes a barrier away, waits for one group of copies fewer, shifts the bound of a
+loop or a guard by one, permutes an index into a fragment. The mutant is built as tests/emulated.py
+builds and runs CHECKS: plainly in three schedules, then with the search for races, then under
+AddressSanitizer, up to the first that finds the mistake. The table says which did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+import emulated
+import torch
+
+KERNELS = emulated.ROOT / "csrc" / "cuda"
+SECONDS = 150  # for the checks of one build
+PLAIN_SCHEDULES = [("greedy", 1, True), ("reverse", 0, True), ("forward", 0, False)]
+
+BOUND = r"(?:\w+\.)*(?:count|batch|dim|end|size|sample|width|rows|steps|tiles|groups|splits|last)"
+FRAGMENTS = {
+    r"(\bi) / 2\b": r"\1 % 2",
+    r"(\bi) % 2\b": r"\1 / 2",
+    r"(lane(?:\(\))?) / 4\b": r"\1 % 8",
+    r"(lane(?:\(\))?) % 4\b": r"\1 / 8",
+    r"(\bk) / 8\b": r"(1 - \1 / 8)",
+    r"\b8 \* i\b": "8 * (i ^ 1)",
+    r"second \+ half": "second + 1 - half",
+    r"\ba \+ 2\]": "a]",
+    r"(\bk) % 2\b": r"(1 - \1 % 2)",
+    r"lane % 16\b": "lane / 2",
+    r"lane / 16\b": "lane % 2",
+    r"16 \* half": "16 - 16 * half",
+    r"registers\[i\] << 16": "registers[i] & 0xffff0000",
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    kind: str
+    file: str
+    line: int
+    before: str
+    after: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+def mutants() -> Iterator[Mutant]:
+    for path in sorted(KERNELS.glob("*.cu*")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            code = line.partition("//")[0].rstrip()
+            for kind, changed in _changes(code, path.name):
+                yield Mutant(kind, path.name, number, code, changed)
+
+
+def _changes(code: str, file: str) -> Iterator[tuple[str, str]]:
+    if file != "intrinsics.cuh":
+        for match in re.finditer(r"__sync(threads|warp)\(\);", code):
+            yield "barrier", _replace(code, match, ";")
+        for match in re.finditer(r"copy_async_wait<(.*)>\(\)", code):
+            yield "wait", _replace(code, match, f"copy_async_wait<{match[1]} + 1>()")
+        for match in re.finditer(rf" < (\(?{BOUND})\b(?! \?)(?!\()", code):
+            yield "bound", _replace(code, match, f" <= {match[1]}")
+    if file.startswith(("intrinsics", "product")):
+        for pattern, replacement in FRAGMENTS.items():
+            for match in re.finditer(pattern, code):
+                yield "fragment", _replace(code, match, match.expand(replacement))
+
+
+def _replace(text: str, match: re.Match[str], replacement: str) -> str:
+    return text[: match.start()] + replacement + text[match.end() :]
+
+
+def checks() -> list[tuple[str, object]]:
+    """Problems that straddle the edges of tiles; the tests' own functions, the cheapest first."""
+    import test_cuda_direct as direct
+    import test_cuda_two_pass as two_pass
+
+    found: list[tuple[str, object]] = []
+    for shape in direct.SINGLE_SHAPES:
+        if shape[:3] in {(3, 17, 600), (2, 513, 33), (23, 127, 17), (25, 3, 511), (8, 63, 127)}:
+            found.append((f"single {shape}", lambda s=shape: direct.test_in_single_precision(*s)))
+    for shape in direct.DOUBLE_SHAPES:
+        if shape[0] in {3, 9, 33, 129}:
+            found.append((f"double {shape}", lambda s=shape: direct.test_in_double_precision(*s)))
+    for d, B, N, codes in two_pass.SHAPES:
+        if d in {33, 65, 127, 129}:
+            shape, D = (d, B, N, codes), 1 if d < 129 else float("inf")
+            for test in (two_pass.test_values, two_pass.test_gradients):
+                found.append((f"two passes {shape}", lambda t=test, s=shape, D=D: t(*s, D)))
+    exact = two_pass.test_what_products_are_not_certain_for_is_exact
+    for name in ("equal references", "few candidates"):
+        found.append((name, lambda n=name: exact(n)))
+    far = direct.test_what_single_precision_is_not_certain_for_is_exact
+    found.append(("far references", lambda: far("far references", 1)))
+    return found
+
+
+def examine(kind: str, path: str) -> None:
+    """All checks on one build, in a process of its own: raises, or is killed."""
+    signal.alarm(SECONDS)
+    kernels = emulated.load(Path(path))
+    emulated.install(kernels)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    schedules = PLAIN_SCHEDULES if kind == "plain" else PLAIN_SCHEDULES[:1]
+    for schedule in schedules:
+        for name, check in checks():
+            kernels.set_schedule(*schedule)
+            try:
+                check()  # type: ignore[operator]
+            except BaseException as error:
+                text = str(error).strip().split("\n")[0]
+                print(f"{schedule[0]}, {name}: {type(error).__name__} {text}", file=sys.stderr)
+                raise SystemExit(1) from None
+
+
+def serve(kind: str) -> None:
+    """Answers each path of a build with a line: "" where nothing was found."""
+    checks()  # imported once
+    for path in sys.stdin:
+        with tempfile.TemporaryFile("w+") as log:
+            child = os.fork()
+            if child == 0:
+                os.dup2(log.fileno(), 2)
+                code = 0
+                try:
+                    examine(kind, path.strip())
+                except SystemExit:
+                    code = 1
+                sys.stderr.flush()
+                os._exit(code)
+            _, status = os.waitpid(child, 0)
+            log.seek(0)
+            text = log.read()
+        print(_verdict(status, text), flush=True)
+
+
+def _verdict(status: int, text: str) -> str:
+    if status == 0:
+        return ""
+    if os.WIFSIGNALED(status):
+        name = signal.Signals(os.WTERMSIG(status)).name
+        return "does not end" if name == "SIGALRM" else name
+    for line in text.splitlines():
+        if "ERROR: AddressSanitizer" in line:
+            return (
+                "AddressSanitizer: " + line.partition("AddressSanitizer: ")[2].partition(" on ")[0]
+            )
+    return (text.strip().splitlines() or ["failed"])[-1][:200].replace("|", "/")
+
+
+class Worker:
+    """A copy of the sources, objects of the unchanged kernels, and a server for each build."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for part in ("csrc", "tests/emulation"):
+            shutil.copytree(emulated.ROOT / part, folder / part, dirs_exist_ok=True)
+        self.servers = {kind: self._start(kind) for kind in emulated.KINDS}
+
+    def _start(self, kind: str) -> subprocess.Popen[str]:
+        environment = emulated.address_environment() if kind == "address" else dict(os.environ)
+        command = [sys.executable, __file__, "--serve", kind]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+
+    def run(self, mutant: Mutant | None, every_build: bool) -> dict[str, str | None]:
+        """What each build found; None where it was not asked."""
+        found: dict[str, str | None] = dict.fromkeys(emulated.KINDS)
+        changed = set()
+        if mutant is not None:
+            self._write(mutant)
+            changed = self._users(mutant.file)
+        for kind in emulated.KINDS:
+            try:
+                found[kind] = self._ask(kind, self._build(kind, changed))
+            except RuntimeError:
+                found[kind] = "does not compile"
+            if found[kind] and not every_build:
+                break
+        if mutant is not None:
+            shutil.copy(KERNELS / mutant.file, self.folder / "csrc" / "cuda" / mutant.file)
+        return found
+
+    def _write(self, mutant: Mutant) -> None:
+        path = self.folder / "csrc" / "cuda" / mutant.file
+        lines = path.read_text().splitlines(keepends=True)
+        assert lines[mutant.line - 1].startswith(mutant.before)
+        lines[mutant.line - 1] = mutant.after + "\n"
+        path.write_text("".join(lines))
+
+    def _users(self, file: str) -> set[str]:
+        """Names of the sources that a file is part of."""
+        users = {file}
+        while True:
+            more = {
+                path.name
+                for path in KERNELS.glob("*.cu*")
+                if any(f'#include "{user}"' in path.read_text() for user in users)
+            }
+            if more <= users:
+                return users
+            users |= more
+
+    def _build(self, kind: str, changed: set[str]) -> Path:
+        objects, flags = [], emulated.flags("kernels", kind)
+        for source in emulated.sources_of_kernels(self.folder) + emulated.EMULATOR:
+            base = self.folder / kind / f"{source.name}.o"
+            base.parent.mkdir(exist_ok=True)
+            target = base.with_suffix(".changed.o") if source.name in changed else base
+            if source.name in changed or not base.exists():
+                own = ["-O1", "-Wno-error", *emulated.flags_of(source, kind)]
+                emulated.compile_source(source, target, [*flags, *own])
+            objects.append(target)
+        output = self.folder / kind / f"kernels_{kind}.so"
+        emulated.link(objects, output, kind)
+        return output
+
+    def _ask(self, kind: str, path: Path) -> str:
+        server = self.servers[kind]
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdin.write(f"{path}\n")
+        server.stdin.flush()
+        answer = server.stdout.readline()
+        if not answer:
+            raise SystemExit(f"the server of the kind {kind} has died")
+        return answer.strip()
+
+
+def table(results: dict[Mutant, dict[str, str | None]]) -> str:
+    lines = ["| mistake | place | change | plain | races | address |", "|" + " --- |" * 6]
+    for mutant, found in results.items():
+        cells = ["not run" if v is None else v or "–" for v in found.values()]
+        change = f"`{mutant.before.strip()}` → `{mutant.after.strip()}`".replace("|", "\\|")
+        lines.append(f"| {' | '.join([mutant.kind, mutant.place, change, *cells])} |")
+    caught = sum(any(found.values()) for found in results.values())
+    return "\n".join([f"{caught} of {len(results)} mistakes are found.", "", *lines, ""])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--every-build", action="store_true", help="go on after the first find")
+    parser.add_argument("--only", default="", help="of the mistakes whose text has the word")
+    parser.add_argument("--table", type=Path, help="where the table is written to")
+    parser.add_argument("--serve", choices=emulated.KINDS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.serve)
+        return 0
+    wanted = [m for m in mutants() if options.only in f"{m.kind} {m.place} {m.after}"]
+    results: dict[Mutant, dict[str, str | None]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        workers: Queue[Worker] = Queue()
+        for job in range(options.jobs):
+            workers.put(Worker(Path(folder) / str(job)))
+
+        def run(mutant: Mutant | None) -> dict[str, str | None]:
+            worker = workers.get()
+            found = worker.run(mutant, options.every_build)
+            workers.put(worker)
+            if mutant is not None:
+                results[mutant] = found
+                print(mutant.kind, mutant.place, mutant.after.strip(), found, flush=True)
+            return found
+
+        unchanged = run(None)
+        if any(unchanged.values()):
+            raise SystemExit(f"the kernels fail without a mistake: {unchanged}")
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(run, wanted))
+        while not workers.empty():
+            for server in workers.get().servers.values():
+                server.terminate()
+    text = table({mutant: results[mutant] for mutant in wanted})
+    print(text)
+    if options.table:
+        options.table.write_text(text)
+    return 0 if all(any(found.values()) for found in results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
