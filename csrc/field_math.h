@@ -43,14 +43,6 @@ PFGM_HOST_DEVICE double decode(const FieldParams& p, int64_t index) {
   }
 }
 
-PFGM_HOST_DEVICE double reciprocal_root(double v) {
-#if defined(__CUDA_ARCH__)
-  return ::rsqrt(v);
-#else
-  return 1 / ::sqrt(v);
-#endif
-}
-
 // log(s / nearest) and exp for scalars; the CPU kernels have a vector twin (cpu/simd.h).
 struct ScalarMath {
   PFGM_HOST_DEVICE static double log_ratio(double s, double nearest) {
@@ -120,111 +112,6 @@ struct OnlineState {
     const double theirs = kernel.relative_weight(other.nearest, nearest);
     sum += theirs * other.sum;
     return {own, theirs};
-  }
-};
-
-// One query's running sums over references by direct differences, for small d: what one thread of
-// the CUDA kernel does. Columns beyond d are zero up to kDim. kPower: k is an integer, and the
-// weights are powers, (nearest / s)^(k/2), which cost less than a logarithm and an exponential.
-//
-// Everything is in double. A logit's error is k/2 times the relative error of s; and float logits
-// near −log N, where a crowd of references outweighs the nearest one, are off by up to 1e-6 each,
-// all in the same direction where the references are equal.
-template <int kDim, bool kPower>
-struct DirectSum {
-  // References that are weighed together, for instruction-level parallelism while registers last.
-  static constexpr int kGroup = kDim <= 2 ? 4 : kDim <= 8 ? 2 : 1;
-  // Doubles from one reference to the next: threads that read different ones avoid bank conflicts.
-  static constexpr int kStride = kDim < 4 ? kDim : kDim + 2;
-
-  RadialKernel kernel;
-  OnlineState state;
-  double offset;  // what t adds to s
-  double scale;   // kPower: √nearest; otherwise 1/nearest, and 1/(2t²) for the Gaussian kernel
-  int64_t anchor = 0;
-  double x[kDim] = {};
-  double displacement[kDim] = {};
-
-  PFGM_HOST_DEVICE DirectSum(double half_k, double t)
-      : kernel(half_k, t),
-        offset(kernel.s_offset(t)),
-        scale(kernel.gaussian ? kernel.inverse_two_t2 : 0) {}
-
-  // Adds every shares-th group of a tile of `count` references, starting with group `share`.
-  // `first` is the index of the tile's first reference.
-  PFGM_HOST_DEVICE void add_tile(const double* tile, int count, int64_t first, int share,
-                                 int shares) {
-    int row = share * kGroup;
-    for (; row + kGroup <= count; row += shares * kGroup) {
-      add<kGroup>(tile + row * kStride, first + row);
-    }
-    const int end = row + kGroup < count ? row + kGroup : count;
-    for (; row < end; ++row) add<1>(tile + row * kStride, first + row);
-  }
-
- private:
-  template <int kRows>
-  PFGM_HOST_DEVICE void add(const double* rows, int64_t index) {
-    double s[kRows], weights[kRows];
-    double smallest = state.nearest;
-    int nearest_row = -1;
-    PFGM_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      s[r] = offset;
-      PFGM_UNROLL
-      for (int c = 0; c < kDim; ++c) {
-        const double difference = rows[r * kStride + c] - x[c];
-        s[r] += difference * difference;
-      }
-      s[r] += s[r] - s[r];  // an infinite s becomes NaN: it must not pass for a small weight
-      if (s[r] < smallest) {
-        smallest = s[r];
-        nearest_row = r;
-      }
-    }
-    if (nearest_row >= 0) move_to(smallest, index + nearest_row);
-    weigh(s, weights);
-    PFGM_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      state.sum += weights[r];
-      PFGM_UNROLL
-      for (int c = 0; c < kDim; ++c) displacement[c] += weights[r] * (rows[r * kStride + c] - x[c]);
-    }
-  }
-
-  PFGM_HOST_DEVICE void move_to(double nearest, int64_t index) {
-    const double factor = state.update(nearest, kernel);
-    anchor = index;
-    if (!kernel.gaussian) scale = kPower ? ::sqrt(nearest) : 1 / nearest;
-    PFGM_UNROLL
-    for (int c = 0; c < kDim; ++c) displacement[c] *= factor;
-  }
-
-  // Weights relative to the nearest: 1 for the nearest itself, also where it coincides with the
-  // query.
-  template <int kRows>
-  PFGM_HOST_DEVICE void weigh(const double (&s)[kRows], double (&weights)[kRows]) const {
-    if constexpr (kPower) {
-      double power[kRows];  // (nearest / s)^(n/2) for n = 1, 2, 4, …
-      PFGM_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        weights[r] = 1;
-        power[r] = s[r] == state.nearest ? 1 : scale * reciprocal_root(s[r]);
-      }
-      for (int k = static_cast<int>(2 * kernel.half_k); k > 0; k /= 2) {
-        PFGM_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          if (k % 2 == 1) weights[r] *= power[r];
-          power[r] *= power[r];
-        }
-      }
-    } else {
-      PFGM_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const double u = s[r] == state.nearest ? 0 : (s[r] - state.nearest) * scale;
-        weights[r] = ::exp(kernel.gaussian ? -u : -kernel.half_k * ::log1p(u));
-      }
-    }
   }
 };
 

@@ -54,7 +54,9 @@ struct Shape {
   static constexpr int kQueries = kDim <= 4 ? 4 : kDim <= 8 ? 2 : 1;
   static constexpr int kTogether = kDim <= 16 ? 2 : 1;
   // Blocks that a multiprocessor has registers for.
-  static constexpr int kBlocks = kDim <= 2 ? 4 : kDim <= 16 ? 3 : 2;
+  static constexpr int blocks(bool backward) {
+    return backward ? (kDim <= 2 ? 3 : 2) : kDim <= 2 ? 4 : kDim <= 16 ? 3 : 2;
+  }
   static constexpr int kVector = kDim < 4 ? kDim : 4;
   // Floats from one reference to the next: lanes that read different ones avoid bank conflicts.
   static constexpr int kStride = kDim <= 4 ? kDim : kDim + 4;

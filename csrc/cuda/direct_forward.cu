@@ -15,7 +15,7 @@ constexpr int kCrowdBlocks = kSample / kDirectThreads;
 
 // The smallest ‖x − x0‖² of a part of the references, and the chunk where it is.
 template <int kDim>
-__global__ void __launch_bounds__(kDirectThreads, Shape<kDim>::kBlocks)
+__global__ void __launch_bounds__(kDirectThreads, Shape<kDim>::blocks(false))
     nearest_kernel(const __grid_constant__ DirectArguments a) {
   constexpr int kQueries = Shape<kDim>::kQueries;
   const FieldParams& p = a.p;

@@ -167,7 +167,7 @@ __device__ __forceinline__ void add_rows(const DirectArguments& a, const float* 
 // w_j (g·(x0_j − x) + constant) in place of w_j, and for the Gaussian kernel then the last with
 // that times ‖x − x0_j‖².
 template <int kDim, bool kBackward>
-__global__ void __launch_bounds__(kDirectThreads, Shape<kDim>::kBlocks)
+__global__ void __launch_bounds__(kDirectThreads, Shape<kDim>::blocks(kBackward))
     direct_sum_kernel(const __grid_constant__ DirectArguments a) {
   constexpr int kQueries = Shape<kDim>::kQueries;
   const FieldParams& p = a.p;
