@@ -15,7 +15,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from pfgm_kernels import ReferenceSet, poisson_displacement, poisson_field
-from pfgm_kernels.backends import BACKENDS
+from pfgm_kernels.backends import BACKENDS, cpu
 
 settings.register_profile("default", max_examples=100, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=5_000, deadline=None)
@@ -26,6 +26,8 @@ INTERPRETED = 5
 """Of each test so many parametrisations, evenly spread, run under Triton's interpreter, which takes
 seconds for a call. --interpret-all runs all; on a GPU all run anyway.
 """
+
+cpu.WORK_PER_THREAD = 1  # small problems, too, are shared out among threads
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
