@@ -15,9 +15,13 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 CXX_SOURCES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 READY := .venv/.ready
-# The Triton kernels run on the CPU under Triton's interpreter, whose matrix products are numpy's.
-TRITON_TESTS := $(patsubst %,tests/test_%.py,triton accuracy gradients autograd)
-INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+# The Triton kernels run on the CPU under Triton's interpreter, whose matrix products are numpy's;
+# every line of them in the tests that are traced, which take twice as long for it.
+TRITON_TESTS := $(patsubst %,tests/test_%.py,accuracy autograd compile images inputs low_dimension \
+  merge nonfinite property references singular validation)
+TRACED_TESTS := $(patsubst %,tests/test_%.py,triton gradients)
+INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
+  $(BIN)/python -m pytest -q -k triton -n 2
 
 .PHONY: setup demo test sanitize aot lint format benchmark pictures clean
 
@@ -34,7 +38,8 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q
-	$(INTERPRETED) $(BIN)/python -m pytest -q -k triton -n 2 $(TRITON_TESTS)
+	$(INTERPRETED) $(TRACED_TESTS) --cov
+	$(INTERPRETED) $(TRITON_TESTS)
 
 sanitize: $(READY)
 	$(BIN)/python tests/sanitize.py

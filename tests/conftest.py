@@ -16,7 +16,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from pfgm_kernels import ReferenceSet, poisson_displacement, poisson_field
-from pfgm_kernels.backends import BACKENDS
+from pfgm_kernels.backends import BACKENDS, cpu
 
 settings.register_profile("default", max_examples=100, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=5_000, deadline=None)
@@ -32,6 +32,7 @@ seconds for a call, and on the emulated GPU. --interpret-all runs all; on a GPU 
 EMULATED = emulated.build(kind) if (kind := os.environ.get("PFGM_EMULATION")) else None
 if EMULATED is not None:
     emulated.install(EMULATED)
+cpu.WORK_PER_THREAD = 1  # small problems, too, are shared out among threads
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 

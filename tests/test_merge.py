@@ -18,7 +18,7 @@ from oracle import (
 )
 
 from pfgm_kernels import ReferenceSet, merge
-from pfgm_kernels.backends import BACKENDS
+from pfgm_kernels.backends import BACKENDS, _native, cpu
 
 NAMES = ["normal d=2", "normal d=17", "normal d=64", "normal d=784", "D=inf d=64", "D=2.5 d=3"]
 MIB = 1 << 20
@@ -119,6 +119,17 @@ def test_the_order_of_the_references(backend, name):
     dx, dx0 = torch.autograd.grad([v, log_mass], [x, shuffled], [g_v, g_m])
     expected = differentiate(truth(name), x, x0, g_v, g_m, case.D)
     assert_gradients(expected, dx=dx, dx0=dx0[order.argsort()])
+
+
+def test_threads_are_worth_waking_up(monkeypatch):
+    launched = []
+    monkeypatch.setattr(cpu, "WORK_PER_THREAD", 1 << 20)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(_native, "launch", lambda entry, **p: launched.append(p["num_threads"]))
+    for batch, count, d in [(1, 10, 2), (64, 1024, 2), (512, 1024, 2), (512, 8192, 64)]:
+        x, t, x0 = torch.ones(batch, d), torch.ones(batch).double(), torch.ones(count, d)
+        cpu.forward(x, t, x0, torch.empty(0), [], 3.0)
+    assert launched == [1, 1, 3, 3]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])

@@ -37,8 +37,6 @@ def launch(entry: str, **arguments: Any) -> Any:
     if device.type == "cuda":
         pointers["device"] = device.index
         pointers["stream"] = torch.cuda.current_stream(device).cuda_stream
-    else:
-        pointers["num_threads"] = torch.get_num_threads()
     return getattr(_C, entry)(**pointers)
 
 

@@ -12,6 +12,7 @@ from pfgm_kernels.backends import _native
 
 PAD = 8  # the kernels read rows padded to a multiple of this
 TILE = 64  # queries that they take at a time
+WORK_PER_THREAD = 1 << 20  # columns of pairs that take longer than a thread takes to wake up
 MAX_DIRECT_DIM = 24  # up to here they need nothing prepared
 
 
@@ -112,7 +113,9 @@ def backward(
 def _common(
     x: Tensor, t: Tensor, values: Tensor, table: Tensor, operands: list[Tensor], k: float
 ) -> dict[str, Any]:
+    pairs = x.shape[0] * values.shape[0]
     return _references(values, table, operands) | {
+        "num_threads": _num_threads(pairs * (8 + x.shape[1])),  # a weight costs some columns
         "batch": x.shape[0],
         "half_k": k / 2,
         "x": _padded(x),
@@ -123,6 +126,7 @@ def _common(
 
 def _references(values: Tensor, table: Tensor, operands: list[Tensor]) -> dict[str, Any]:
     return {
+        "num_threads": _num_threads(values.numel()),
         "count": values.shape[0],
         "dim": values.shape[1],
         "half_k": 1.0,
@@ -131,6 +135,10 @@ def _references(values: Tensor, table: Tensor, operands: list[Tensor]) -> dict[s
         "value_type": str(values.dtype).removeprefix("torch."),
         **dict(zip(("norms", "grid", "codes"), operands, strict=False)),
     }
+
+
+def _num_threads(work: int) -> int:
+    return max(1, min(torch.get_num_threads(), work // WORK_PER_THREAD))
 
 
 def _padded(rows: Tensor) -> Tensor:
