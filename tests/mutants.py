@@ -18,9 +18,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Queue
 
@@ -88,29 +89,28 @@ def _replace(text: str, match: re.Match[str], replacement: str) -> str:
     return text[: match.start()] + replacement + text[match.end() :]
 
 
-def checks() -> list[tuple[str, object]]:
-    """Problems that straddle the edges of tiles; the tests' own functions, the cheapest first."""
+def checks() -> list[tuple[str, Callable[[], None]]]:
+    """The tests' own functions on some of their problems: those that are quick for the tile edges
+    that they straddle.
+    """
     import test_cuda_direct as direct
     import test_cuda_two_pass as two_pass
 
-    found: list[tuple[str, object]] = []
-    for shape in direct.SINGLE_SHAPES:
-        if shape[:3] in {(3, 17, 600), (2, 513, 33), (23, 127, 17), (25, 3, 511), (8, 63, 127)}:
-            found.append((f"single {shape}", lambda s=shape: direct.test_in_single_precision(*s)))
-    for shape in direct.DOUBLE_SHAPES:
-        if shape[0] in {3, 9, 33, 129}:
-            found.append((f"double {shape}", lambda s=shape: direct.test_in_double_precision(*s)))
-    for d, B, N, codes in two_pass.SHAPES:
-        if d in {33, 65, 127, 129}:
-            shape, D = (d, B, N, codes), 1 if d < 129 else float("inf")
-            for test in (two_pass.test_values, two_pass.test_gradients):
-                found.append((f"two passes {shape}", lambda t=test, s=shape, D=D: t(*s, D)))
     exact = two_pass.test_what_products_are_not_certain_for_is_exact
-    for name in ("equal references", "few candidates"):
-        found.append((name, lambda n=name: exact(n)))
-    far = direct.test_what_single_precision_is_not_certain_for_is_exact
-    found.append(("far references", lambda: far("far references", 1)))
-    return found
+    tests = [
+        (direct.test_in_single_precision, direct.SINGLE_SHAPES, {2, 3, 8, 23, 25}),
+        (direct.test_in_double_precision, direct.DOUBLE_SHAPES, {3, 9, 33, 129}),
+        (two_pass.test_values_and_gradients, two_pass.SHAPES, {33, 65, 127, 129}),
+        (exact, [("equal references",), ("few candidates",)], None),
+        (direct.test_a_crowd_is_exact, [()], None),
+        (two_pass.test_operands_of_codes, [()], None),
+    ]
+    return [
+        (f"{test.__name__} {arguments}", partial(test, *arguments))
+        for test, problems, dimensions in tests
+        for arguments in problems
+        if dimensions is None or arguments[0] in dimensions
+    ]
 
 
 def examine(kind: str, path: str) -> None:
@@ -124,7 +124,7 @@ def examine(kind: str, path: str) -> None:
         for name, check in checks():
             kernels.set_schedule(*schedule)
             try:
-                check()  # type: ignore[operator]
+                check()
             except BaseException as error:
                 text = str(error).strip().split("\n")[0]
                 print(f"{schedule[0]}, {name}: {type(error).__name__} {text}", file=sys.stderr)
