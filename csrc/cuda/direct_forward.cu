@@ -13,6 +13,40 @@ constexpr int kChunk = 32;  // references that the nearest is one of
 constexpr int kSample = 1024, kCrowd = 8;
 constexpr int kCrowdBlocks = kSample / kDirectThreads;
 
+// The least value of `lanes` neighbours, and the smallest place that has it.
+template <class Value, class Index>
+__device__ __forceinline__ void find_least(Value& value, Index& place, int lanes) {
+  for (int other = lanes / 2; other > 0; other /= 2) {
+    const Value theirs = __shfl_xor_sync(kWholeWarp, value, other);
+    const Index their_place = __shfl_xor_sync(kWholeWarp, place, other);
+    if (theirs < value || (theirs == value && their_place < place)) {
+      value = theirs;
+      place = their_place;
+    }
+  }
+}
+
+// The smallest ‖x − x0‖² of every step-th reference of a chunk, for each of a thread's queries.
+template <int kDim>
+__device__ __forceinline__ void find_nearest(const float* chunk, int first, int step,
+                                             const float (&x)[Shape<kDim>::kQueries][kDim],
+                                             float (&least)[Shape<kDim>::kQueries]) {
+  PFGM_UNROLL
+  for (float& value : least) value = INFINITY;
+  PFGM_UNROLL_BY_FOUR
+  for (int row = first; row < kChunk; row += step) {
+    float y[kDim];
+    load_row<kDim>(chunk, row, y);
+    PFGM_UNROLL
+    for (int q = 0; q < Shape<kDim>::kQueries; ++q) {
+      float square = 0;
+      PFGM_UNROLL
+      for (int c = 0; c < kDim; ++c) square += (y[c] - x[q][c]) * (y[c] - x[q][c]);
+      least[q] = ::fminf(least[q], square);
+    }
+  }
+}
+
 // The smallest ‖x − x0‖² of a part of the references, and the chunk where it is.
 template <int kDim>
 __global__ void __launch_bounds__(kDirectThreads, Shape<kDim>::blocks(false))
@@ -41,20 +75,7 @@ __global__ void __launch_bounds__(kDirectThreads, Shape<kDim>::blocks(false))
     if (place.query >= p.batch) continue;
     for (int start = 0; start < kTile; start += kChunk) {
       float least[kQueries];
-      PFGM_UNROLL
-      for (int q = 0; q < kQueries; ++q) least[q] = INFINITY;
-      PFGM_UNROLL_BY_FOUR
-      for (int row = start + place.share; row < start + kChunk; row += a.shares) {
-        float y[kDim];
-        load_row<kDim>(tile, row, y);
-        PFGM_UNROLL
-        for (int q = 0; q < kQueries; ++q) {
-          float square = 0;
-          PFGM_UNROLL
-          for (int c = 0; c < kDim; ++c) square += (y[c] - x[q][c]) * (y[c] - x[q][c]);
-          least[q] = ::fminf(least[q], square);
-        }
-      }
+      find_nearest<kDim>(tile + start * Shape<kDim>::kStride, place.share, a.shares, x, least);
       PFGM_UNROLL
       for (int q = 0; q < kQueries; ++q) {
         if (least[q] < smallest[q]) chunk[q] = static_cast<int>((first + start) / kChunk);
@@ -65,31 +86,11 @@ __global__ void __launch_bounds__(kDirectThreads, Shape<kDim>::blocks(false))
 
   PFGM_UNROLL
   for (int q = 0; q < kQueries; ++q) {
-    for (int other = a.shares / 2; other > 0; other /= 2) {
-      const float theirs = __shfl_xor_sync(kWholeWarp, smallest[q], other);
-      const int their_chunk = __shfl_xor_sync(kWholeWarp, chunk[q], other);
-      if (theirs < smallest[q] || (theirs == smallest[q] && their_chunk < chunk[q])) {
-        smallest[q] = theirs;
-        chunk[q] = their_chunk;
-      }
-    }
+    find_least(smallest[q], chunk[q], a.shares);
     const int64_t b = place.query + q * place.step;
     if (place.share == 0 && b < p.batch) {
       a.near_square[b * a.splits + place.split] = smallest[q];
       a.near_chunk[b * a.splits + place.split] = chunk[q];
-    }
-  }
-}
-
-// The smaller of the lanes' values, and the smallest place that has it.
-template <class Value, class Index>
-__device__ void find_least(Value& value, Index& place) {
-  for (int other = 16; other > 0; other /= 2) {
-    const Value theirs = __shfl_xor_sync(kWholeWarp, value, other);
-    const Index their_place = __shfl_xor_sync(kWholeWarp, place, other);
-    if (theirs < value || (theirs == value && their_place < place)) {
-      value = theirs;
-      place = their_place;
     }
   }
 }
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(kDirectThreads)
       chunk = a.near_chunk[b * a.splits + split];
     }
   }
-  find_least(smallest, chunk);
+  find_least(smallest, chunk, 32);
   int64_t row = static_cast<int64_t>(__shfl_sync(kWholeWarp, chunk, 0)) * kChunk + lane;
   if (row >= p.count) row = p.count - 1;
   double square = 0;
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(kDirectThreads)
     const double difference = load_float(p, row * p.dim + c) - p.x[b * p.dim + c];
     square += difference * difference;
   }
-  find_least(square, row);
+  find_least(square, row, 32);
   if (lane == 0) {
     p.anchor[b] = row;
     a.square[b] = square;

@@ -1,5 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Few dimensions: the sums over all references in float (direct.cuh).
+//
+// Instructions of sm_90 for a pair, D = 1; forward with the search for the nearest (6 … 77 of
+// them):
+//
+//   columns     2     4     8    16    24    32
+//   forward    37    51    94   168   250   317
+//   backward   39    50    88   149   222   278
+//
+// Seven in ten are arithmetic in float, one is MUFU.RSQ, and a reference is read from shared
+// memory once for all queries of a thread. At 128 lanes, a multiprocessor does at
+// most 3.5, 2.5, 1.4, 0.76, 0.51 and 0.40 pairs a cycle forward.
 #pragma once
 
 #include "direct.cuh"
