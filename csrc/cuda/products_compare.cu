@@ -28,6 +28,42 @@ struct CompareSource {
   }
 };
 
+// Turns products a·y_j into r_j = ‖y_j‖² − centre − 2 a·y_j, and writes the smallest of each query.
+__device__ void make_distances(const CompareArguments& c, const Position& at, int64_t first_query,
+                               int64_t tile, Sums& sums) {
+  float* const smallest = shared_memory<float>();  // (kTile, kWarpsN)
+  PFGM_UNROLL
+  for (int m = 0; m < kFragmentsM; ++m) {
+    float least[2] = {INFINITY, INFINITY};
+    PFGM_UNROLL
+    for (int n = 0; n < kFragmentsN; ++n) {
+      PFGM_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int64_t j = tile * kTile + at.column_of(n, i);
+        const float square = j < c.p.count ? c.p.squares[j] : INFINITY;
+        sums[m][n][i] = square - 2 * sums[m][n][i];
+        least[i / 2] = minimum(least[i / 2], sums[m][n][i]);
+      }
+    }
+    PFGM_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      for (int offset = 1; offset < 4; offset *= 2) {
+        least[half] = minimum(least[half], __shfl_xor_sync(0xFFFFFFFFu, least[half], offset));
+      }
+      if (at.lane % 4 == 0) {
+        smallest[at.row_of(m, 2 * half) * kWarpsN + at.column / kWarpN] = least[half];
+      }
+    }
+  }
+  __syncthreads();
+  const int row = static_cast<int>(threadIdx.x);
+  const int64_t b = first_query + row;
+  if (row >= kTile || b >= c.p.batch) return;
+  float least = INFINITY;
+  for (int i = 0; i < kWarpsN; ++i) least = minimum(least, smallest[row * kWarpsN + i]);
+  c.minima[b * ((c.p.count + kTile - 1) / kTile) + tile] = least;
+}
+
 // r_j = ‖y_j‖² − centre − 2 a·y_j of a tile of queries and references, and of each query the
 // smallest; or where there is a cut a·y_j, in tiles in which the smallest r of any query is within
 // its cut.
@@ -51,43 +87,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   Product<kAParts, kBParts, false>().run(static_cast<int>(c.width / kBlockK), source, sums);
 
   const Position at;
-  if (c.cut == nullptr) {
-    float* const smallest = shared_memory<float>();  // (kTile, kWarpsN)
-    PFGM_UNROLL
-    for (int m = 0; m < kFragmentsM; ++m) {
-      float least[2] = {INFINITY, INFINITY};
-      PFGM_UNROLL
-      for (int n = 0; n < kFragmentsN; ++n) {
-        PFGM_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const int64_t j = first_reference + at.column_of(n, i);
-          const float square = j < p.count ? p.squares[j] : INFINITY;
-          sums[m][n][i] = square - 2 * sums[m][n][i];
-          least[i / 2] = least[i / 2] < sums[m][n][i] ? least[i / 2] : sums[m][n][i];
-        }
-      }
-      PFGM_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        for (int offset = 1; offset < 4; offset *= 2) {
-          const float other = __shfl_xor_sync(0xFFFFFFFFu, least[half], offset);
-          least[half] = least[half] < other ? least[half] : other;
-        }
-        if (at.lane % 4 == 0) {
-          smallest[at.row_of(m, 2 * half) * kWarpsN + at.column / kWarpN] = least[half];
-        }
-      }
-    }
-    __syncthreads();
-    const int64_t b = first_query + thread;
-    if (thread < kTile && b < p.batch) {
-      float least = INFINITY;
-      for (int i = 0; i < kWarpsN; ++i) {
-        const float other = smallest[thread * kWarpsN + i];
-        least = least < other ? least : other;
-      }
-      c.minima[b * tiles + tile] = least;
-    }
-  }
+  if (c.cut == nullptr) make_distances(c, at, first_query, tile, sums);
   store(sums, at, p.batch - first_query, c.pitch - first_reference, c.pitch,
         c.out + first_query * c.pitch + first_reference);
 }

@@ -138,14 +138,50 @@ struct Scales {
   }
 };
 
+// The largest r that can carry weight, exp(−depth) of that of the smallest s or of base; NaN where
+// float does not hold the squares.
+__device__ float largest_r(const TwoPassArguments& a, const Query& q, const Errors& errors,
+                           double nearest, double base, double slope, double depth) {
+  const double square = q.unit * q.unit;
+  const double least =
+      a.backward ? (base > 1e300 ? 1e300 : base) / square : nearest + errors.certain + q.offset;
+  const double ratio = q.gaussian ? 1 : ::exp(depth / q.half_k);
+  const double shift = q.gaussian ? depth / slope : 0;
+  const double cut = ratio * least + shift / square - q.offset + errors.certain;
+  const bool usable = q.squared + q.offset_t / square < 1e30 && q.radius < 1e15;
+  const float rounded = static_cast<float>(usable ? cut : NAN);
+  return rounded + ::fabsf(rounded) * 2e-7f;  // what rounding took off
+}
+
+// Leaves references to the products: those within the cut but with less than exp(−heavy) of the
+// weight, which is relative to all weight in the forward pass.
+__device__ void leave_light(const TwoPassArguments& a, const Query& q, double slope, double base,
+                            float cut, double heavy) {
+  const Scales scales(q, slope, base);
+  if (!a.backward) {
+    double total = 0;
+    for_each_within(a, q.b, cut, [&](float r) { total += scales.weight(r); });
+    heavy -= ::log(block_reduce(total, Sum()));
+  }
+  if (threadIdx.x != 0) return;
+  a.base[q.b] = base;
+  a.cut[q.b] = cut;
+  // logit(u) = −heavy
+  const double u = q.gaussian ? heavy : ::exp(heavy / q.half_k) - 1;
+  a.limit[q.b] = static_cast<float>(scales.origin + u / scales.exact);
+  const int64_t batch = a.p.batch;
+  a.scales[q.b] = scales.origin_high;
+  a.scales[batch + q.b] = scales.origin_low;
+  a.scales[2 * batch + q.b] = scales.inverse;
+  a.scales[3 * batch + q.b] = scales.correction;
+}
+
 // A block of threads takes a query: limit and cut, and what its logits are formed with.
 __global__ void __launch_bounds__(kThreads)
     route_kernel(const __grid_constant__ TwoPassArguments a) {
   const int64_t b = blockIdx.x;
-  const bool first = threadIdx.x == 0;
   const Query q(a, b);
   const float nearest = smallest_r(a, b);
-  const double square = q.unit * q.unit;
   double depth = ::log(static_cast<double>(a.p.count)) + kDepth, heavy = ::log(kHeavy), base;
   if (a.backward) {
     base = a.p.anchor_s[b];
@@ -154,52 +190,24 @@ __global__ void __launch_bounds__(kThreads)
   } else {
     const int64_t anchor = find_anchor(a, b, nearest);
     base = exact_s(a, q, anchor);
-    if (first) a.p.anchor[b] = anchor;
+    if (threadIdx.x == 0) a.p.anchor[b] = anchor;
   }
   const Errors errors(a, q, nearest);
-
-  // The largest r that can carry weight.
   const double slope = q.gaussian ? 0.5 / (q.t * q.t) : q.half_k / base;
-  const double ratio = q.gaussian ? 1 : ::exp(depth / q.half_k);
-  const double shift = q.gaussian ? depth / slope : 0;
-  const double least =
-      a.backward ? (base > 1e300 ? 1e300 : base) / square : nearest + errors.certain + q.offset;
-  const double cut = ratio * least + shift / square - q.offset + errors.certain;
-  const bool usable = q.squared + q.offset_t / square < 1e30 && q.radius < 1e15 && cut == cut;
-  float limit = static_cast<float>(usable ? cut : NAN);
-  limit += ::fabsf(limit) * 2e-7f;  // what rounding it took off
+  const float cut = largest_r(a, q, errors, nearest, base, slope, depth);
 
-  int64_t count = 0;
-  for_each_within(a, b, limit, [&](float) { ++count; });
+  int64_t count = 0;  // none where the cut is NaN
+  for_each_within(a, b, cut, [&](float) { ++count; });
   count = block_reduce(count, Sum());
   const double distance = ::sqrt(base > q.offset_t ? base - q.offset_t : 0);
-  const bool dense = usable && count > kFew && slope * square * errors.noise <= kLogitError &&
-                     a.p.header[2] == 0 && distance >= q.unit * q.radius / (a.backward ? 64 : 4);
-  if (!dense) {
-    if (!first) return;
-    if (!a.backward) a.base[b] = NAN;
-    a.limit[b] = limit;
+  if (count > kFew && slope * q.unit * q.unit * errors.noise <= kLogitError && a.p.header[2] == 0 &&
+      distance >= q.unit * q.radius / (a.backward ? 64 : 4)) {
+    leave_light(a, q, slope, base, cut, heavy);
+  } else if (threadIdx.x == 0) {
+    a.base[b] = NAN;
+    a.limit[b] = cut;
     a.cut[b] = -INFINITY;
-    return;
   }
-
-  const Scales scales(q, slope, base);
-  if (!a.backward) {
-    double total = 0;
-    for_each_within(a, b, limit, [&](float r) { total += scales.weight(r); });
-    heavy -= ::log(block_reduce(total, Sum()));
-  }
-  if (!first) return;
-  if (!a.backward) a.base[b] = base;
-  a.cut[b] = limit;
-  // logit(u) = −heavy
-  const double u = q.gaussian ? heavy : ::exp(heavy / q.half_k) - 1;
-  a.limit[b] = static_cast<float>(scales.origin + u / scales.exact);
-  const int64_t batch = a.p.batch;
-  a.scales[b] = scales.origin_high;
-  a.scales[batch + b] = scales.origin_low;
-  a.scales[2 * batch + b] = scales.inverse;
-  a.scales[3 * batch + b] = scales.correction;
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels of the two passes share: their arguments, reductions and roundings.
+// What the kernels of the two passes share: their arguments, and reductions.
 #pragma once
 
 #include "../field_math.h"
@@ -49,8 +49,8 @@ struct TwoPassArguments {
   float* minima;      // (B, tiles) of r
   float* limit;       // (B,)
   float* cut;         // (B,) −∞ where no references are summed by products
-  double* base;       // (B,) s of the anchor; of the forward pass NaN without a cut
-  float* scales;      // (4, B) u = ((r − scales[0]) − scales[1]) scales[2]; see logits_float
+  double* base;       // (B,) s of the anchor, NaN without a cut
+  float* scales;      // (4, B) u = ((r − scales[0]) − scales[1]) scales[2]; see logit_float
 
   uint16_t* cotangents;  // (num_parts, B, width), backward only, as the next three
   double* cotangent_squares;
