@@ -46,11 +46,13 @@ SINGLE_SHAPES = [
     (32, 7, 300, math.inf, True),
 ]
 # References are looked for 1,024 at a time and weighed 256 at a time, by 1, 4 or 32 lanes each; a
-# thread has one column of up to 128, or several; few queries are done in several parts.
+# thread has one column of up to 128, or several; few queries are done in several parts, and of many
+# a block does several (on the emulator of more than 64).
 DOUBLE_SHAPES = [
     (1, 1, 1, 1, "float64"),
     (1, 2, 2049, 0, "float32"),
     (3, 17, 255, 1, "float64"),
+    (2, 130, 40, 1, "float32"),
     (8, 3, 1025, math.inf, "float64"),
     (9, 1, 3100, 2.5, "uint8"),
     (32, 40, 257, 1, "float32"),
