@@ -25,7 +25,7 @@ constexpr int kWarps = kExactThreads / 32;
 constexpr int kRows = kExactThreads;          // references weighed at a time, one to a thread
 constexpr int kEach = 4;                      // candidates that a thread looks at at a time
 constexpr int kSpan = kExactThreads * kEach;  // and that a block does
-constexpr int kBlocksEach = 3;  // blocks that a multiprocessor has registers for
+constexpr int kBlocksEach = 3;                // blocks that a multiprocessor has registers for
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Weights below exp(−kCutoff)/N of the nearest's cannot be seen in a sum in double.
