@@ -80,6 +80,20 @@ report() {
 stage build 75 env "PFGM_CUDA_ARCHS=$arch" \
   "$python" -m pip install --no-build-isolation --no-deps --editable .
 
+# What the kernels' instructions do, beside what the emulated ones do that the tests run elsewhere.
+nvcc=$(command -v nvcc || true)
+if [[ -z $nvcc && -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]]; then
+  nvcc=${CUDA_HOME:-/usr/local/cuda}/bin/nvcc
+fi
+if [[ -z $nvcc ]]; then
+  report intrinsics "skipped: nvcc is not installed" 0
+else
+  stage compile 30 "$nvcc" -std=c++17 "-arch=sm_$arch" -o "$out/gpu-intrinsics" \
+    tests/emulation/device_check.cu
+  stage intrinsics 10 "$out/gpu-intrinsics"
+  rm -f "$out/gpu-intrinsics"
+fi
+
 # A failed build leaves the backends that need none, so nothing below depends on it.
 if has pytest && has hypothesis; then
   workers=()

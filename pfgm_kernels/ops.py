@@ -13,7 +13,8 @@ which is what the backward pass needs to recompute every weight.
 A backend is a module with
 
     unsupported_reason(device, d, requires_grad) → None or why it cannot run
-    chunk_shape(B, N, d, workspace, prepared)    → queries and references that one call may take
+    chunk_shape(B, N, d, workspace, prepared, values_grad)
+                                                 → queries and references that one call may take
     prepare(values, table, workspace)            → operands, what is computed once of the references
     operands_of(operands, references)            → those of a slice of the references
     forward(x, t, values, table, operands, k)    → the four outputs for one chunk
@@ -89,7 +90,7 @@ def _field_forward(
     backend: str,
 ) -> Partial:
     module = BACKENDS[backend]
-    sizes = module.chunk_shape(x.shape[0], *values.shape, workspace, bool(operands))
+    sizes = module.chunk_shape(x.shape[0], *values.shape, workspace, bool(operands), False)
     prepared = _Prepared(module, values, table, operands, workspace * 5 // 8)
     blocks = []
     with torch.autocast(x.device.type, enabled=False):
@@ -129,7 +130,8 @@ def _field_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     module = BACKENDS[backend]
-    sizes = module.chunk_shape(x.shape[0], *values.shape, workspace, bool(operands))
+    prepared, shape = bool(operands), (x.shape[0], *values.shape)
+    sizes = module.chunk_shape(*shape, workspace, prepared, values_grad)
     prepared = _Prepared(module, values, table, operands, workspace * 5 // 8)
     anchor_x0 = decode(values[anchor], table)
     dx = -grad_displacement

@@ -202,7 +202,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     interpreter = tmp_path / "python"
     interpreter.write_text(INTERPRETER)
     interpreter.chmod(0o755)
-    # Without compute-sanitizer, wherever this runs.
+    # Without compute-sanitizer and nvcc, wherever this runs.
     (tmp_path / "bin").mkdir()
     for tool in ("bash", "env", "dirname", "mkdir", "realpath", "rm", "sed", "tail", "timeout"):
         (tmp_path / "bin" / tool).symlink_to(str(shutil.which(tool)))
@@ -234,7 +234,8 @@ def test_the_script_runs_every_stage_and_prints_the_table_last(
     stages = {line.split()[0]: line.split(" s  ")[1] for line in lines if " s  " in line}
     skipped = "skipped: compute-sanitizer is not installed"
     passed = dict.fromkeys(("build", "tests", "values", "benchmark"), "passed")
-    assert stages == passed | {"memcheck": skipped, "racecheck": skipped}
+    no_nvcc = "skipped: nvcc is not installed"
+    assert stages == passed | {"memcheck": skipped, "racecheck": skipped, "intrinsics": no_nvcc}
     assert "not installed: pykeops" in lines
     assert Path(environment["OUT"], "gpu-build.log").read_text() == "for 90\n"
 
@@ -245,6 +246,24 @@ def test_a_stage_that_fails_does_not_stop_the_others(environment: dict[str, str]
     assert "FAILED with status 3" in result.stdout
     assert result.stdout.count("passed") == 2 * 3
     assert result.stdout.splitlines()[-1] == "the table of results.json"
+
+
+def test_the_script_checks_the_intrinsics_where_there_is_nvcc(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text(
+        "#!/usr/bin/env bash\n"
+        'printf "#!/usr/bin/env bash\\necho compiled with $*\\n" >"$4"\n'
+        '/bin/chmod +x "$4"\n'
+    )
+    nvcc.chmod(0o755)
+    result = run(environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("passed") == 2 * 6
+    out = Path(environment["OUT"])
+    assert "-arch=sm_90" in (out / "gpu-intrinsics.log").read_text()
+    assert not (out / "gpu-intrinsics").exists()
 
 
 def test_without_a_gpu_the_script_says_so(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_small_workspace(backend, monkeypatch, d, count, batch, D, references)
     g_m = torch.randn(batch, dtype=torch.float64, generator=generator)
     expected = solve(x, t, x0, D)
     assert expected.effective_sample_size.max() > 2
-    sizes = BACKENDS["eager"].chunk_shape(batch, count, d, MIB, False)
+    sizes = BACKENDS["eager"].chunk_shape(batch, count, d, MIB, False, False)
     assert sizes[1] * 3 < count
     assert sizes[0] * 3 < batch or d < 100
 

@@ -26,7 +26,9 @@ def unsupported_reason(
     return None
 
 
-def chunk_shape(batch: int, count: int, d: int, workspace: int, prepared: bool) -> tuple[int, int]:
+def chunk_shape(
+    batch: int, count: int, d: int, workspace: int, prepared: bool, values_grad: bool
+) -> tuple[int, int]:
     """The kernels for larger d keep a float for each query and reference, at times two, in what
     operands that are yet to be prepared leave of the workspace.
     """

@@ -56,14 +56,21 @@ def runs_on(capability: tuple[int, int], archs: list[str]) -> bool:
 
 
 def chunk_shape(
-    batch: int, count: int, d: int, workspace: int, prepared: bool
+    batch: int, count: int, d: int, workspace: int, prepared: bool, values_grad: bool
 ) -> tuple[int, int]:
-    """A pair takes up to 32 bytes of the workspace."""
-    if d > MAX_DIRECT_DIM and not prepared:
-        count = min(count, workspace * 5 // 8 // _bytes_per_reference(d))
-        workspace = workspace * 3 // 8
-    pairs = workspace // 32
-    batch = max(1, min(batch, MAX_BATCH, pairs // 128))
+    """Direct differences keep a row of each query and next to nothing of a pair, unless references
+    get gradients; products up to 16 bytes of a column and 24 of a pair.
+    """
+    if d <= MAX_DIRECT_DIM:
+        rows, pairs = workspace // 2 // (8 * (d + 9)), workspace // (64 if values_grad else 2)
+        batch = min(batch, rows, max(MAX_BATCH, pairs // count))
+    else:
+        if not prepared:
+            count = min(count, workspace * 5 // 8 // _bytes_per_reference(d))
+            workspace = workspace * 3 // 8
+        rows, pairs = workspace // 4 // (16 * d), workspace // 32
+        batch = min(batch, rows, MAX_BATCH)
+    batch = max(1, min(batch, pairs // 128))
     return batch, max(1, min(count, pairs // batch))
 
 

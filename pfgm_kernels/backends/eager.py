@@ -19,7 +19,9 @@ def unsupported_reason(
     return None
 
 
-def chunk_shape(batch: int, count: int, d: int, workspace: int, prepared: bool) -> tuple[int, int]:
+def chunk_shape(
+    batch: int, count: int, d: int, workspace: int, prepared: bool, values_grad: bool
+) -> tuple[int, int]:
     """Queries and references per chunk that keep the float64 temporaries within `workspace`.
 
     A reference costs two rows of d (and its decoding indices), a query five; a pair costs five

@@ -47,9 +47,12 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-def chunk_shape(batch: int, count: int, d: int, workspace: int, prepared: bool) -> tuple[int, int]:
+def chunk_shape(
+    batch: int, count: int, d: int, workspace: int, prepared: bool, values_grad: bool
+) -> tuple[int, int]:
     """A pair takes a float64 s and, for the gradients, a projection; beyond direct differences also
-    a float32 r, a weight in two parts and another projection: 32 bytes in all.
+    a float32 r, a weight in two parts and another projection: 32 bytes in all. Queries as parts,
+    and sums of references, take up to 40 bytes of a column.
     """
     from pfgm_kernels.backends.triton import direct, operands
 
@@ -60,7 +63,7 @@ def chunk_shape(batch: int, count: int, d: int, workspace: int, prepared: bool) 
     else:
         pairs = workspace * 3 // 8 // 32
         count = min(count, workspace * 5 // 8 // operands.bytes_per_reference(d))
-    batch = max(1, min(batch, 1024, pairs // 128))
+    batch = max(1, min(batch, 1024, pairs // 128, workspace // 4 // (40 * d)))
     return batch, max(1, min(count, pairs // batch))
 
 
