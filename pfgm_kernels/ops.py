@@ -130,8 +130,8 @@ def _field_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     module = BACKENDS[backend]
-    prepared, shape = bool(operands), (x.shape[0], *values.shape)
-    sizes = module.chunk_shape(*shape, workspace, prepared, values_grad)
+    shape = (x.shape[0], *values.shape)
+    sizes = module.chunk_shape(*shape, workspace, bool(operands), values_grad)
     prepared = _Prepared(module, values, table, operands, workspace * 5 // 8)
     anchor_x0 = decode(values[anchor], table)
     dx = -grad_displacement

@@ -119,17 +119,18 @@ def sum_kernel(
     """
     block, split, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
     length = tl.load(length_ptr + block)
-    if length > 0:
-        b = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    b = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    summed = tl.load(cut_ptr + b, mask=b < B, other=-float("inf")) != -float("inf")
+    if tl.max(summed.to(tl.int32), 0) > 0:
         row = b.to(tl.int64)
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         column = d % width  # in one piece, unlike a minimum, so that loads stay wide
         stride = tiles * BLOCK_K
         low_w, low_y = tl.cast(B, tl.int64) * stride, tl.cast(y_plane, tl.int64)
-        mask = (tl.load(cut_ptr + b, mask=b < B, other=-float("inf")) != -float("inf"))[:, None]
+        mask = summed[:, None]
         accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         list_ptr += block.to(tl.int64) * tiles
-        following = tl.load(list_ptr + tl.minimum(split, length - 1))
+        following = tl.load(list_ptr + tl.maximum(tl.minimum(split, length - 1), 0))
         for i in range(split, length, splits):
             tile = following  # read ahead, so that the pipeline need not wait for it
             following = tl.load(list_ptr + tl.minimum(i + splits, length - 1))

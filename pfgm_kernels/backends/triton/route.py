@@ -105,8 +105,11 @@ def route_kernel(
             base += tl.sum(tl.where(inside, (y - x) * (y - x), 0.0), 0)
         tl.store(anchor_ptr + b, anchor)
 
-    # The error of r: certain, by the sizes of all terms, and root mean square.
-    split = 3.814697265625e-06 * (3 if Y_PARTS == 2 else 1)  # 2⁻¹⁸ for each product left out
+    # The error of r: certain, by the sizes of all terms, of which 2.4e-7 is four roundings to
+    # float32; and root mean square, of which 3.6e-8 is one, and more where sums are long.
+    # Two parts leave 2⁻¹⁷ of a number at most, usually half of it, and the product of low parts,
+    # 2⁻⁸ of a number each, is left out.
+    split = 7.62939453125e-06 * (4 if Y_PARTS == 2 else 1)
     summed = (16 + d / 64.0) * 1.1920928955078125e-07
     error = 2 * length * radius * (split + summed) + 2.4e-7 * radius * (radius + 2 * length)
     error += 2 * deviation * (radius + length)
