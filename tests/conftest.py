@@ -106,6 +106,8 @@ if any(b.name == "triton" and b.interpreted for b in available_backends()):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--interpret-all", action="store_true", help="see INTERPRETED in conftest.py")
+    help_ = "emulated kernels that no test has run are a failure"
+    parser.addoption("--every-kernel", action="store_true", help=help_)
 
 
 def _emulated(item: pytest.Item) -> bool:
@@ -153,6 +155,14 @@ def poison() -> Iterator[None]:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if EMULATED is not None:
         emulated.set_schedule(EMULATED, item.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if EMULATED is not None and session.config.getoption("--every-kernel"):
+        missing = emulated.kernels_that_did_not_run(EMULATED)
+        if missing and session.exitstatus == pytest.ExitCode.OK:
+            print("\nkernels that no test has run:", *missing, sep="\n  ")
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -173,6 +174,15 @@ def set_schedule(kernels: ModuleType, test: str) -> None:
     seed = zlib.crc32(test.encode())
     order, late = SCHEDULES[seed % len(SCHEDULES)]
     kernels.set_schedule(order, seed, bool(late))
+
+
+def kernels_that_did_not_run(kernels: ModuleType) -> list[str]:
+    """Their names and template arguments."""
+    table = subprocess.check_output(["nm", "-C", str(kernels.__file__)], text=True)
+    table = table.replace("pfgm::(anonymous namespace)::", "")
+    found = re.findall(r"^(\w+) [tT] (?:void )?(\w+_kernel(?:<.*>)?)\(", table, re.MULTILINE)
+    ran = kernels.launches()
+    return sorted(name for offset, name in found if int(offset, 16) not in ran)
 
 
 def main(kind: str, arguments: list[str]) -> int:

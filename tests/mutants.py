@@ -177,6 +177,7 @@ class Worker:
 
     def _start(self, kind: str) -> subprocess.Popen[str]:
         environment = emulated.address_environment() if kind == "address" else dict(os.environ)
+        environment["PYTHONPATH"] = str(emulated.ROOT)
         command = [sys.executable, __file__, "--serve", kind]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
