@@ -1,5 +1,6 @@
 # make demo       the whole job on real digits: train, sample, measure        (out/demo)
 # make test       every test; real images too where PFGM_DATA names their folder
+# make mutants    mistakes put into the CUDA kernels, and which tests find them
 # make sanitize   the CPU kernels under the address, undefined-behaviour and thread sanitizers
 # make aot        what each Triton kernel becomes on each NVIDIA chip, with no GPU
 # make lint       formatting, style and types
@@ -17,13 +18,18 @@ CXX_SOURCES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -
 READY := .venv/.ready
 # The Triton kernels run on the CPU under Triton's interpreter, whose matrix products are numpy's;
 # every line of them in the tests that are traced, which take twice as long for it.
-TRITON_TESTS := $(patsubst %,tests/test_%.py,accuracy autograd compile images inputs low_dimension \
+OP_TESTS := $(patsubst %,tests/test_%.py,accuracy autograd compile images inputs low_dimension \
   merge nonfinite property references singular validation)
 TRACED_TESTS := $(patsubst %,tests/test_%.py,triton gradients)
 INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
   $(BIN)/python -m pytest -q -k triton -n 2
+# The CUDA kernels run on the CPU on an emulated GPU, once with every test of the op and then with
+# a search for races and for accesses out of bounds.
+EMULATED := OMP_NUM_THREADS=1 $(BIN)/python tests/emulated.py
+CUDA_TESTS := $(patsubst %,tests/test_%.py,cuda_direct cuda_two_pass)
+SEARCHED_TESTS := $(CUDA_TESTS) $(patsubst %,tests/test_%.py,gradients low_dimension nonfinite singular)
 
-.PHONY: setup demo test sanitize aot lint format benchmark pictures clean
+.PHONY: setup demo test sanitize mutants aot lint format benchmark pictures clean
 
 setup: $(READY)
 
@@ -39,10 +45,16 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -q
 	$(INTERPRETED) $(TRACED_TESTS) --cov
-	$(INTERPRETED) $(TRITON_TESTS)
+	$(INTERPRETED) $(OP_TESTS)
+	$(EMULATED) plain -q -k cuda -n 2 $(CUDA_TESTS) tests/test_gradients.py $(OP_TESTS)
+	$(EMULATED) races -q -k cuda -n 2 $(SEARCHED_TESTS)
+	$(EMULATED) address -q -k cuda -n 2 $(SEARCHED_TESTS)
 
 sanitize: $(READY)
 	$(BIN)/python tests/sanitize.py
+
+mutants: $(READY)
+	$(BIN)/python tests/mutants.py
 
 aot: $(READY)
 	$(BIN)/python tests/aot.py
