@@ -27,6 +27,7 @@ from queue import Queue
 
 import emulated
 import torch
+from test_intrinsics import CHECKS
 
 KERNELS = emulated.ROOT / "csrc" / "cuda"
 SECONDS = 150  # for the checks of one build
@@ -117,11 +118,17 @@ def examine(kind: str, path: str) -> None:
     """All checks on one build, in a process of its own: raises, or is killed."""
     signal.alarm(SECONDS)
     kernels = emulated.load(Path(path))
-    emulated.install(kernels)
+    if hasattr(kernels, "run_check"):
+        problems = [
+            (f"test_intrinsics {name}", partial(kernels.run_check, name)) for name in CHECKS
+        ]
+    else:
+        emulated.install(kernels)
+        problems = checks()
     torch.use_deterministic_algorithms(True, warn_only=True)
     schedules = PLAIN_SCHEDULES if kind == "plain" else PLAIN_SCHEDULES[:1]
     for schedule in schedules:
-        for name, check in checks():
+        for name, check in problems:
             kernels.set_schedule(*schedule)
             try:
                 check()
@@ -189,9 +196,13 @@ class Worker:
         if mutant is not None:
             self._write(mutant)
             changed = self._users(mutant.file)
+            if mutant.file == "intrinsics.cuh":
+                changed.add("programs.cu")
         for kind in emulated.KINDS:
             try:
-                found[kind] = self._ask(kind, self._build(kind, changed))
+                found[kind] = self._ask(kind, self._build("kernels", kind, changed))
+                if not found[kind] and "programs.cu" in changed:
+                    found[kind] = self._ask(kind, self._build("programs", kind, changed))
             except RuntimeError:
                 found[kind] = "does not compile"
             if found[kind] and not every_build:
@@ -220,9 +231,11 @@ class Worker:
                 return users
             users |= more
 
-    def _build(self, kind: str, changed: set[str]) -> Path:
-        objects, flags = [], emulated.flags("kernels", kind)
-        for source in emulated.sources_of_kernels(self.folder) + emulated.EMULATOR:
+    def _build(self, name: str, kind: str, changed: set[str]) -> Path:
+        objects, flags = [], emulated.flags(name, kind)
+        programs = [self.folder / path.relative_to(emulated.ROOT) for path in emulated.PROGRAMS]
+        sources = programs if name == "programs" else emulated.sources_of_kernels(self.folder)
+        for source in [*sources, *emulated.EMULATOR]:
             base = self.folder / kind / f"{source.name}.o"
             base.parent.mkdir(exist_ok=True)
             target = base.with_suffix(".changed.o") if source.name in changed else base
@@ -230,7 +243,7 @@ class Worker:
                 own = ["-O1", "-Wno-error", *emulated.flags_of(source, kind)]
                 emulated.compile_source(source, target, [*flags, *own])
             objects.append(target)
-        output = self.folder / kind / f"kernels_{kind}.so"
+        output = self.folder / kind / f"{name}_{kind}.so"
         emulated.link(objects, output, kind)
         return output
 

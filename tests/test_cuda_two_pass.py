@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -88,6 +89,19 @@ def test_values_and_gradients(d, B, N, codes, D):
     if N > 1:
         assert truth.effective_sample_size.max() > 64
         assert (errors(v, truth) > EXACT).any(), "the products took no part"
+
+
+@pytest.mark.skipif(
+    os.environ.get("PFGM_EMULATION", "plain") != "plain", reason="a search takes minutes for it"
+)
+def test_more_groups_than_a_block_lists_at_a_time():
+    x, t, values, table = problem(33, 2, 66_000, True)
+    operands = cuda.prepare(values.to(DEVICE), table.to(DEVICE), 1 << 28)
+    arguments = (a.to(DEVICE) for a in (x, t, values, table))
+    v, log_mass, _, _ = cuda.forward(*arguments, operands, 34)
+    truth = solve(x, t, decoded(values, table))
+    assert (errors(v.cpu(), truth) <= TOLERANCE).all()
+    assert_log_mass(log_mass.cpu(), truth)
 
 
 @pytest.mark.parametrize("name", ["equal references", "far queries", "few candidates"])

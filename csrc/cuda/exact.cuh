@@ -92,14 +92,14 @@ __device__ int compact(const bool (&kept)[n], int first, int* out, int* counts) 
   return total;
 }
 
-// Σ v over the block's threads, the same in all of them.
+// Σ v over the block's threads, the same in all of them. There is a barrier before `partial` is
+// written again: every part has references, which are listed first.
 __device__ inline double block_sum(double v, double* partial) {
   for (int other = 16; other > 0; other /= 2) v += __shfl_xor_sync(kAllLanes, v, other);
   if (lane() == 0) partial[warp()] = v;
   __syncthreads();
   double sum = 0;
   for (int w = 0; w < kWarps; ++w) sum += partial[w];
-  __syncthreads();
   return sum;
 }
 
@@ -232,16 +232,15 @@ struct ColumnSums {
     first = false;
   }
 
+  // In shared memory that nothing else has used since the last barrier, nor does before the next.
   __device__ void store(double* shared) {
     if (first || !spread()) return;
-    __syncthreads();
     shared[threadIdx.x] = kept;
     for (int half = kExactThreads / 2; half >= width; half /= 2) {
       __syncthreads();
       if (static_cast<int>(threadIdx.x) < half) shared[threadIdx.x] += shared[threadIdx.x + half];
     }
     if (threadIdx.x < dim) out[threadIdx.x] = shared[threadIdx.x];
-    __syncthreads();
   }
 };
 

@@ -75,8 +75,7 @@ class Product {
       copy(step + Traits::kStages - 1, steps, source);
       multiply_stage(stage(step), sums);
     }
-    copy_async_wait<0>();
-    __syncthreads();  // the shared memory is free
+    __syncthreads();  // the shared memory is free: the groups that were not waited for are empty
   }
 
  private:
