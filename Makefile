@@ -46,7 +46,8 @@ test: $(READY)
 	$(BIN)/python -m pytest -q
 	$(INTERPRETED) $(TRACED_TESTS) --cov
 	$(INTERPRETED) $(OP_TESTS)
-	$(EMULATED) plain -q -k cuda -n 2 $(CUDA_TESTS) tests/test_gradients.py $(OP_TESTS)
+	$(EMULATED) plain -q --every-kernel $(CUDA_TESTS)
+	$(EMULATED) plain -q -k cuda -n 2 tests/test_gradients.py $(OP_TESTS)
 	$(EMULATED) races -q -k cuda -n 2 $(SEARCHED_TESTS)
 	$(EMULATED) address -q -k cuda -n 2 $(SEARCHED_TESTS)
 

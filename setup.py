@@ -72,7 +72,6 @@ def ninja_file(output: Path) -> str:
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output, work = Path(self.get_ext_fullpath(ext.name)).resolve(), Path(self.build_temp)
-        output.parent.mkdir(parents=True, exist_ok=True)
         work.mkdir(parents=True, exist_ok=True)
         (work / "build.ninja").write_text(ninja_file(output))
         check_call([Path(ninja.BIN_DIR) / "ninja", "-C", work])

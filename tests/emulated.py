@@ -188,6 +188,7 @@ def kernels_that_did_not_run(kernels: ModuleType) -> list[str]:
 def main(kind: str, arguments: list[str]) -> int:
     if kind not in KINDS:
         raise SystemExit(f"{kind!r} is none of {', '.join(KINDS)}")
+    library(kind)  # once, before pytest's workers would
     environment = address_environment() if kind == "address" else dict(os.environ)
     command = [sys.executable, "-m", "pytest", *arguments]
     return subprocess.call(command, env={**environment, "PFGM_EMULATION": kind})
