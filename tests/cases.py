@@ -117,6 +117,18 @@ def flat(d: int, count: int, D: float = 1, share: float = 0) -> Case:
     return Case(x, t, x0, D, dense=True, named=False)
 
 
+def hardly_spread(d: int, steps: int) -> Case:
+    """Values on a grid whose spread is `steps` of its steps, with queries near all of them: float32
+    rounds the grid's values, by little beside the grid but not beside the displacement.
+    """
+    generator = seeded(d * 100 + steps)
+    centre = torch.randint(-100, 100, (d,), generator=generator)
+    codes = centre + torch.randint(0, steps + 1, (240, d), generator=generator)
+    x0 = (codes.double() / 40).float()
+    x = x0[:6] + torch.logspace(-5, -1, 6)[:, None] * torch.randn(6, d, generator=generator)
+    return Case(x, torch.tensor([1.0, 40, 1e3]).repeat(2), x0, D=0, dense=True, named=False)
+
+
 def far_away(d: int) -> Case:
     """Queries far outside of data that are themselves far from the origin."""
     generator = seeded(d)
@@ -166,6 +178,8 @@ for d in (1, 3, 64, 100):
     register(f"on data points d={d}", on_data_points, d)
 for d in (3, 33, 64, 256, 300, 3072):
     register(f"crowds d={d}", crowds, d)
+for d, steps in ((64, 0), (64, 1), (301, 0), (301, 1)):
+    register(f"hardly spread d={d} steps={steps}", hardly_spread, d, steps)
 for d in (2, 17, 100):
     register(f"far away d={d}", far_away, d)
 for d, count, D in (

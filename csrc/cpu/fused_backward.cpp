@@ -164,7 +164,8 @@ struct FusedBackward : FusedPass {
     const double slope = kernel.gaussian ? kernel.inverse_two_t2 : p.half_k / s;
     const double lost = kFloatRounding * o.unit * o.radius;
     return s >= queries[i].least_s && p.anchor_log_weight[b] >= kLeastLogWeight &&
-           lost <= kFusedPull * distance && 2 * slope * lost * distance <= kFusedTolerance;
+           std::max(lost, o.unit * o.deviation) <= kFusedPull * distance &&
+           2 * slope * lost * distance <= kFusedTolerance;
   }
 
   // r of a reference whose weight is exp(−depth), or at most that where there is an error.

@@ -28,13 +28,20 @@ inline double cutoff_depth(const FieldParams& p) {
   return kSingleCutoff + ::log(static_cast<double>(p.count));
 }
 
-// Whether float sums of y resolve a displacement v: it must not be small beside the data's width,
-// nor may the distances that it averages be. anchor_distance: ‖x − x0_a‖, the smallest of these.
+// The distance from which on float sums of y resolve a displacement: not small beside the data's
+// width, of which it may be one over `share`, nor beside what y leaves of a reference.
+inline double resolved_distance(const Operands& o, double share) {
+  constexpr double kDeviation = 1e-6;
+  return o.unit * std::max(o.radius / share, o.deviation / kDeviation);
+}
+
+// Whether float sums of y resolve a displacement v: neither it nor the distances that it averages
+// may be small. anchor_distance: ‖x − x0_a‖, the smallest of these.
 inline bool resolves(const FieldParams& p, const Operands& o, const double* v,
                      double anchor_distance) {
   double squared = anchor_distance * anchor_distance;
   for (int64_t c = 0; c < p.dim; ++c) squared += v[c] * v[c];
-  return ::sqrt(squared) >= o.unit * o.radius / 4;
+  return ::sqrt(squared) >= resolved_distance(o, 4);
 }
 
 // Which queries the tiles hold. The last tile is only as wide as it must be.

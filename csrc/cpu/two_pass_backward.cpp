@@ -102,7 +102,7 @@ struct Backward : TwoPass {
   bool precise(const Screen& screen, int64_t b, double s) const override {
     const double offset = RadialKernel(p.half_k, p.t[b]).s_offset(p.t[b]);
     const double distance = ::sqrt(std::max(0.0, s - offset));
-    return TwoPass::precise(screen, b, s) && distance >= o.unit * o.radius / 64;
+    return TwoPass::precise(screen, b, s) && distance >= resolved_distance(o, 64);
   }
 
   void finish_dense(const SecondPass& pass) const override {

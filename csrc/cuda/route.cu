@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kThreads)
   count = block_reduce(count, Sum());
   const double distance = ::sqrt(base > q.offset_t ? base - q.offset_t : 0);
   if (count > kFew && slope * q.unit * q.unit * errors.noise <= kLogitError && a.p.header[2] == 0 &&
-      distance >= q.unit * q.radius / (a.backward ? 64 : 4)) {
+      distance >= q.unit * ::fmax(q.radius / (a.backward ? 64 : 4), q.deviation * 1e6)) {
     leave_light(a, q, slope, base, cut, heavy);
   } else if (threadIdx.x == 0) {
     a.base[b] = NAN;

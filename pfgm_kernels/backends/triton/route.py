@@ -144,7 +144,8 @@ def route_kernel(
     distance = tl.sqrt(tl.maximum(base - offset_t, 0.0))
     share = 64.0 if BACKWARD else 4.0
     dense = usable & (count > FEW) & (slope * square * noise <= LOGIT_ERROR) & (crowded == 0)
-    dense = dense & (distance >= unit * radius / share)
+    # The data's width must not hide the displacement, nor what y leaves of a reference.
+    dense = dense & (distance >= unit * tl.maximum(radius / share, deviation * 1e6))
     cut_float = tl.full((), -float("inf"), tl.float32)
     if dense:
         exact = slope * square / half_k
