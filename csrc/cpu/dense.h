@@ -171,45 +171,62 @@ struct SecondPass {
   }
 
   // (queries, d) Σ_j w_j y_j with what stands in the place of the products as weights. A task takes
-  // a tile and a strip of columns, so that the weights of a block are read once for several
-  // kGatherColumns.
+  // a strip of columns, so that the weights of a block are read once for several kGatherColumns,
+  // and as many tiles as leave enough tasks for the threads, for they share what is decoded.
   Buffer<double> gather() const {
     Buffer<double> sums(static_cast<int64_t>(tiles.rows.size()) * p.dim);
     const int64_t groups = (p.dim + kGatherColumns - 1) / kGatherColumns;
-    const int64_t fair = groups * tiles.count() / (2 * p.num_threads);
-    const int64_t most = std::clamp<int64_t>(fair, 1, kGatherStrip);
-    const int64_t strips = (groups + most - 1) / most;
-    const int64_t strip = (groups + strips - 1) / strips * kGatherColumns;
+    const int64_t tasks = 2 * p.num_threads;
+    const int64_t strip = std::clamp<int64_t>(groups / tasks, 1, kGatherStrip) * kGatherColumns;
+    const int64_t strips = (p.dim + strip - 1) / strip;
+    const int64_t spans = std::min((tasks + strips - 1) / strips, tiles.count());
+    const int64_t span = (tiles.count() + spans - 1) / spans;
     const Buffer<float> decoded(p.num_threads * kGatherRows * kGatherColumns);
     const Buffer<float> partial(p.num_threads * kGatherColumns * kTileQueries);
-    const Buffer<double> totals(p.num_threads * strip * kTileQueries);
-    parallel_for(p.num_threads, tiles.count() * strips, [&](int64_t task, int thread) {
-      const int64_t tile = task / strips, start = task % strips * strip;
-      const int64_t end = std::min(p.dim, start + strip), width = tiles.width(tile);
-      float* y = decoded.get() + thread * kGatherRows * kGatherColumns;
-      float* out = partial.get() + thread * kGatherColumns * kTileQueries;
-      double* total = totals.get() + thread * strip * kTileQueries;
-      std::fill_n(total, (end - start) * width, 0.0);
-      for (int64_t block = 0; block < num_blocks; ++block) {
-        if (!active[tile * num_blocks + block]) continue;
-        const int64_t first = block * kGatherRows, rows = std::min(p.count - first, kGatherRows);
-        const float* weights = screen.tile_products(tile) + first * width;
-        for (int64_t column = start; column < end; column += kGatherColumns) {
-          const int64_t columns = std::min(end - column, kGatherColumns);
-          decode_block(p, o, first, rows, column, columns, y, columns);
+    const Buffer<double> totals(p.num_threads * strip * span * kTileQueries);
+    parallel_for(p.num_threads, strips * spans, [&](int64_t task, int thread) {
+      const int64_t start = task / spans * strip, first_tile = task % spans * span;
+      gather_strip(start, std::min(p.dim, start + strip), first_tile,
+                   std::min(tiles.count(), first_tile + span),
+                   decoded.get() + thread * kGatherRows * kGatherColumns,
+                   partial.get() + thread * kGatherColumns * kTileQueries,
+                   totals.get() + thread * strip * span * kTileQueries, sums.get());
+    });
+    return sums;
+  }
+
+  // The sums of columns start to end for some tiles. y, out and totals are work areas.
+  void gather_strip(int64_t start, int64_t end, int64_t first_tile, int64_t last_tile, float* y,
+                    float* out, double* totals, double* sums) const {
+    const int64_t size = (end - start) * kTileQueries;  // of a tile's totals
+    std::fill_n(totals, size * (last_tile - first_tile), 0.0);
+    for (int64_t block = 0; block < num_blocks; ++block) {
+      const int64_t first = block * kGatherRows, rows = std::min(p.count - first, kGatherRows);
+      for (int64_t column = start; column < end; column += kGatherColumns) {
+        const int64_t columns = std::min(end - column, kGatherColumns);
+        const int64_t next = column + columns < end ? columns : rows * p.dim - (column - start);
+        bool decoded = false;
+        for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+          if (!active[tile * num_blocks + block]) continue;
+          if (!decoded) decode_block(p, o, first, rows, column, columns, y, columns, next);
+          decoded = true;
+          const int64_t width = tiles.width(tile);
+          const float* weights = screen.tile_products(tile) + first * width;
           product<FloatProduct>(y, columns, 1, columns, weights, width, rows, out, false);
-          double* to = total + (column - start) * width;
+          double* to = totals + (tile - first_tile) * size + (column - start) * width;
           for (int64_t i = 0; i < columns * width; i += kLanes) {
             store(to + i, load(to + i) + widen(out + i));
           }
         }
       }
+    }
+    for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+      const double* total = totals + (tile - first_tile) * size;
       for (int q = 0; q < tiles.size(tile); ++q) {
-        double* row = sums.get() + (tile * kTileQueries + q) * p.dim;
-        for (int64_t c = start; c < end; ++c) row[c] = total[(c - start) * width + q];
+        double* row = sums + (tile * kTileQueries + q) * p.dim;
+        for (int64_t c = start; c < end; ++c) row[c] = total[(c - start) * tiles.width(tile) + q];
       }
-    });
-    return sums;
+    }
   }
 };
 

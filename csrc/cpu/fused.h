@@ -55,7 +55,7 @@ struct FusedBlock {
   void load(const FieldParams& p, const Operands& o, double centre, int64_t first, int64_t count) {
     rows = count;
     if (o.codes || p.value_type == ValueType::kUint8) {
-      decode_block(p, o, first, rows, 0, dim, y, dim + 1);
+      decode_block(p, o, first, rows, 0, dim, y, dim + 1, rows * dim);
     } else {
       subtract_origin(static_cast<const float*>(p.values) + first * dim);
     }
@@ -146,7 +146,7 @@ struct FusedPass {
   int64_t size = static_cast<int64_t>(tiles.rows.size());
   double centre = norm_centre(p, o);
   Parts parts{p, tiles.count()};
-  std::vector<float> origin{o.origin, o.origin + p.dim};
+  std::vector<float> origin{o.origin.get(), o.origin.get() + p.dim};
   std::vector<FusedQuery> queries{static_cast<size_t>(size)};
   std::vector<FusedArea> areas;
   Buffer<double> others{(parts.count - 1) * size * ld};

@@ -22,8 +22,8 @@ struct Operands {
   const uint8_t* codes;  // (N, d), or null where the values are not on a grid
   double unit, inverse_unit;
   double deviation;              // ‖x0 − (origin + unit · y)‖ / unit at most, where there are codes
-  const double* origin;          // (d,)
-  Buffer<int32_t> origin_codes;  // (d,), where there are codes
+  Buffer<double> origin;         // (ld,) with zeros beyond d, as rows of queries are
+  Buffer<int32_t> origin_codes;  // (ld,), where there are codes
   // Many references are equal: rounding errors of float products are then equal, too, and no sum
   // averages them out.
   bool crowds;
@@ -49,10 +49,15 @@ inline Operands make_operands(const FieldParams& p) {
   o.inverse_unit = 1 / o.unit;
   o.deviation = coded ? p.grid[1] : 0;
   o.crowds = p.grid[2] != 0;
-  o.origin = p.grid + kGridHeader;
-  o.origin_codes = Buffer<int32_t>(coded ? p.dim : 0);
-  for (int64_t c = 0; coded && c < p.dim; ++c) {
-    o.origin_codes[c] = static_cast<int32_t>(std::lrint((o.origin[c] - p.grid[3]) / o.unit));
+  const int64_t ld = round_up(p.dim, kPad);
+  const double* origin = p.grid + kGridHeader;
+  o.origin = Buffer<double>(ld);
+  o.origin_codes = Buffer<int32_t>(coded ? ld : 0);
+  for (int64_t c = 0; c < ld; ++c) {
+    o.origin[c] = c < p.dim ? origin[c] : 0;
+    if (!coded) continue;
+    const double code = c < p.dim ? (origin[c] - p.grid[3]) / o.unit : 0;
+    o.origin_codes[c] = static_cast<int32_t>(std::lrint(code));
   }
   o.roots = Buffer<double>(p.count);
   for (int64_t j = 0; j < p.count; ++j) {
@@ -63,26 +68,35 @@ inline Operands make_operands(const FieldParams& p) {
   return o;
 }
 
-// Rows of `columns` columns of y as floats, ld apart.
+// Fetches bytes that are needed soon; they need not be valid memory.
+inline void prefetch(const void* address, int64_t bytes) {
+  const char* first = static_cast<const char*>(address);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + i);
+  __builtin_prefetch(first + bytes - 1);
+}
+
+// Rows of `columns` columns of y as floats, ld apart. The same block `ahead` elements further on is
+// read next: rows are too far apart for the hardware to see.
 inline void decode_block(const FieldParams& p, const Operands& operands, int64_t first,
-                         int64_t rows, int64_t column, int64_t columns, float* out, int64_t ld) {
+                         int64_t rows, int64_t column, int64_t columns, float* out, int64_t ld,
+                         int64_t ahead) {
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t start = (first + r) * p.dim + column;
-    float* row = out + r * ld;
+    float* __restrict row = out + r * ld;
     if (operands.codes) {
       const uint8_t* codes = operands.codes + start;
       const int32_t* origin = operands.origin_codes.get() + column;
-      // The columns after these are read next, and rows are too far apart for the hardware to see.
-      __builtin_prefetch(codes + columns);
-      __builtin_prefetch(codes + 2 * columns - 1);
+      prefetch(codes + ahead, columns);
       for (int64_t c = 0; c < columns; ++c) row[c] = static_cast<float>(codes[c] - origin[c]);
     } else if (p.value_type == ValueType::kUint8) {
       const uint8_t* codes = static_cast<const uint8_t*>(p.values) + start;
+      prefetch(codes + ahead, columns);
       for (int64_t c = 0; c < columns; ++c) {
         row[c] = static_cast<float>(p.table[codes[c]] - operands.origin[column + c]);
       }
     } else {
       const float* values = static_cast<const float*>(p.values) + start;
+      prefetch(values + ahead, columns * 4);
       for (int64_t c = 0; c < columns; ++c) {
         row[c] = static_cast<float>(values[c] - operands.origin[column + c]);
       }

@@ -69,12 +69,23 @@ inline double shifted(const FieldParams& p, const Operands& o, int64_t b, int64_
   return (p.x[b * round_up(p.dim, kPad) + c] - o.origin[c]) * o.inverse_unit;
 }
 
+// kLanes neighbouring columns of x', zeros beyond d.
+inline Vec shifted_columns(const FieldParams& p, const Operands& o, int64_t b, int64_t c) {
+  const double* x = p.x + b * round_up(p.dim, kPad);
+  return (load(x + c) - load(&o.origin[c])) * o.inverse_unit;
+}
+
 inline QueryNorms query_norms(const FieldParams& p, const Operands& o, int64_t b) {
-  double squared = 0;
-  for (int64_t c = 0; c < p.dim; ++c) {
-    const double x = shifted(p, o, b, c);
-    squared += x * x;
+  constexpr int kChains = kPad / kLanes;  // sums in flight
+  Vec sums[kChains] = {};
+  for (int64_t c = 0; c < p.dim; c += kPad) {
+    for (int i = 0; i < kChains; ++i) {
+      const Vec x = shifted_columns(p, o, b, c + i * kLanes);
+      sums[i] += x * x;
+    }
   }
+  double squared = 0;
+  for (const Vec sum : sums) squared += reduce_add(sum);
   return {squared, RadialKernel(p.half_k, p.t[b]).s_offset(p.t[b]) / (o.unit * o.unit)};
 }
 
@@ -112,35 +123,45 @@ struct Digits {
   double sums[kDigits];       // n-th digits · origin's codes: codes are multiplied, not y
 };
 
-// Packs digits of x', four columns to a step, (dim/4, width) for each digit; digits of which
-// packed is null are left out.
+// Packs digits of x', four columns to a step, (dim/4, width) for each digit up to `end`; those of
+// which packed is null are left out.
 inline Digits pack_digits(const FieldParams& p, const Operands& o, int64_t b, int q, int64_t width,
-                          int32_t* const (&packed)[kDigits]) {
-  double largest = 0;
-  for (int64_t c = 0; c < p.dim; ++c) largest = std::max(largest, std::abs(shifted(p, o, b, c)));
-  Digits digits{std::max(largest, 1e-300) / 127, {}, {}};
+                          int end, int32_t* const (&packed)[kDigits]) {
+  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+  const int64_t ld = round_up(p.dim, kPad), steps = (p.dim + 3) / 4;
+  Vec most = {};
+  for (int64_t c = 0; c < ld; c += kLanes) {
+    const Vec x = shifted_columns(p, o, b, c), size = x < 0.0 ? -x : x;
+    most = size > most ? size : most;
+  }
+  double largest = 1e-300;
+  for (int i = 0; i < kLanes; ++i) largest = std::max(largest, most[i]);
+  Digits digits{largest / 127, {}, {}};
   double units[kDigits], inverses[kDigits];
   for (int n = 0; n < kDigits; ++n) {
     units[n] = n == 0 ? digits.unit : units[n - 1] / kDigitBase;
     inverses[n] = 1 / units[n];
   }
-  for (int64_t start = 0; start < p.dim; start += 4) {
-    int8_t bytes[kDigits][4] = {};
-    for (int64_t c = start; c < std::min(p.dim, start + 4); ++c) {
-      double rest = shifted(p, o, b, c);
-      for (int n = 0; n < kDigits; ++n) {
-        const double digit = std::nearbyint(rest * inverses[n]);
-        rest -= digit * units[n];
-        digits.sums[n] += digit * o.origin_codes[c];
-        bytes[n][c - start] = static_cast<int8_t>(digit);
-        digits.residuals[n] += rest * rest;
+  Vec sums[kDigits] = {}, residuals[kDigits] = {};
+  for (int64_t c = 0; c < ld; c += kLanes) {
+    Vec rest = shifted_columns(p, o, b, c);
+    for (int n = 0; n < end; ++n) {
+      const Vec digit = (rest * inverses[n] + kRoundMagic) - kRoundMagic;
+      rest -= digit * units[n];
+      sums[n] += digit * widen(&o.origin_codes[c]);
+      residuals[n] += rest * rest;
+      if (!packed[n]) continue;
+      const Bytes bytes = __builtin_convertvector(digit, Bytes);
+      for (int64_t i = 0; i < kLanes / 4 && c / 4 + i < steps; ++i) {
+        __builtin_memcpy(packed[n] + (c / 4 + i) * width + q,
+                         reinterpret_cast<const char*>(&bytes) + 4 * i, 4);
       }
     }
-    for (int n = 0; n < kDigits; ++n) {
-      if (packed[n]) __builtin_memcpy(packed[n] + start / 4 * width + q, bytes[n], 4);
-    }
   }
-  for (double& residual : digits.residuals) residual = ::sqrt(residual);
+  for (int n = 0; n < end; ++n) {
+    digits.sums[n] = reduce_add(sums[n]);
+    digits.residuals[n] = ::sqrt(reduce_add(residuals[n]));
+  }
   return digits;
 }
 #endif

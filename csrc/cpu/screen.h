@@ -8,6 +8,8 @@
 // result.
 #pragma once
 
+#include <type_traits>
+
 #include "queries.h"
 
 namespace pfgm {
@@ -138,12 +140,37 @@ inline Vec smallest_r(const Screen& screen, int64_t tile, int64_t q) {
 // there are fewer of them.
 inline int64_t few_candidates(const FieldParams& p) { return std::max<int64_t>(64, p.count / 16); }
 
-// Lists the candidates of the queries of the tiles, up to one too many. largest(b, smallest): the
-// largest r that counts.
+// Candidates of a query that are listed, and of the queries that spare a vector in the second pass.
+inline int64_t most_listed(const FieldParams& p) {
+  return std::max(few_candidates(p), p.count / 4);
+}
+
+// The second pass over a vector of queries costs about as much as direct differences of one query
+// to all references: the queries beyond whole vectors are spared it where they have few candidates
+// in all.
+inline void fill_vectors(const FieldParams& p, const std::vector<int64_t>& rows,
+                         std::vector<Candidates>& candidates) {
+  std::vector<Candidates*> dense;
+  for (const int64_t b : rows) {
+    if (candidates[b].too_many) dense.push_back(&candidates[b]);
+  }
+  const auto end = dense.begin() + dense.size() % kFloatLanes;
+  std::partial_sort(dense.begin(), end, dense.end(), [](const Candidates* a, const Candidates* b) {
+    return a->list.size() < b->list.size();
+  });
+  size_t total = 0;
+  for (auto i = dense.begin(); i < end; ++i) total += (*i)->list.size();
+  if (static_cast<int64_t>(total) > most_listed(p)) return;
+  for (auto i = dense.begin(); i < end; ++i) (*i)->too_many = false;
+}
+
+// Lists the candidates of the queries of the tiles, up to one more than most_listed. largest(b,
+// smallest): the largest r that counts. The nearest reference is found where products are floats,
+// which integers become for the queries that need it.
 template <class Element, class Largest>
 void select_as(const Screen& screen, const Largest& largest, std::vector<Candidates>& candidates) {
   const FieldParams& p = screen.p;
-  const int64_t few = few_candidates(p);
+  const int64_t few = few_candidates(p), most = most_listed(p);
   const int64_t groups = kTileQueries / kLanes, num_blocks = screen.num_blocks();
   parallel_for(p.num_threads, screen.tiles.count() * groups, [&](int64_t task, int) {
     const int64_t tile = task / groups, q = task % groups * kLanes;
@@ -164,15 +191,19 @@ void select_as(const Screen& screen, const Largest& largest, std::vector<Candida
       const int64_t last = std::min(p.count, (block + 1) * kScreenRows);
       for (int64_t j = block * kScreenRows; j < last; ++j) {
         const Vec r = screen.norms[j] - lanes.factor * widen(sums + j * width + q);
-        const VecInt nearer = r < nearest_r;
-        nearest_r = nearer ? r : nearest_r;
-        nearest = nearer ? broadcast(static_cast<double>(j)) : nearest;
+        if constexpr (std::is_same_v<Element, float>) {
+          const VecInt nearer = r < nearest_r;
+          nearest_r = nearer ? r : nearest_r;
+          nearest = nearer ? broadcast(static_cast<double>(j)) : nearest;
+        } else if (!listing) {
+          break;
+        }
         const Vec least = r - lanes.slope * screen.o.roots[j] - lanes.constant;
         for (unsigned mask = bits(least <= limit) & listing; mask; mask &= mask - 1) {
           const int i = __builtin_ctz(mask);
           Candidates& found = candidates[screen.tiles.row(tile, static_cast<int>(q) + i)];
           found.list.push_back(static_cast<int32_t>(j));
-          if (static_cast<int64_t>(found.list.size()) > few) listing &= ~(1u << i);
+          if (static_cast<int64_t>(found.list.size()) > most) listing &= ~(1u << i);
         }
       }
     }
@@ -180,7 +211,7 @@ void select_as(const Screen& screen, const Largest& largest, std::vector<Candida
       Candidates& found = candidates[screen.tiles.row(tile, static_cast<int>(q) + i)];
       found.nearest = static_cast<int64_t>(nearest[i]);
       found.smallest = smallest[i];
-      found.too_many = !(listing >> i & 1);
+      found.too_many = static_cast<int64_t>(found.list.size()) > few;
     }
   });
 }

@@ -14,7 +14,7 @@ void multiply_floats(const FieldParams& p, const Operands& o, const Tiles& tiles
                      int64_t rows, float* y, const float* packed, const Out& out) {
   for (int64_t column = 0; column < p.dim; column += kColumnBlock) {
     const int64_t columns = std::min<int64_t>(p.dim - column, kColumnBlock);
-    decode_block(p, o, first, rows, column, columns, y, kColumnBlock);
+    decode_block(p, o, first, rows, column, columns, y, kColumnBlock, columns);
     for (int64_t tile = 0; tile < tiles.count(); ++tile) {
       const int64_t width = tiles.width(tile);
       product<FloatProduct>(y, rows, kColumnBlock, 1,
@@ -112,9 +112,9 @@ struct IntegerProducts {
     }
     for (int q = begin; q < begin + kFloatLanes && q < tiles.size(tile); ++q) {
       const int64_t b = tiles.row(tile, q), i = tile * kTileQueries + q;
-      const Digits digits = pack_digits(p, screen.o, b, q, width, to);
+      const Digits digits = pack_digits(p, screen.o, b, q, width, end_digit, to);
       double sum = 0;  // for all digits, in units of the first
-      for (int n = kDigits - 1; n >= 0; --n) sum = digits.sums[n] + sum / kDigitBase;
+      for (int n = end_digit - 1; n >= 0; --n) sum = digits.sums[n] + sum / kDigitBase;
       units[i] = digits.unit;
       shifts[i] = digits.unit * sum;
       Bound& bound = screen.bounds[b];

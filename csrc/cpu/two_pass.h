@@ -71,6 +71,7 @@ struct TwoPass {
       return limit(screen.bounds[b], b, smallest);
     };
     select(screen, largest, candidates);
+    fill_vectors(p, screen.tiles.rows, candidates);
     Tiles dense;
     std::vector<SparseQuery> sparse;
     for (const int64_t b : screen.tiles.rows) {
