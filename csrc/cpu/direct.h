@@ -26,9 +26,8 @@ constexpr int kColumns = 8;   // columns whose sums stay in registers
 constexpr int kMaxDim = 24;   // kMaxDirectDim
 constexpr int kTileVectors = kQueries / kFloatLanes;
 
-// How weights relative to the scale are computed. kLowPower: powers of the reciprocal root as it
-// is; kPower: with its error put right, which k multiplies.
-enum class Weighing { kLowPower, kPower, kLogarithm, kGaussian };
+// How weights relative to the scale are computed.
+enum class Weighing { kPower, kLogarithm, kGaussian };
 
 constexpr double kCrowdTolerance = 6e-7;  // log masses of equal references may be off by this much
 
@@ -38,15 +37,13 @@ inline Weighing choose_weighing(double half_k) {
   const double k = 2 * half_k;
   if (half_k == INFINITY) return Weighing::kGaussian;
   if (k != ::floor(k) || k > kMaxPower) return Weighing::kLogarithm;
-  return k <= 4 ? Weighing::kLowPower : Weighing::kPower;
+  return Weighing::kPower;
 }
 
 // Calls task(std::integral_constant<Weighing, weighing>).
 template <class Task>
 void dispatch(Weighing weighing, const Task& task) {
   switch (weighing) {
-    case Weighing::kLowPower:
-      return task(std::integral_constant<Weighing, Weighing::kLowPower>());
     case Weighing::kPower:
       return task(std::integral_constant<Weighing, Weighing::kPower>());
     case Weighing::kLogarithm:
@@ -210,13 +207,15 @@ struct Weights {
   float half_k_high, half_k_low;
   Weighing weighing;
   int k;
+  float second_order;
 
   explicit Weights(double half_k)
       : half_k(half_k),
         half_k_high(static_cast<float>(half_k)),
         half_k_low(static_cast<float>(half_k - half_k_high)),
         weighing(choose_weighing(half_k)),
-        k(weighing <= Weighing::kPower ? static_cast<int>(2 * half_k) : 0) {}
+        k(weighing == Weighing::kPower ? static_cast<int>(2 * half_k) : 0),
+        second_order(static_cast<float>(half_k * (half_k + 1) / 2)) {}
 
   template <Weighing kWeighing, int kCount>
   void weigh(const Scale& scale, VecF* v) const {
@@ -233,7 +232,7 @@ struct Weights {
         v[r] = exp_sum(-logit, (logit - difference * scale.inverse) - difference * scale.low);
       }
     } else {
-      powers<kWeighing == Weighing::kPower, kCount>(scale, v);
+      powers<kCount>(scale, v);
     }
   }
 
@@ -244,22 +243,19 @@ struct Weights {
     return power + power * low;
   }
 
-  // (1 + u)^(−k/2). `accurate` puts right the reciprocal root y: with e = 1 − (1 + u) y² the true
-  // power is y^k (1 − e)^(−k/2).
-  template <bool kAccurate, int kCount>
+  // (1 + u)^(−k/2). An approximate root y leaves e = 1 − (1 + u) y², and the power is
+  // y^k (1 − e)^(−k/2) = y^k (1 + (k/2) e + (k/2) (k/2 + 1)/2 e²), to 3e-9 for k ≤ 40.
+  template <int kCount>
   void powers(const Scale& scale, VecF* v) const {
     VecF square[kCount], result[kCount];
     for (int r = 0; r < kCount; ++r) {
       const VecF u = (v[r] - scale.origin) * scale.inverse + scale.low;
-      const VecF ratio = 1.0f + u;
-      const VecF y = reciprocal_root(ratio);
+      const VecF ratio = 1.0f + u, lost = u - (ratio - 1.0f);
+      const VecF y = approximate_reciprocal_root(ratio);
       square[r] = y * y;
-      result[r] = k % 2 == 1 ? y : broadcast(1.0f);
-      if constexpr (kAccurate) {
-        const VecF lost = u - (ratio - 1.0f);
-        const VecF e = (1.0f - ratio * square[r]) - lost * square[r];
-        result[r] += result[r] * (e * half_k_high);
-      }
+      const VecF e = (1.0f - ratio * square[r]) - lost * square[r];
+      const VecF start = k % 2 == 1 ? y : broadcast(1.0f);
+      result[r] = start + start * (e * (e * second_order + half_k_high));
     }
     for (int n = k / 2; n > 0;) {
       if (n % 2 == 1) {

@@ -7,7 +7,7 @@
 // states are combined at the end. The nearest reference of each part is weighed again in double.
 #include <algorithm>
 
-#include "direct.h"
+#include "direct_low.h"
 #include "kernels.h"
 
 namespace pfgm {
@@ -44,14 +44,23 @@ struct Pass {
   }
 };
 
-inline VecF smaller(VecF a, VecF b) { return a < b ? a : b; }
+inline double squared_distance(const FieldParams& p, const double* x, int64_t j) {
+  double sum = 0;
+  for (int64_t c = 0; c < p.dim; ++c) {
+    const double difference = decode(p, j * p.dim + c) - x[c];
+    sum += difference * difference;
+  }
+  return sum;
+}
 
 // A vector of queries.
 struct Queries {
   VecF x[kMaxDim];
-  VecF nearest;  // squared distance
-  VecFInt run;   // the references that it is among
+  VecF nearest;   // squared distance
+  VecFInt run;    // the references that it is among
+  VecFInt equal;  // how many are as near, which err alike if they are copies
   Scale scale;
+  LowScale low_scale;
   alignas(64) double offset[kFloatLanes], rate[kFloatLanes];  // of s, and 1/(2t²)
   alignas(64) double sum[kFloatLanes], displacement[kMaxDim][kFloatLanes];
 
@@ -72,20 +81,42 @@ struct Queries {
     scale.inverse = broadcast(1.0f);
     scale.low = VecF{};
     run = VecFInt{};
+    equal = VecFInt{} + 1;
   }
 
-  // Takes note of the nearest of a block's squared distances.
-  void admit(const VecF* v, int padded, int32_t first_run) {
+  // Scales for is_low, from the first run of references.
+  void fix_scale(const Pass& pass, int64_t first) {
+    const FieldParams& p = pass.p;
+    for (int i = 0; i < kFloatLanes; ++i) {
+      const double* row = p.x + std::min(first + i, p.batch - 1) * pass.ld;
+      double distance = INFINITY;
+      for (int64_t j = pass.begin; j < std::min(pass.end, pass.begin + kRun); ++j) {
+        distance = std::min(distance, squared_distance(p, row, j));
+      }
+      scale.s[i] = low_scale.fix(i, distance, offset[i]);
+    }
+  }
+
+  // Takes note of the nearest reference of a run.
+  void admit(VecF smallest, int32_t index) {
+    const VecFInt nearer = smallest < nearest;
+    nearest = nearer ? smallest : nearest;
+    run = nearer ? VecFInt{} + index : run;
+  }
+
+  // The same for a block's squared distances; counts the references that are as near.
+  void admit_block(const VecF* v, int padded, int32_t first_run) {
     for (int r = 0; r < padded; r += kRun) {
       VecF half[kRun / 2];  // halved again and again: a chain of minima would wait for each
       for (int i = 0; i < kRun / 2; ++i) half[i] = smaller(v[r + i], v[r + kRun / 2 + i]);
       for (int n = kRun / 4; n > 0; n /= 2) {
         for (int i = 0; i < n; ++i) half[i] = smaller(half[i], half[n + i]);
       }
-      const VecF smallest = half[0];
-      const VecFInt nearer = smallest < nearest;
-      nearest = nearer ? smallest : nearest;
-      run = nearer ? VecFInt{} + (first_run + r / kRun) : run;
+      if (!any(half[0] <= nearest)) continue;
+      VecFInt as_near = {};
+      for (int i = 0; i < kRun; ++i) as_near -= v[r + i] == half[0];
+      equal = half[0] < nearest ? as_near : half[0] == nearest ? equal + as_near : equal;
+      admit(half[0], first_run + r / kRun);
     }
   }
 
@@ -113,7 +144,7 @@ template <Weighing kWeighing>
 void add_block(const Pass& pass, const DirectBlock& block, int32_t first_run, Queries& queries) {
   alignas(64) VecF v[kBlock];
   squared_distances(block, queries.x, v);
-  queries.admit(v, block.padded, first_run);
+  queries.admit_block(v, block.padded, first_run);
   queries.follow(pass);
   constexpr int kGroup = 8;  // for instruction-level parallelism
   for (int r = 0; r < block.padded; r += kGroup) {
@@ -123,9 +154,27 @@ void add_block(const Pass& pass, const DirectBlock& block, int32_t first_run, Qu
   gather(block, queries.x, v, queries.sum, queries.displacement);
 }
 
+template <int kDim, int k>
+void add_block_low(const DirectBlock& block, int32_t first_run, Queries& queries) {
+  LowRun<kDim> total;
+  for (int r = 0; r < block.count; r += kRun) {
+    LowRun<kDim> run;
+    const float* row = block.rows + r * kDim;
+    const int n = block.count - r;
+    n >= kRun ? run.template add<k>(row, kRun, queries.x, queries.low_scale)
+              : run.template add<k>(row, n, queries.x, queries.low_scale);
+    total.weight += run.weight;
+    for (int c = 0; c < kDim; ++c) total.sums[c] += run.sums[c];
+    queries.admit(run.nearest, first_run + r / kRun);
+  }
+  accumulate(queries.sum, total.weight);
+  for (int c = 0; c < kDim; ++c) accumulate(queries.displacement[c], total.sums[c]);
+}
+
 // Weighs the nearest reference of query `lane` again, in double, and completes its part.
-void finish(const Pass& pass, const Queries& queries, int lane, double nearest_weight, int64_t b,
-            Part* part, double* displacement) {
+// nearest_weight: what it weighs in the sums, which are to be multiplied by `unit`.
+void finish(const Pass& pass, const Queries& queries, int lane, double nearest_weight, double unit,
+            int64_t b, Part* part, double* displacement) {
   const FieldParams& p = pass.p;
   const double* x = p.x + b * pass.ld;
   const RadialKernel kernel(p.half_k, p.t[b]);
@@ -133,53 +182,76 @@ void finish(const Pass& pass, const Queries& queries, int lane, double nearest_w
   double distance = INFINITY;
   const int64_t first = pass.begin + int64_t{queries.run[lane]} * kRun;
   for (int64_t j = first; j < first + kRun && j < pass.end; ++j) {
-    double square = 0;
-    for (int c = 0; c < p.dim; ++c) {
-      const double difference = decode(p, j * p.dim + c) - x[c];
-      square += difference * difference;
-    }
+    const double square = squared_distance(p, x, j);
     if (!(square < distance)) continue;
     distance = square;
     anchor = j;
   }
   const double s = distance + queries.offset[lane], scale = queries.scale.s[lane];
   const double weight = ::exp(kernel.relative_logit<ScalarMath>(s, scale));
-  const double correction = weight - nearest_weight;
+  const double correction = weight - unit * nearest_weight;
   part->state.nearest = scale;
-  part->state.sum = queries.sum[lane] + correction;
+  part->state.sum = unit * queries.sum[lane] + correction;
   part->anchor = anchor;
   part->anchor_s = s;
   double finite = part->state.sum - part->state.sum;
   for (int c = 0; c < p.dim; ++c) {
     const double difference = decode(p, anchor * p.dim + c) - x[c];
-    displacement[c] = queries.displacement[c][lane] + correction * difference;
+    displacement[c] = unit * queries.displacement[c][lane] + correction * difference;
     finite += displacement[c] - displacement[c];
   }
   for (int64_t c = p.dim; c < pass.ld; ++c) displacement[c] = 0;
-  // What the correction would be for all others, were they equal to the nearest.
-  const double off = std::abs(correction) / weight * (1 - weight / part->state.sum);
+  // What the correction would be for all others that may be copies of the nearest.
+  const double share = weight / part->state.sum, copies = queries.equal[lane] - 1;
+  const double off = std::abs(correction) / weight * std::min(1 - share, copies * share);
   part->certified = finite == 0 && fits_float(kernel, distance, s) && off <= kCrowdTolerance;
 }
 
-template <Weighing kWeighing>
-void forward_tile(const Pass& pass, int64_t start, int size, Part* parts, double* displacements) {
-  Queries queries[kTileVectors];
-  const int vectors = (size + kFloatLanes - 1) / kFloatLanes;
-  for (int i = 0; i < vectors; ++i) queries[i].start(pass.p, start + i * kFloatLanes);
+// Calls add(block, index of its first run, queries) for the blocks of the pass and vectors of up to
+// kQueries queries.
+template <class Add>
+void for_blocks(const Pass& pass, Queries* queries, int vectors, const Add& add) {
   DirectBlock block;
   for (int64_t first = pass.begin; first < pass.end; first += kBlock) {
     block.load(pass.p, first, clamp_size(pass.end - first, kBlock));
     const int32_t first_run = static_cast<int32_t>((first - pass.begin) / kRun);
-    for (int i = 0; i < vectors; ++i) add_block<kWeighing>(pass, block, first_run, queries[i]);
+    for (int i = 0; i < vectors; ++i) add(block, first_run, queries[i]);
   }
-  for (int q = 0; q < size; q += kFloatLanes) {
-    const Queries& vector = queries[q / kFloatLanes];
-    VecF nearest = vector.nearest;
-    pass.weights.weigh<kWeighing, 1>(vector.scale, &nearest);
-    for (int lane = 0; lane < kFloatLanes && q + lane < size; ++lane) {
-      finish(pass, vector, lane, nearest[lane], start + q + lane, parts + q + lane,
-             displacements + (q + lane) * pass.ld);
-    }
+}
+
+void forward_tile(const Pass& pass, int64_t start, int size, Part* parts, double* displacements) {
+  Queries queries[kTileVectors];
+  VecF nearest_weights[kTileVectors];
+  const int vectors = (size + kFloatLanes - 1) / kFloatLanes, k = pass.weights.k;
+  const bool low = is_low(pass.p);
+  for (int i = 0; i < vectors; ++i) {
+    queries[i].start(pass.p, start + i * kFloatLanes);
+    if (low) queries[i].fix_scale(pass, start + i * kFloatLanes);
+  }
+  if (low) {
+    dispatch_low(pass.p.dim, k, [&](auto dim, auto power) {
+      constexpr int kDim = decltype(dim)::value, kPower = decltype(power)::value;
+      for_blocks(pass, queries, vectors, add_block_low<kDim, kPower>);
+      for (int i = 0; i < vectors; ++i) {
+        nearest_weights[i] = queries[i].low_scale.weight<kPower>(queries[i].nearest);
+      }
+    });
+  } else {
+    dispatch(pass.weights.weighing, [&](auto weighing) {
+      constexpr Weighing kWeighing = decltype(weighing)::value;
+      for_blocks(pass, queries, vectors, [&](const auto& block, int32_t first_run, Queries& some) {
+        add_block<kWeighing>(pass, block, first_run, some);
+      });
+      for (int i = 0; i < vectors; ++i) {
+        nearest_weights[i] = queries[i].nearest;
+        pass.weights.weigh<kWeighing, 1>(queries[i].scale, &nearest_weights[i]);
+      }
+    });
+  }
+  for (int q = 0; q < size; ++q) {
+    const int i = q / kFloatLanes, lane = q % kFloatLanes;
+    finish(pass, queries[i], lane, nearest_weights[i][lane], low ? k / 2.0 : 1.0, start + q,
+           parts + q, displacements + q * pass.ld);
   }
 }
 
@@ -221,10 +293,8 @@ void PFGM_ISA::direct_forward(const FieldParams& p, uint8_t* uncertified) {
     const int64_t start = task % tiles * kQueries, part = task / tiles;
     const Pass pass(p, p.count * part / num_parts, p.count * (part + 1) / num_parts);
     const int64_t out = part * p.batch + start;
-    dispatch(pass.weights.weighing, [&](auto weighing) {
-      forward_tile<decltype(weighing)::value>(pass, start, clamp_size(p.batch - start, kQueries),
-                                              parts.get() + out, displacements.get() + out * ld);
-    });
+    forward_tile(pass, start, clamp_size(p.batch - start, kQueries), parts.get() + out,
+                 displacements.get() + out * ld);
   });
   parallel_for(p.num_threads, tiles, [&](int64_t tile, int) {
     for (int64_t b = tile * kQueries; b < std::min(p.batch, (tile + 1) * kQueries); ++b) {

@@ -83,20 +83,14 @@ struct FusedTile {
   bool advance(const float* r, int64_t first, int64_t count) {
     for (int64_t v = 0; v < width; v += kFloatLanes) {
       VecF least = load(nearest + v);
-      for (int64_t j = 0; j < count; ++j) {
-        const VecF value = load(r + j * width + v);
-        least = value < least ? value : least;
-      }
-      float lanes[kFloatLanes];
-      store(lanes, least);
-      for (int i = 0; i < kFloatLanes; ++i) {
-        const int64_t q = v + i;
-        factor[q] = 1;
-        if (!(lanes[i] < nearest[q])) continue;
+      for (int64_t j = 0; j < count; ++j) least = smaller(load(r + j * width + v), least);
+      std::fill_n(factor + v, kFloatLanes, 1.0);
+      for (unsigned mask = bits(least < load(nearest + v)); mask; mask &= mask - 1) {
+        const int lane = __builtin_ctz(mask), q = static_cast<int>(v) + lane;
         int64_t j = 0;
-        while (r[j * width + q] != lanes[i]) ++j;
+        while (r[j * width + q] != least[lane]) ++j;
         anchor[q] = first + j;
-        move(static_cast<int>(q), lanes[i]);
+        move(q, least[lane]);
       }
     }
     bool any = false;
@@ -128,71 +122,99 @@ struct FusedTile {
     cutoff[q] = static_cast<float>(-depth);
   }
 
+  // Weights of a block for kFloatLanes queries, summed up over runs of references.
+  struct Runs {
+    static constexpr int64_t kRows = 16;
+    VecF sums[kFusedRows / kRows], most[kFusedRows / kRows];
+    int64_t count;
+
+    VecF total() const {
+      CompensatedSum sum;
+      for (int64_t i = 0; i < count; ++i) sum.add(sums[i]);
+      return sum.total();
+    }
+  };
+
   // r of a block becomes weights, zero for those that are listed. Returns whether totals change.
   bool weigh(float* r, int64_t first, int64_t count) {
     bool any = false;
     for (int64_t v = 0; v < width; v += kFloatLanes) {
-      const VecF from = load(shift + v), by = load(inverse + v), low = load(correction + v);
-      const VecF least = load(cutoff + v);
-      CompensatedSum sum;
-      VecF most = {};
-      int64_t j = 0;
-      for (; j + kWeighRows <= count; j += kWeighRows) {
-        weigh_rows<kWeighRows>(r + j * width + v, from, by, low, least, sum, most);
+      Runs runs;
+      runs.count = (count + Runs::kRows - 1) / Runs::kRows;
+      for (int64_t i = 0; i < runs.count; ++i) {
+        const int64_t start = i * Runs::kRows;
+        weigh_run(r + start * width + v, std::min(count - start, Runs::kRows), v, runs.sums[i],
+                  runs.most[i]);
       }
-      for (; j < count; ++j) weigh_rows<1>(r + j * width + v, from, by, low, least, sum, most);
-      any |= list_heavy(r + v, first, count, static_cast<int>(v), sum.total(), most);
+      any |= list_heavy(r + v, first, count, v, runs);
     }
     return any;
+  }
+
+  void weigh_run(float* r, int64_t count, int64_t v, VecF& sum, VecF& most) const {
+    const VecF from = load(shift + v), by = load(inverse + v), low = load(correction + v);
+    const VecF least = load(cutoff + v);
+    sum = most = VecF{};
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) weigh_rows<4>(r + j * width, from, by, low, least, sum, most);
+    for (; j < count; ++j) weigh_rows<1>(r + j * width, from, by, low, least, sum, most);
   }
 
   // Several rows at a time: one alone is a long chain of operations that wait for one another.
   template <int kRows>
-  void weigh_rows(float* r, VecF from, VecF by, VecF low, VecF least, CompensatedSum& sum,
-                  VecF& most) const {
+  PFGM_HOST_DEVICE void weigh_rows(float* r, VecF from, VecF by, VecF low, VecF least, VecF& sum,
+                                   VecF& most) const {
     VecF u[kRows], weights[kRows];
     for (int i = 0; i < kRows; ++i) {
-      u[i] = (load(r + i * width) - from) * by;
-      u[i] = u[i] < kMostU ? u[i] : broadcast(kMostU);
+      u[i] = smaller((load(r + i * width) - from) * by, broadcast(kMostU));
     }
-    for (int i = 0; i < kRows; ++i) u[i] = scale.logits(u[i], low);
-    for (int i = 0; i < kRows; ++i) weights[i] = u[i] >= least ? exp_normal(u[i]) : VecF{};
+    scale.logits<kRows>(u, low);
+    for (int i = 0; i < kRows; ++i) weights[i] = u[i];
+    exp_normal<kRows>(weights);
     for (int i = 0; i < kRows; ++i) {
+      weights[i] = u[i] >= least ? weights[i] : VecF{};
       store(r + i * width, weights[i]);
-      sum.add(weights[i]);
-      most = weights[i] > most ? weights[i] : most;
+      most = larger(weights[i], most);
     }
+    for (int n = kRows / 2; n > 0; n /= 2) {  // equal weights are summed without rounding
+      for (int i = 0; i < n; ++i) weights[i] += weights[n + i];
+    }
+    sum += weights[0];
   }
 
-  bool list_heavy(float* weights, int64_t first, int64_t count, int v, VecF sum, VecF most) {
-    float sums_[kFloatLanes], threshold[kFloatLanes];
-    store(sums_, sum);
-    for (int i = 0; i < kFloatLanes; ++i) {
-      const double total = light[v + i] + taken[v + i] + sums_[i];
-      threshold[i] = static_cast<float>(kFusedHeavy * total);
-    }
-    if (bits(most > load(threshold))) {
-      CompensatedSum rest;
-      for (int64_t j = 0; j < count; ++j) {
-        const VecF w = load(weights + j * width);
-        unsigned mask = bits(w > load(threshold));
-        if (mask) {
-          store(weights + j * width, w > load(threshold) ? VecF{} : w);
-          for (; mask; mask &= mask - 1) {
-            const int i = __builtin_ctz(mask);
-            take(v + i, static_cast<int32_t>(first + j), w[i]);
-          }
+  bool list_heavy(float* weights, int64_t first, int64_t count, int64_t v, Runs& runs) {
+    VecF sum = runs.total();
+    float lanes[kFloatLanes];
+    store(lanes, sum);
+    const auto threshold = [&](int64_t lane) {
+      return (load(light + v + lane) + load(taken + v + lane) + widen(lanes + lane)) * kFusedHeavy;
+    };
+    const VecF least = narrow(threshold(0), threshold(kLanes));
+    bool found = false;
+    for (int64_t i = 0; i < runs.count; ++i) {
+      if (!bits(runs.most[i] > least)) continue;
+      found = true;
+      runs.sums[i] = VecF{};
+      for (int64_t j = i * Runs::kRows; j < std::min(count, (i + 1) * Runs::kRows); ++j) {
+        const VecF w = load(weights + j * width), rest = w > least ? VecF{} : w;
+        for (unsigned mask = bits(w > least); mask; mask &= mask - 1) {
+          const int lane = __builtin_ctz(mask);
+          take(static_cast<int>(v) + lane, static_cast<int32_t>(first + j), w[lane]);
         }
-        rest.add(load(weights + j * width));
+        store(weights + j * width, rest);
+        runs.sums[i] += rest;
       }
-      store(sums_, rest.total());
     }
-    bool any = false;
-    for (int i = 0; i < kFloatLanes; ++i) {
-      light[v + i] += sums_[i];
-      any |= sums_[i] != 0 || factor[v + i] != 1;
+    if (found) {
+      sum = runs.total();
+      store(lanes, sum);
     }
-    return any;
+    bool moved = false;
+    for (int64_t lane = 0; lane < kFloatLanes; lane += kLanes) {
+      store(light + v + lane, load(light + v + lane) + widen(lanes + lane));
+      moved |= bits(load(factor + v + lane) != 1.0) != 0;
+    }
+    return moved || bits(sum != 0.0f);
   }
 
   void take(int q, int32_t j, float weight) {

@@ -68,11 +68,11 @@ inline Operands make_operands(const FieldParams& p) {
   return o;
 }
 
-// Fetches bytes that are needed soon; they need not be valid memory.
+// Fetches bytes that are needed soon into the second-level cache; they need not be valid memory.
 inline void prefetch(const void* address, int64_t bytes) {
   const char* first = static_cast<const char*>(address);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + i);
-  __builtin_prefetch(first + bytes - 1);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + i, 0, 2);
+  __builtin_prefetch(first + bytes - 1, 0, 2);
 }
 
 // Rows of `columns` columns of y as floats, ld apart. The same block `ahead` elements further on is
@@ -87,7 +87,11 @@ inline void decode_block(const FieldParams& p, const Operands& operands, int64_t
       const uint8_t* codes = operands.codes + start;
       const int32_t* origin = operands.origin_codes.get() + column;
       prefetch(codes + ahead, columns);
-      for (int64_t c = 0; c < columns; ++c) row[c] = static_cast<float>(codes[c] - origin[c]);
+      int64_t c = 0;
+      for (; c + kFloatLanes <= columns; c += kFloatLanes) {
+        store(row + c, __builtin_convertvector(widen_codes(codes + c) - load(origin + c), VecF));
+      }
+      for (; c < columns; ++c) row[c] = static_cast<float>(codes[c] - origin[c]);
     } else if (p.value_type == ValueType::kUint8) {
       const uint8_t* codes = static_cast<const uint8_t*>(p.values) + start;
       prefetch(codes + ahead, columns);

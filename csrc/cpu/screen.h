@@ -8,8 +8,6 @@
 // result.
 #pragma once
 
-#include <type_traits>
-
 #include "queries.h"
 
 namespace pfgm {
@@ -165,8 +163,7 @@ inline void fill_vectors(const FieldParams& p, const std::vector<int64_t>& rows,
 }
 
 // Lists the candidates of the queries of the tiles, up to one more than most_listed. largest(b,
-// smallest): the largest r that counts. The nearest reference is found where products are floats,
-// which integers become for the queries that need it.
+// smallest): the largest r that counts.
 template <class Element, class Largest>
 void select_as(const Screen& screen, const Largest& largest, std::vector<Candidates>& candidates) {
   const FieldParams& p = screen.p;
@@ -187,17 +184,14 @@ void select_as(const Screen& screen, const Largest& largest, std::vector<Candida
     Vec nearest_r = broadcast(double{INFINITY}), nearest = {};
     unsigned listing = (1u << kLanes) - 1;  // lanes whose lists are not full
     for (int64_t block = 0; block < num_blocks; ++block) {
-      if (!bits(load(screen.least.get() + screen.minima(tile, block) + q) <= limit)) continue;
+      const Vec low = load(screen.least.get() + screen.minima(tile, block) + q);
+      if (!(bits(low <= limit) & listing) && !bits(low <= smallest)) continue;
       const int64_t last = std::min(p.count, (block + 1) * kScreenRows);
       for (int64_t j = block * kScreenRows; j < last; ++j) {
         const Vec r = screen.norms[j] - lanes.factor * widen(sums + j * width + q);
-        if constexpr (std::is_same_v<Element, float>) {
-          const VecInt nearer = r < nearest_r;
-          nearest_r = nearer ? r : nearest_r;
-          nearest = nearer ? broadcast(static_cast<double>(j)) : nearest;
-        } else if (!listing) {
-          break;
-        }
+        const VecInt nearer = r < nearest_r;
+        nearest_r = nearer ? r : nearest_r;
+        nearest = nearer ? broadcast(static_cast<double>(j)) : nearest;
         const Vec least = r - lanes.slope * screen.o.roots[j] - lanes.constant;
         for (unsigned mask = bits(least <= limit) & listing; mask; mask &= mask - 1) {
           const int i = __builtin_ctz(mask);

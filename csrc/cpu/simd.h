@@ -34,6 +34,7 @@ typedef float VecF __attribute__((vector_size(8 * kLanes)));
 typedef int32_t VecFInt __attribute__((vector_size(8 * kLanes)));
 typedef uint32_t VecFBits __attribute__((vector_size(8 * kLanes)));  // wraps around
 typedef float VecFUnaligned __attribute__((vector_size(8 * kLanes), aligned(4), may_alias));
+typedef int32_t VecFIntUnaligned __attribute__((vector_size(8 * kLanes), aligned(4), may_alias));
 typedef float HalfF __attribute__((vector_size(4 * kLanes)));
 typedef float HalfFUnaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
@@ -44,6 +45,10 @@ inline Vec broadcast(double v) { return v - Vec{}; }
 inline VecF load(const float* p) { return *reinterpret_cast<const VecFUnaligned*>(p); }
 inline void store(float* p, VecF v) { *reinterpret_cast<VecFUnaligned*>(p) = v; }
 inline VecF broadcast(float v) { return v - VecF{}; }
+
+// One instruction each; b where either is NaN.
+inline VecF smaller(VecF a, VecF b) { return a < b ? a : b; }
+inline VecF larger(VecF a, VecF b) { return a > b ? a : b; }
 
 // kLanes floats or int32s as doubles, and back.
 template <class T>
@@ -75,6 +80,19 @@ inline Vec widen(const uint8_t* p) {
 #else
   Vec v;
   for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+inline VecFInt load(const int32_t* p) { return *reinterpret_cast<const VecFIntUnaligned*>(p); }
+
+// kFloatLanes bytes as int32s.
+inline VecFInt widen_codes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (VecFInt)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  VecFInt v;
+  for (int i = 0; i < kFloatLanes; ++i) v[i] = p[i];
   return v;
 #endif
 }
@@ -155,57 +173,73 @@ inline Vec exp(Vec v) {
   return v != v ? v : result;
 }
 
-// log(1 + u) of a finite u > −1 to about one unit in the last place of the result, also for small
+constexpr float kLn2 = 0.693147182f;  // 2e-9 too large, which an exponent of 60 makes 1e-7
+
+// The functions of n vectors go through them step by step: the steps of one vector wait for one
+// another, and the processor does not look far enough ahead to find the next vector's.
+#define PFGM_EACH _Pragma("GCC unroll 8") for (int i = 0; i < n; ++i)
+
+// log(1 + u) of finite u > −1 to about one unit in the last place of the result, also for small
 // u. w = 1 + u loses u − (w − 1), which is put back after the exponent is taken off: log(1 + f) =
 // f − f²/2 + f³ P(f) on [√½ − 1, √2 − 1], P fitted to 6e-9.
-inline VecF log1p_finite(VecF u) {
-  const VecF w = 1.0f + u;
-  const VecF lost = u - (w - 1.0f);
-  const VecFBits bits = (VecFBits)w;
-  const VecFBits high = (bits - 0x3f3504f3u) & ~0x7fffffu;  // exponent << 23
-  const VecF m = (VecF)(bits - high);
-  const VecF unit = (VecF)(0x3f800000u - high);  // 2^−exponent
-  const VecF f = (m - 1.0f) + lost * unit;
-  const VecF e = __builtin_convertvector((VecFInt)high, VecF);  // 2^23 times the exponent
+template <int n>
+inline void log1p_finite(VecF* u) {
   constexpr float kLog[] = {0.33333331197f, -0.25000837961f, 0.20001292692f, -0.16622764905f,
                             0.14199695852f, -0.13164186427f, 0.12779113629f, -0.07646101489f};
-  VecF series = broadcast(kLog[7]);
-#pragma GCC unroll 7
-  for (int i = 6; i >= 0; --i) series = series * f + kLog[i];
-  const VecF tail = (f * f) * (f * series - 0.5f) + e * (-2.12194440e-4f * 0x1p-23f);
-  return e * (0.693359375f * 0x1p-23f) + (f + tail);
+  VecF w[n], f[n], series[n];
+  VecFBits high[n];  // exponent << 23
+  PFGM_EACH w[i] = 1.0f + u[i];
+  PFGM_EACH high[i] = ((VecFBits)w[i] - 0x3f3504f3u) & ~0x7fffffu;
+  PFGM_EACH f[i] = u[i] - (w[i] - 1.0f);
+  PFGM_EACH w[i] = (VecF)((VecFBits)w[i] - high[i]) - 1.0f;
+  PFGM_EACH f[i] = w[i] + f[i] * (VecF)(0x3f800000u - high[i]);  // times 2^−exponent
+  PFGM_EACH series[i] = kLog[7] * f[i] + kLog[6];
+#pragma GCC unroll 6
+  for (int step = 5; step >= 0; --step) {
+    PFGM_EACH series[i] = series[i] * f[i] + kLog[step];
+  }
+  PFGM_EACH series[i] = series[i] * f[i] - 0.5f;
+  PFGM_EACH f[i] = (f[i] * f[i]) * series[i] + f[i];
+  PFGM_EACH u[i] = __builtin_convertvector((VecFInt)high[i], VecF) * (kLn2 * 0x1p-23f) + f[i];
 }
 
 // The same where u may be NaN, which stays NaN, or infinite, which becomes NaN.
-inline VecF log1p(VecF u) { return u - u == 0.0f ? log1p_finite(u) : u - u; }
+inline VecF log1p(VecF u) {
+  VecF result = u;
+  log1p_finite<1>(&result);
+  return u - u == 0.0f ? result : u - u;
+}
 
-// exp of −87 ≤ v ≤ 88 to about one unit in the last place. v = n ln 2 + r, |r| ≤ 0.347, and
+// exp of −87 ≤ v ≤ 88 to one or two units in the last place. v = e ln 2 + r, |r| ≤ 0.347, and
 // exp r = 1 + r + r² Q(r), Q fitted to 3e-9.
-inline VecF exp_normal(VecF v) {
+template <int n>
+inline void exp_normal(VecF* v) {
   constexpr float kMagic = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer
-  const VecF shifted = v * 1.44269504f + kMagic;
-  const VecF n = shifted - kMagic;
-  const VecF r = (v - n * 0.693359375f) - n * -2.12194440e-4f;
   constexpr float kExp[] = {0.49999993440f, 0.16666520522f, 0.04166838934f, 0.00836873020f,
                             0.00138145708f};
-  VecF series = broadcast(kExp[4]);
-#pragma GCC unroll 4
-  for (int i = 3; i >= 0; --i) series = series * r + kExp[i];
-  const VecF power = 1.0f + (r + r * r * series);
-  return (VecF)((VecFBits)power + ((VecFBits)shifted << 23));
+  VecF shifted[n], r[n], series[n];
+  PFGM_EACH shifted[i] = v[i] * 1.44269504f + kMagic;
+  PFGM_EACH r[i] = v[i] - (shifted[i] - kMagic) * kLn2;
+  PFGM_EACH series[i] = kExp[4] * r[i] + kExp[3];
+#pragma GCC unroll 3
+  for (int step = 2; step >= 0; --step) {
+    PFGM_EACH series[i] = series[i] * r[i] + kExp[step];
+  }
+  PFGM_EACH r[i] = 1.0f + ((r[i] * r[i]) * series[i] + r[i]);
+  PFGM_EACH v[i] = (VecF)((VecFBits)r[i] + ((VecFBits)shifted[i] << 23));
 }
 
 // exp of v ≤ ~88: 0 below −87, and NaN stays NaN.
 inline VecF exp(VecF v) {
-  const VecF result = v < -87.0f ? VecF{} : exp_normal(v);
-  return v != v ? v : result;
+  VecF result = v;
+  exp_normal<1>(&result);
+  return v != v ? v : v < -87.0f ? VecF{} : result;
 }
 
-// 1/√v of a positive, normal v to 2 units in the last place.
-inline VecF reciprocal_root(VecF v) {
+// 1/√v of a positive, normal v, off by 2⁻¹⁴ of it at most.
+inline VecF approximate_reciprocal_root(VecF v) {
 #if defined(__AVX512F__)
-  const VecF r = (VecF)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)v);
-  return r + 0.5f * r * (1.0f - (v * r) * r);  // one Newton step
+  return (VecF)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)v);
 #else
   VecF root;
   for (int i = 0; i < kFloatLanes; ++i) root[i] = __builtin_sqrtf(v[i]);
