@@ -17,7 +17,7 @@ namespace {
 struct Part {
   OnlineState state;
   int64_t anchor;
-  double anchor_s;
+  double anchor_square;
   bool certified;
 };
 
@@ -61,12 +61,12 @@ struct Queries {
     for (int i = 0; i < kFloatLanes; ++i) {
       const int64_t b = first + i < p.batch ? first + i : p.batch - 1;
       const RadialKernel kernel(p.half_k, p.t[b]);
-      offset[i] = kernel.s_offset(p.t[b]);
+      offset[i] = kernel.offset;
       rate[i] = kernel.inverse_two_t2;
       for (int c = 0; c < p.dim; ++c) x[c][i] = static_cast<float>(p.x[b * ld + c]);
       sum[i] = 0;
       for (int c = 0; c < p.dim; ++c) displacement[c][i] = 0;
-      scale.s[i] = INFINITY;
+      scale.square[i] = INFINITY;
     }
     nearest = scale.origin = broadcast(INFINITY);
     scale.inverse = broadcast(1.0f);
@@ -97,9 +97,10 @@ struct Queries {
     const Scale old = scale;
     scale.move(fallen ? nearest : scale.origin, offset, rate, pass.gaussian);
     for (int i = 0; i < kFloatLanes; i += kLanes) {
-      const Vec from = load(old.s + i), to = load(scale.s + i), before = load(sum + i);
-      const Vec logit =
-          pass.gaussian ? (to - from) * load(rate + i) : log(from / to) * -pass.p.half_k;
+      const Vec from = load(old.square + i), to = load(scale.square + i), before = load(sum + i);
+      const Vec logit = pass.gaussian
+                            ? (to - from) * load(rate + i)
+                            : log1p((from - to) / (to + load(offset + i))) * -pass.p.half_k;
       const Vec factor = before == 0.0 ? Vec{} : exp(logit);
       store(sum + i, before * factor);
       for (int c = 0; c < pass.p.dim; ++c) {
@@ -142,13 +143,13 @@ void finish(const Pass& pass, const Queries& queries, int lane, double nearest_w
     distance = square;
     anchor = j;
   }
-  const double s = distance + queries.offset[lane], scale = queries.scale.s[lane];
-  const double weight = ::exp(kernel.relative_logit<ScalarMath>(s, scale));
+  const double scale = queries.scale.square[lane];
+  const double weight = ::exp(kernel.relative_logit<ScalarMath>(distance, scale));
   const double correction = weight - nearest_weight;
   part->state.nearest = scale;
   part->state.sum = queries.sum[lane] + correction;
   part->anchor = anchor;
-  part->anchor_s = s;
+  part->anchor_square = distance;
   double finite = part->state.sum - part->state.sum;
   for (int c = 0; c < p.dim; ++c) {
     const double difference = decode(p, anchor * p.dim + c) - x[c];
@@ -158,7 +159,7 @@ void finish(const Pass& pass, const Queries& queries, int lane, double nearest_w
   for (int64_t c = p.dim; c < pass.ld; ++c) displacement[c] = 0;
   // What the correction would be for all others, were they equal to the nearest.
   const double off = std::abs(correction) / weight * (1 - weight / part->state.sum);
-  part->certified = finite == 0 && fits_float(kernel, distance, s) && off <= kCrowdTolerance;
+  part->certified = finite == 0 && fits_float(kernel, distance) && off <= kCrowdTolerance;
 }
 
 template <Weighing kWeighing>
@@ -195,7 +196,7 @@ bool combine(const FieldParams& p, int64_t b, const Part* parts, const double* d
   for (int64_t i = 0; i < num_parts; ++i) {
     const Part& part = parts[i * stride];
     if (!part.certified) return false;
-    if (part.anchor_s < nearest->anchor_s) nearest = &part;
+    if (part.anchor_square < nearest->anchor_square) nearest = &part;
     const auto factors = state.merge(part.state, kernel);
     for (int64_t c = 0; c < ld; ++c) {
       displacement[c] =
@@ -206,7 +207,7 @@ bool combine(const FieldParams& p, int64_t b, const Part* parts, const double* d
   p.anchor[b] = nearest->anchor;
   p.log_mass[b] = kernel.logit(state.nearest) + ::log(state.sum);
   p.anchor_log_weight[b] =
-      kernel.relative_logit<ScalarMath>(nearest->anchor_s, state.nearest) - ::log(state.sum);
+      kernel.relative_logit<ScalarMath>(nearest->anchor_square, state.nearest) - ::log(state.sum);
   return true;
 }
 
