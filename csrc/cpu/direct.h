@@ -188,7 +188,7 @@ inline void gather(const DirectBlock& block, const VecF* x, const VecF* weights,
 // Where weights are relative to, per query of a vector.
 struct Scale {
   VecF origin, inverse, low;
-  // Of which it is s, which 1 / inverse is but for the Gaussian kernel.
+  // The squared distance whose s is 1 / inverse; for the Gaussian kernel the origin.
   alignas(64) double square[kFloatLanes];
 
   // offset: what t adds to s. rate: 1/(2t²) for the Gaussian kernel.

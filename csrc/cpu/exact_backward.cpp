@@ -70,8 +70,7 @@ template <class Block>
 struct GroupWeights {
   double squares[kGroup][kMaxRows], weights[kGroup][kMaxRows], coefficients[kGroup][kMaxRows];
 
-  // Returns false, with no coefficients written, where every weight is zero. dt (size,) is added
-  // to.
+  // Returns false, without coefficients, where every weight is zero. dt (size,) is added to.
   bool compute(const Block& block, const Query* queries, int size, double* dt) {
     const double *x[kGroup], *g[kGroup];
     for (int q = 0; q < kGroup; ++q) {

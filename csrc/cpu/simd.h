@@ -116,7 +116,7 @@ constexpr double kLn2Low = 1.90821492927058770002e-10;   // ln 2 − kLn2High
 // log(1 + z) = 2 artanh f, f = z/(2 + z), z on [√½ − 1, √2 − 1], |f| ≤ 0.1716, whose series
 // converges in 11 terms.
 inline Vec log1p(Vec u) {
-  u = u > 1e300 ? broadcast(1e300) : u;  // infinity would lose NaN
+  u = u > 1e300 ? broadcast(1e300) : u;  // of infinity `lost` would be NaN
   const Vec w = 1.0 + u;
   const Vec lost = u - (w - 1.0);
   const VecInt bits = (VecInt)w;
