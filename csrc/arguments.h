@@ -70,7 +70,7 @@ FieldParams parse(const py::kwargs& arguments) {
     PFGM_FIELD(anchor)
     PFGM_FIELD(log_mass)
     PFGM_FIELD(anchor_log_weight)
-    PFGM_FIELD(anchor_s)
+    PFGM_FIELD(anchor_square)
     PFGM_FIELD(grad_displacement)
     PFGM_FIELD(projection)
     PFGM_FIELD(grad_log_mass)

@@ -5,7 +5,10 @@
 //   s_j = ‖x − x0_j‖²,       logit_j = −s_j / (2t²)              (k = ∞, the Gaussian kernel)
 //
 // Logits are only ever formed relative to the nearest reference: (k/2) log s itself does not fit
-// into a float, and barely into a double.
+// into a float, and barely into a double. And they are formed of squared distances q = ‖x − x0‖²,
+// of which t² takes no digits before it cancels:
+//
+//   logit_j − logit_a = −(k/2) log1p((q_j − q_a)/s_a)
 #pragma once
 
 #include <cmath>
@@ -43,60 +46,84 @@ PFGM_HOST_DEVICE double decode(const FieldParams& p, int64_t index) {
   }
 }
 
-// log(s / nearest) and exp for scalars; the CPU kernels have a vector twin (cpu/simd.h).
+// For scalars; the CPU kernels have a vector twin (cpu/simd.h).
 struct ScalarMath {
-  PFGM_HOST_DEVICE static double log_ratio(double s, double nearest) {
-    return ::log1p((s - nearest) / nearest);
-  }
-  PFGM_HOST_DEVICE static double exp(double v) { return ::exp(v); }
+  PFGM_HOST_DEVICE static double log1p(double u) { return ::log1p(u); }
 };
 
-// The radial kernel of one query.
+// The radial kernel of one query, of squared distances ‖x − x0‖².
 struct RadialKernel {
   double half_k;
   double inverse_two_t2;  // 1/(2t²), Gaussian kernel only
   bool gaussian;
+  // What t adds to a squared distance in s. For the Gaussian kernel that is nothing, or NaN where t
+  // is zero or not finite.
+  double offset;
 
   RadialKernel() = default;
   PFGM_HOST_DEVICE RadialKernel(double half_k, double t)
-      : half_k(half_k), inverse_two_t2(0.5 / (t * t)), gaussian(half_k == INFINITY) {}
+      : half_k(half_k),
+        inverse_two_t2(0.5 / (t * t)),
+        gaussian(half_k == INFINITY),
+        offset(gaussian ? (t - t) * inverse_two_t2 : t * t) {}
 
-  // What t adds to ‖x − x0‖² in s. For the Gaussian kernel that is nothing, or NaN where t is zero
-  // or not finite.
-  PFGM_HOST_DEVICE double s_offset(double t) const {
-    return gaussian ? (t - t) * inverse_two_t2 : t * t;
+  // The squared distance, or NaN where s is infinite: it must not pass for a small weight. Value is
+  // double or a vector of it.
+  template <class Value>
+  PFGM_HOST_DEVICE Value checked(Value square) const {
+    const Value s = square + offset;
+    return square + (s - s);
   }
 
-  // Logit of a reference at s minus that of one at nearest > 0. Value is double or a vector of it.
+  // Whether a reference at this squared distance coincides with the query at t = 0.
+  PFGM_HOST_DEVICE bool singular(double square) const {
+    return !gaussian && square + offset == 0.0;
+  }
+
+  // Logit of a reference minus that of the nearest, which is not singular.
   template <class Math, class Value>
-  PFGM_HOST_DEVICE Value relative_logit(Value s, Value nearest) const {
-    return gaussian ? (nearest - s) * inverse_two_t2 : Math::log_ratio(s, nearest) * -half_k;
+  PFGM_HOST_DEVICE Value relative_logit(Value square, Value nearest) const {
+    return gaussian ? (nearest - square) * inverse_two_t2
+                    : Math::log1p((square - nearest) / (nearest + offset)) * -half_k;
   }
 
-  // exp(relative_logit) for scalars, with the singular point: references that coincide with the
-  // query (nearest = 0) share all the weight.
-  PFGM_HOST_DEVICE double relative_weight(double s, double nearest) const {
-    if (!gaussian && nearest == 0.0) return s == 0.0 ? 1.0 : s - s;
-    return ScalarMath::exp(relative_logit<ScalarMath>(s, nearest));
+  // exp(relative_logit) for scalars. At the singular point the references that coincide with the
+  // query share all the weight.
+  PFGM_HOST_DEVICE double relative_weight(double square, double nearest) const {
+    if (singular(nearest)) return singular(square) ? 1.0 : square - square;
+    return ::exp(relative_logit<ScalarMath>(square, nearest));
   }
 
-  PFGM_HOST_DEVICE double logit(double s) const {
-    return gaussian ? -s * inverse_two_t2 : -half_k * ::log(s);
+  // The squared distance at which the relative logit is −depth.
+  PFGM_HOST_DEVICE double farthest(double nearest, double depth) const {
+    const double more =
+        gaussian ? depth / inverse_two_t2 : (nearest + offset) * ::expm1(depth / half_k);
+    return nearest + more;
+  }
+
+  // What a squared distance takes off the logit as it grows, per unit.
+  PFGM_HOST_DEVICE double slope(double square) const {
+    return gaussian ? inverse_two_t2 : half_k / (square + offset);
+  }
+
+  PFGM_HOST_DEVICE double logit(double square) const {
+    return gaussian ? -square * inverse_two_t2 : -half_k * ::log(square + offset);
   }
 };
 
-// Running state of the sum over references: the nearest s so far, and the sum of the weights
-// relative to it. The accumulated displacements live beside it and scale by the same factors.
+// Running state of the sum over references: the smallest squared distance so far, and the sum of
+// the weights relative to it. The accumulated displacements live beside it and scale by the same
+// factors.
 struct OnlineState {
   double nearest = INFINITY;
   double sum = 0.0;
 
-  // Admits references whose smallest s is `s`. Returns the factor that takes what was accumulated
-  // so far to the new nearest (1 where it stays).
-  PFGM_HOST_DEVICE double update(double s, const RadialKernel& kernel) {
-    if (!(s < nearest)) return 1.0;
-    const double factor = sum == 0.0 ? 0.0 : kernel.relative_weight(nearest, s);
-    nearest = s;
+  // Admits references of which the nearest is at `square`. Returns the factor that takes what was
+  // accumulated so far to the new nearest (1 where it stays).
+  PFGM_HOST_DEVICE double update(double square, const RadialKernel& kernel) {
+    if (!(square < nearest)) return 1.0;
+    const double factor = sum == 0.0 ? 0.0 : kernel.relative_weight(nearest, square);
+    nearest = square;
     sum *= factor;
     return factor;
   }

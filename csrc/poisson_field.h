@@ -43,7 +43,7 @@ struct FieldParams {
   double* log_mass;           // (B,)
   double* anchor_log_weight;  // (B,) output of the forward pass, input of the backward pass
   // Backward.
-  const double* anchor_s;           // (B,) s of the anchor
+  const double* anchor_square;      // (B,) squared distance of the anchor
   const double* grad_displacement;  // (B, ld)
   const double* projection;         // (B,) grad_displacement · v
   const double* grad_log_mass;      // (B,)

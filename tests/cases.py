@@ -137,6 +137,16 @@ def far_away(d: int) -> Case:
     return Case(x, torch.tensor([1e-5, 0.1, 1, 10, 1e2, 1e4]), x0, dense=d < 16, named=d <= 16)
 
 
+def close_together(d: int, D: float, distance: float) -> Case:
+    """Distances so far below t = 1 that s = ‖x − x0‖² + t² has few digits of them, which D then
+    multiplies.
+    """
+    generator = seeded(d)
+    x0 = distance * torch.randn(12, d, generator=generator)
+    x = distance * torch.randn(12, d, generator=generator)
+    return Case(x, torch.ones(12), x0, D, dense=True, named=d <= 16)
+
+
 def register(name: str, build: Callable[..., Case], *arguments: float, **options: float) -> None:
     assert name not in CASES
     CASES[name] = lambda: build(*arguments, **options)
@@ -182,6 +192,8 @@ for d, steps in ((64, 0), (64, 1), (301, 0), (301, 1)):
     register(f"hardly spread d={d} steps={steps}", hardly_spread, d, steps)
 for d in (2, 17, 100):
     register(f"far away d={d}", far_away, d)
+for d, D, distance in ((3, 1e6, 1e-6), (3, 1e9, 3e-5), (64, 1e9, 1e-5), (300, 1e9, 1e-5)):
+    register(f"close together d={d} D={D:g}", close_together, d, D, distance)
 for d, count, D in (
     (32, 240, 1),
     (32, 240, math.inf),

@@ -75,7 +75,7 @@ def test_cuda_temporaries_stay_within_the_workspace(batch, count, d, workspace):
     least = (9 << 20) + 128 * 32 + 64 * d
     module = emulated.build("plain")
     names = ["x", "t", "values", "header", "origin", "mean", "squares", "parts", "displacement"]
-    names += ["anchor", "log_mass", "anchor_log_weight", "anchor_s", "grad_displacement"]
+    names += ["anchor", "log_mass", "anchor_log_weight", "anchor_square", "grad_displacement"]
     names += ["projection", "grad_log_mass", "dx", "dt"]
     for flags in itertools.product((False, True), repeat=3):
         prepared, values_grad, single = flags

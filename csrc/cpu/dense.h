@@ -17,17 +17,16 @@ constexpr int64_t kGatherStrip = 4;     // kGatherColumns that a task takes at m
 constexpr double kDenseTolerance = 5e-6;
 
 // Whether the products of a query are precise enough for the weights of all its references.
-inline bool certify(const Screen& screen, int64_t b, double anchor_s) {
+inline bool certify(const Screen& screen, int64_t b, double anchor_square) {
   const FieldParams& p = screen.p;
   const Operands& o = screen.o;
   const Bound& bound = screen.bounds[b];
   if (o.crowds && bound.roundings > 0) return false;
-  const RadialKernel kernel(p.half_k, p.t[b]);
-  const double slope = kernel.gaussian ? kernel.inverse_two_t2 : p.half_k / anchor_s;
+  const double slope = RadialKernel(p.half_k, p.t[b]).slope(anchor_square);
   const double root_dim = ::sqrt(static_cast<double>(p.dim)), x_norm = ::sqrt(bound.squared);
   // Products of the references that count, from their r, and how far their partial sums get. Few of
   // the partial sums are that large: a quarter of it is still several times what is observed.
-  const double r = anchor_s / (o.unit * o.unit) - bound.offset;
+  const double r = anchor_square / (o.unit * o.unit) - bound.offset;
   const double product = (std::abs(r) + o.radius * o.radius) / 2 + x_norm * o.radius / root_dim;
   const double rounding = ::sqrt(bound.roundings / 3) * kFloatRounding / 2 * product / 4;
   // What is left out of the query points nowhere in particular.
@@ -75,23 +74,24 @@ inline VecF relative_logits(const FieldParams& p, VecF u) {
 }
 
 // What the weights of a query are relative to. Arrays over the queries of the tiles, padded to
-// whole vectors: r and s of a reference near the nearest one, s exactly; lanes with no query, or
-// with one that another kernel computes, take no part.
+// whole vectors: r and squared distance of a reference near the nearest one, the latter exactly;
+// lanes with no query, or with one that another kernel computes, take no part.
 struct Anchors {
-  std::vector<double> s, r;     // r = s / unit² − offset
-  std::vector<double> inverse;  // what turns r − r of the anchor into the argument of the logit
-  std::vector<float> cutoff;    // logits below this count for nothing: all where no part is taken
+  std::vector<double> squares, r;  // r = square / unit² − offset
+  std::vector<double> inverse;     // what turns r − r of the anchor into the argument of the logit
+  std::vector<float> cutoff;  // logits below this count for nothing: all where no part is taken
 
   explicit Anchors(int64_t padded)
-      : s(padded), r(padded), inverse(padded), cutoff(padded, INFINITY) {}
+      : squares(padded), r(padded), inverse(padded), cutoff(padded, INFINITY) {}
 
-  void set(const Screen& screen, int64_t i, double anchor_s, double depth) {
+  void set(const Screen& screen, int64_t i, double anchor_square, double depth) {
     const int64_t b = screen.tiles.rows[i];
     const RadialKernel kernel(screen.p.half_k, screen.p.t[b]);
     const double scale = screen.o.unit * screen.o.unit;
-    s[i] = anchor_s;
-    r[i] = anchor_s / scale - screen.bounds[b].offset;
-    inverse[i] = kernel.gaussian ? scale * kernel.inverse_two_t2 : scale / anchor_s;
+    squares[i] = anchor_square;
+    r[i] = anchor_square / scale - screen.bounds[b].offset;
+    inverse[i] =
+        kernel.gaussian ? scale * kernel.inverse_two_t2 : scale / (anchor_square + kernel.offset);
     cutoff[i] = static_cast<float>(-depth);
   }
 };

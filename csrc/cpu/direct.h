@@ -53,12 +53,12 @@ void dispatch(Weighing weighing, const Task& task) {
   }
 }
 
-// Whether float does for a query whose nearest reference is at s, at this squared distance: the
-// range holds what is formed, and the rounding of a squared distance, 6e-8 or so and the same for
-// equal references, moves no logit by much more than 1e-6. With D = 1 it never does.
-inline bool fits_float(const RadialKernel& kernel, double distance, double s) {
-  const double size = kernel.gaussian ? 1 / kernel.inverse_two_t2 : s;
-  const double slope = kernel.gaussian ? kernel.inverse_two_t2 : kernel.half_k / s;
+// Whether float does for a query whose nearest reference is at this squared distance: the range
+// holds what is formed, and the rounding of a squared distance, 6e-8 or so and the same for equal
+// references, moves no logit by much more than 1e-6. With D = 1 it never does.
+inline bool fits_float(const RadialKernel& kernel, double distance) {
+  const double slope = kernel.slope(distance);
+  const double size = kernel.gaussian ? 1 / slope : distance + kernel.offset;
   return size > 1e-25 && size < 1e25 && distance < 1e25 && distance * slope <= 14;
 }
 
@@ -185,7 +185,8 @@ inline void gather(const DirectBlock& block, const VecF* x, const VecF* weights,
 // Where weights are relative to, per query of a vector.
 struct Scale {
   VecF origin, inverse, low;
-  alignas(64) double s[kFloatLanes];  // 1 / inverse; for the Gaussian kernel the origin
+  // The squared distance whose s is 1 / inverse; for the Gaussian kernel the origin.
+  alignas(64) double square[kFloatLanes];
 
   // offset: what t adds to s. rate: 1/(2t²) for the Gaussian kernel.
   void move(VecF to, const double* offset, const double* rate, bool gaussian) {
@@ -196,7 +197,7 @@ struct Scale {
       const double inverse64 = inverse[i];
       low[i] = static_cast<float>(gaussian ? exact - inverse64
                                            : (origin[i] + offset[i]) * inverse64 - 1);
-      s[i] = gaussian ? origin[i] : 1 / inverse64;
+      square[i] = gaussian ? origin[i] : 1 / inverse64 - offset[i];
     }
   }
 };

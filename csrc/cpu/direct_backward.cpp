@@ -29,32 +29,33 @@ struct Queries {
     for (int i = 0; i < kFloatLanes; ++i) {
       const int64_t b = first + i < p.batch ? first + i : p.batch - 1;
       const RadialKernel kernel(p.half_k, p.t[b]);
-      offset[i] = kernel.s_offset(p.t[b]);
+      offset[i] = kernel.offset;
       rate[i] = kernel.inverse_two_t2;
-      origin[i] = static_cast<float>(p.anchor_s[b] - offset[i]);
-      certified[i] = fits_float(kernel, p.anchor_s[b] - offset[i], p.anchor_s[b]);
+      origin[i] = static_cast<float>(p.anchor_square[b]);
+      certified[i] = fits_float(kernel, p.anchor_square[b]);
     }
     const bool gaussian = p.half_k == INFINITY;
     scale.move(origin, offset, rate, gaussian);
     for (int i = 0; i < kFloatLanes; ++i) {
       const int64_t b = first + i < p.batch ? first + i : p.batch - 1;
       const RadialKernel kernel(p.half_k, p.t[b]);
-      const double weight = ::exp(p.anchor_log_weight[b] -
-                                  kernel.relative_logit<ScalarMath>(p.anchor_s[b], scale.s[i]));
-      factor[i] = weight * (gaussian ? rate[i] : p.half_k / scale.s[i]) * take_cotangent(p, b, i);
+      const double weight =
+          ::exp(p.anchor_log_weight[b] -
+                kernel.relative_logit<ScalarMath>(p.anchor_square[b], scale.square[i]));
+      factor[i] = weight * kernel.slope(scale.square[i]) * take_cotangent(p, b, i, offset[i]);
       sum[i] = 0;
       for (int c = 0; c < p.dim; ++c) sums[c][i] = 0;
     }
   }
 
   // Fills lane `i` of x, g and shift; returns what the cotangents were divided by.
-  double take_cotangent(const FieldParams& p, int64_t b, int i) {
+  double take_cotangent(const FieldParams& p, int64_t b, int i, double offset) {
     const int64_t ld = round_up(p.dim, kPad);
     const double *row = p.x + b * ld, *cotangent = p.grad_displacement + b * ld;
     double square = 0;
     for (int c = 0; c < p.dim; ++c) square += cotangent[c] * cotangent[c];
-    const double size =
-        ::sqrt(square * p.anchor_s[b]) + ::fabs(p.projection[b]) + ::fabs(p.grad_log_mass[b]);
+    const double size = ::sqrt(square * (p.anchor_square[b] + offset)) + ::fabs(p.projection[b]) +
+                        ::fabs(p.grad_log_mass[b]);
     const double unit = size > 0 ? size : 1;
     const double shift = (p.projection[b] - p.grad_log_mass[b]) / unit;
     shift_high[i] = static_cast<float>(shift);

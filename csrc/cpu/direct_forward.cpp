@@ -17,7 +17,7 @@ namespace {
 struct Part {
   OnlineState state;
   int64_t anchor;
-  double anchor_s;
+  double anchor_square;
   bool certified;
 };
 
@@ -70,12 +70,12 @@ struct Queries {
     for (int i = 0; i < kFloatLanes; ++i) {
       const int64_t b = first + i < p.batch ? first + i : p.batch - 1;
       const RadialKernel kernel(p.half_k, p.t[b]);
-      offset[i] = kernel.s_offset(p.t[b]);
+      offset[i] = kernel.offset;
       rate[i] = kernel.inverse_two_t2;
       for (int c = 0; c < p.dim; ++c) x[c][i] = static_cast<float>(p.x[b * ld + c]);
       sum[i] = 0;
       for (int c = 0; c < p.dim; ++c) displacement[c][i] = 0;
-      scale.s[i] = INFINITY;
+      scale.square[i] = INFINITY;
     }
     nearest = scale.origin = broadcast(INFINITY);
     scale.inverse = broadcast(1.0f);
@@ -93,7 +93,7 @@ struct Queries {
       for (int64_t j = pass.begin; j < std::min(pass.end, pass.begin + kRun); ++j) {
         distance = std::min(distance, squared_distance(p, row, j));
       }
-      scale.s[i] = low_scale.fix(i, distance, offset[i]);
+      scale.square[i] = low_scale.fix(i, distance, offset[i]) - offset[i];
     }
   }
 
@@ -128,9 +128,10 @@ struct Queries {
     const Scale old = scale;
     scale.move(fallen ? nearest : scale.origin, offset, rate, pass.gaussian);
     for (int i = 0; i < kFloatLanes; i += kLanes) {
-      const Vec from = load(old.s + i), to = load(scale.s + i), before = load(sum + i);
-      const Vec logit =
-          pass.gaussian ? (to - from) * load(rate + i) : log(from / to) * -pass.p.half_k;
+      const Vec from = load(old.square + i), to = load(scale.square + i), before = load(sum + i);
+      const Vec logit = pass.gaussian
+                            ? (to - from) * load(rate + i)
+                            : log1p((from - to) / (to + load(offset + i))) * -pass.p.half_k;
       const Vec factor = before == 0.0 ? Vec{} : exp(logit);
       store(sum + i, before * factor);
       for (int c = 0; c < pass.p.dim; ++c) {
@@ -187,13 +188,13 @@ void finish(const Pass& pass, const Queries& queries, int lane, double nearest_w
     distance = square;
     anchor = j;
   }
-  const double s = distance + queries.offset[lane], scale = queries.scale.s[lane];
-  const double weight = ::exp(kernel.relative_logit<ScalarMath>(s, scale));
+  const double scale = queries.scale.square[lane];
+  const double weight = ::exp(kernel.relative_logit<ScalarMath>(distance, scale));
   const double correction = weight - unit * nearest_weight;
   part->state.nearest = scale;
   part->state.sum = unit * queries.sum[lane] + correction;
   part->anchor = anchor;
-  part->anchor_s = s;
+  part->anchor_square = distance;
   double finite = part->state.sum - part->state.sum;
   for (int c = 0; c < p.dim; ++c) {
     const double difference = decode(p, anchor * p.dim + c) - x[c];
@@ -204,7 +205,7 @@ void finish(const Pass& pass, const Queries& queries, int lane, double nearest_w
   // What the correction would be for all others that may be copies of the nearest.
   const double share = weight / part->state.sum, copies = queries.equal[lane] - 1;
   const double off = std::abs(correction) / weight * std::min(1 - share, copies * share);
-  part->certified = finite == 0 && fits_float(kernel, distance, s) && off <= kCrowdTolerance;
+  part->certified = finite == 0 && fits_float(kernel, distance) && off <= kCrowdTolerance;
 }
 
 // Calls add(block, index of its first run, queries) for the blocks of the pass and vectors of up to
@@ -267,7 +268,7 @@ bool combine(const FieldParams& p, int64_t b, const Part* parts, const double* d
   for (int64_t i = 0; i < num_parts; ++i) {
     const Part& part = parts[i * stride];
     if (!part.certified) return false;
-    if (part.anchor_s < nearest->anchor_s) nearest = &part;
+    if (part.anchor_square < nearest->anchor_square) nearest = &part;
     const auto factors = state.merge(part.state, kernel);
     for (int64_t c = 0; c < ld; ++c) {
       displacement[c] =
@@ -278,7 +279,7 @@ bool combine(const FieldParams& p, int64_t b, const Part* parts, const double* d
   p.anchor[b] = nearest->anchor;
   p.log_mass[b] = kernel.logit(state.nearest) + ::log(state.sum);
   p.anchor_log_weight[b] =
-      kernel.relative_logit<ScalarMath>(nearest->anchor_s, state.nearest) - ::log(state.sum);
+      kernel.relative_logit<ScalarMath>(nearest->anchor_square, state.nearest) - ::log(state.sum);
   return true;
 }
 

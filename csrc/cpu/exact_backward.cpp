@@ -6,7 +6,7 @@
 //   dx0_j = Σ_b (w_j g + 2 c_j (x − x0_j))
 //
 // For k = ∞: c_j = w_j (a_j + g_m) / (2t²), dt = (2/t) Σ_j c_j ‖x − x0_j‖². The weights are
-// recomputed from the anchor's s and its log weight, both saved by the forward pass.
+// recomputed from the anchor's squared distance and its log weight.
 #include "../field_math.h"
 #include "blocks.h"
 #include "kernels.h"
@@ -16,35 +16,31 @@ namespace {
 
 struct Query {
   RadialKernel kernel;
-  double half_k, t, offset, nearest, anchor_log_weight, projection, grad_log_mass, cutoff;
+  double t, nearest, anchor_log_weight, projection, grad_log_mass, cutoff;
   const double *x, *g;
   bool singular;  // on a reference at t = 0: zero gradients
 
   void start(const FieldParams& p, int64_t b) {
     const int64_t ld = round_up(p.dim, kPad);
     kernel = RadialKernel(p.half_k, p.t[b]);
-    half_k = p.half_k;
     t = p.t[b];
-    offset = kernel.s_offset(t);
-    nearest = p.anchor_s[b];
+    nearest = p.anchor_square[b];
     anchor_log_weight = p.anchor_log_weight[b];
     projection = p.projection[b];
     grad_log_mass = p.grad_log_mass[b];
     cutoff = -(kCutoff + ::log(static_cast<double>(p.count)));
     x = p.x + b * ld;
     g = p.grad_displacement + b * ld;
-    singular = !kernel.gaussian && nearest == 0;
+    singular = kernel.singular(nearest);
   }
 
-  // Squared distances become s in place, and its weights are written; returns whether any is not 0.
-  bool weigh(double* s, double* weights, int count, int padded) const {
+  // Writes the weights of squared distances; returns whether any is not 0.
+  bool weigh(const double* squares, double* weights, int count, int padded) const {
     VecInt active = {};
     for (int r = 0; r < padded; r += kLanes) {
-      const Vec v = load(s + r) + offset;
-      const Vec logit = kernel.relative_logit<VecMath>(v, broadcast(nearest));
+      const Vec logit = kernel.relative_logit<VecMath>(load(squares + r), broadcast(nearest));
       const Vec w = singular || logit < cutoff ? Vec{} : exp(logit + anchor_log_weight);
       active |= (VecInt)(w != 0.0);
-      store(s + r, v);
       store(weights + r, w);
     }
     for (int r = count; r < padded; ++r) weights[r] = 0;
@@ -54,41 +50,42 @@ struct Query {
   }
 
   // Projections g·(x0_j − x) become the coefficients c_j in place; returns their share of dt.
-  double coefficients(const double* s, const double* weights, double* a, int padded) const {
+  double coefficients(const double* squares, const double* weights, double* a, int padded) const {
     Vec sum = {};
     for (int r = 0; r < padded; r += kLanes) {
-      const Vec w = load(weights + r), v = load(s + r);
+      const Vec w = load(weights + r), square = load(squares + r);
       const Vec pull = w * (load(a + r) - projection + grad_log_mass);
-      const Vec c = kernel.gaussian ? pull * kernel.inverse_two_t2 : pull * half_k / v;
+      const Vec c = kernel.gaussian ? pull * kernel.inverse_two_t2
+                                    : pull * kernel.half_k / (square + kernel.offset);
       const Vec finite = w == 0.0 ? Vec{} : c;
       store(a + r, finite);
-      sum += kernel.gaussian ? finite * v : finite;
+      sum += kernel.gaussian ? finite * square : finite;
     }
     return (kernel.gaussian ? 2 / t : -2 * t) * reduce_add(sum);
   }
 };
 
-// s, weights and coefficients of one group of queries and one block of references.
+// Squared distances, weights and coefficients of one group of queries and one block of references.
 template <class Block>
 struct GroupWeights {
-  double s[kGroup][kMaxRows], weights[kGroup][kMaxRows], coefficients[kGroup][kMaxRows];
+  double squares[kGroup][kMaxRows], weights[kGroup][kMaxRows], coefficients[kGroup][kMaxRows];
 
-  // Returns false, with nothing but s written, where every weight is zero. dt (size,) is added to.
+  // Returns false, without coefficients, where every weight is zero. dt (size,) is added to.
   bool compute(const Block& block, const Query* queries, int size, double* dt) {
     const double *x[kGroup], *g[kGroup];
     for (int q = 0; q < kGroup; ++q) {
       x[q] = queries[q < size ? q : 0].x;
       g[q] = queries[q < size ? q : 0].g;
     }
-    block.distances(x, s);
+    block.distances(x, squares);
     bool any = false;
     for (int q = 0; q < size; ++q) {
-      any |= queries[q].weigh(s[q], weights[q], block.count, block.padded);
+      any |= queries[q].weigh(squares[q], weights[q], block.count, block.padded);
     }
     if (!any) return false;
     block.projections(x, g, coefficients);
     for (int q = 0; q < size; ++q) {
-      dt[q] += queries[q].coefficients(s[q], weights[q], coefficients[q], block.padded);
+      dt[q] += queries[q].coefficients(squares[q], weights[q], coefficients[q], block.padded);
     }
     return true;
   }

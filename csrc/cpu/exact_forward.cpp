@@ -16,8 +16,7 @@ namespace {
 struct Query {
   RadialKernel kernel;
   OnlineState state;
-  double offset;                      // what t adds to s
-  double cutoff_ratio, cutoff_shift;  // no weight where s > cutoff_ratio · nearest + cutoff_shift
+  double depth, cutoff;  // no weight beyond the cutoff, where logits are below −depth
   int64_t anchor;
   const double* x;
   double* displacement;
@@ -26,55 +25,54 @@ struct Query {
     const int64_t ld = round_up(p.dim, kPad);
     kernel = RadialKernel(p.half_k, p.t[b]);
     state = OnlineState();
-    offset = kernel.s_offset(p.t[b]);
-    const double depth = kCutoff + ::log(static_cast<double>(p.count));
-    cutoff_ratio = kernel.gaussian ? 1.0 : ::exp(depth / p.half_k);
-    cutoff_shift = kernel.gaussian ? depth / kernel.inverse_two_t2 : 0.0;
+    depth = kCutoff + ::log(static_cast<double>(p.count));
+    cutoff = INFINITY;
     anchor = 0;
     x = p.x + b * ld;
     displacement = sums;
     for (int64_t c = 0; c < ld; ++c) displacement[c] = 0;
   }
 
-  // Turns squared distances into s in place and admits the nearest of them.
-  void admit(double* s, int64_t first, int count, int padded, int64_t ld) {
-    for (int r = count; r < padded; ++r) s[r] = s[0];
+  // Checks squared distances in place and admits the nearest of them.
+  void admit(double* squares, int64_t first, int count, int padded, int64_t ld) {
+    for (int r = count; r < padded; ++r) squares[r] = squares[0];
     Vec minima = broadcast(double{INFINITY});
     for (int r = 0; r < padded; r += kLanes) {
-      Vec v = load(s + r) + offset;
-      v += v - v;  // an infinite s becomes NaN: it must not pass for a small weight
-      store(s + r, v);
+      const Vec v = kernel.checked(load(squares + r));
+      store(squares + r, v);
       minima = v < minima ? v : minima;
     }
     double nearest = minima[0];
     for (int i = 1; i < kLanes; ++i) nearest = minima[i] < nearest ? minima[i] : nearest;
     if (!(nearest < state.nearest)) return;
-    for (int r = count - 1; r >= 0; --r) anchor = s[r] == nearest ? first + r : anchor;
+    for (int r = count - 1; r >= 0; --r) anchor = squares[r] == nearest ? first + r : anchor;
     const double factor = state.update(nearest, kernel);
+    cutoff = kernel.farthest(nearest, depth);
     for (int64_t c = 0; c < ld; ++c) displacement[c] *= factor;
   }
 
-  // Turns s into weights relative to the nearest, in place, and adds them up; returns whether any
-  // is not zero.
-  bool weigh(double* s, int count, int padded) {
-    const double cutoff = state.nearest * cutoff_ratio + cutoff_shift;
+  // Turns squared distances into weights relative to the nearest, in place, and adds them up;
+  // returns whether any is not zero.
+  bool weigh(double* squares, int count, int padded) {
     VecInt active = {};
-    for (int r = 0; r < padded; r += kLanes) active |= ~(VecInt)(load(s + r) > cutoff);
+    for (int r = 0; r < padded; r += kLanes) active |= ~(VecInt)(load(squares + r) > cutoff);
     int64_t any = 0;
     for (int i = 0; i < kLanes; ++i) any |= active[i];
     if (!any) return false;
-    if (state.nearest > 0) {
-      const Vec nearest = broadcast(state.nearest);
-      for (int r = 0; r < padded; r += kLanes) {
-        const Vec v = load(s + r);
-        store(s + r, v > cutoff ? Vec{} : exp(kernel.relative_logit<VecMath>(v, nearest)));
+    if (kernel.singular(state.nearest)) {
+      for (int r = 0; r < count; ++r) {
+        squares[r] = kernel.relative_weight(squares[r], state.nearest);
       }
     } else {
-      for (int r = 0; r < count; ++r) s[r] = kernel.relative_weight(s[r], state.nearest);
+      const Vec nearest = broadcast(state.nearest);
+      for (int r = 0; r < padded; r += kLanes) {
+        const Vec v = load(squares + r);
+        store(squares + r, v > cutoff ? Vec{} : exp(kernel.relative_logit<VecMath>(v, nearest)));
+      }
     }
-    for (int r = count; r < padded; ++r) s[r] = 0;
+    for (int r = count; r < padded; ++r) squares[r] = 0;
     Vec sum = {};
-    for (int r = 0; r < padded; r += kLanes) sum += load(s + r);
+    for (int r = 0; r < padded; r += kLanes) sum += load(squares + r);
     state.sum += reduce_add(sum);
     return true;
   }
@@ -94,18 +92,18 @@ void forward_tile(const FieldParams& p, const int64_t* rows, int size, int64_t b
   for (int q = 0; q < size; ++q) queries[q].start(p, rows[q], displacements + q * ld);
 
   Block block(scratch, p.dim);
-  double s[kGroup][kMaxRows];
+  double squares[kGroup][kMaxRows];
   for (int64_t first = begin; first < end; first += step) {
     block.load(p, first, clamp_size(end - first, step));
     for (int group = 0; group < size; group += kGroup) {
       const double* x[kGroup];
       for (int q = 0; q < kGroup; ++q) x[q] = queries[group + q < size ? group + q : group].x;
-      block.distances(x, s);
+      block.distances(x, squares);
       for (int q = 0; q < kGroup && group + q < size; ++q) {
         Query& query = queries[group + q];
-        query.admit(s[q], first, block.count, block.padded, ld);
-        if (query.weigh(s[q], block.count, block.padded)) {
-          block.gather(query.x, s[q], query.displacement);
+        query.admit(squares[q], first, block.count, block.padded, ld);
+        if (query.weigh(squares[q], block.count, block.padded)) {
+          block.gather(query.x, squares[q], query.displacement);
         }
       }
     }

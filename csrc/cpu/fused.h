@@ -120,7 +120,7 @@ struct LogitScale {
 struct FusedQuery {
   RadialKernel kernel;
   Bound bound;
-  double offset;   // s / unit² − r
+  double offset;   // squared distance / unit² − r
   double error;    // of r at most
   double least_s;  // s of the nearest below which the weights are not precise enough
 };
@@ -171,7 +171,7 @@ struct FusedPass {
     const double roundings = static_cast<double>(p.dim) + 2, root = ::sqrt(norms.squared);
     FusedQuery query;
     query.kernel = RadialKernel(p.half_k, p.t[b]);
-    query.bound = make_bound(p, o, b, norms, 2, residual, roundings);
+    query.bound = make_bound(p, o, norms, 2, residual, roundings);
     query.offset = query.bound.offset + centre;
     query.error = query.bound.slope * o.radius + query.bound.constant + 2 * kFloatRounding * spread;
     const double slope = query.kernel.gaussian ? query.kernel.inverse_two_t2 : p.half_k;

@@ -36,7 +36,7 @@ struct PullTile {
   float constant[kTileQueries],
       rest[kTileQueries];       // K to twice the digits: it nearly cancels g'·y
   double factor[kTileQueries];  // takes what is summed to Σ c (x0 − x)
-  double level[kTileQueries];   // s at `shift`
+  double level[kTileQueries];   // squared distance at `shift`
   PullSums sums[kTileQueries];
   std::vector<int32_t> lists[kTileQueries];  // of the heavy references
 
@@ -54,10 +54,11 @@ struct PullTile {
   void set(int q, int64_t b, const FusedQuery& query, float most, float least, double k,
            double value) {
     const double square = pass.o.unit * pass.o.unit;
-    shift[q] = static_cast<float>(p.anchor_s[b] / square - query.offset);
+    shift[q] = static_cast<float>(p.anchor_square[b] / square - query.offset);
     level[q] = (double{shift[q]} + query.offset) * square;
     const RadialKernel& kernel = query.kernel;
-    const double exact = scale.gaussian ? kernel.inverse_two_t2 * square : square / level[q];
+    const double exact =
+        scale.gaussian ? kernel.inverse_two_t2 * square : square / (level[q] + kernel.offset);
     inverse[q] = static_cast<float>(exact);
     correction[q] = scale.correction(p.half_k + 1, exact, inverse[q]);
     limit[q] = most;
@@ -65,9 +66,8 @@ struct PullTile {
     constant[q] = static_cast<float>(k);
     rest[q] = static_cast<float>(k - constant[q]);
     const double log_weight =
-        p.anchor_log_weight[b] - kernel.relative_logit<ScalarMath>(p.anchor_s[b], level[q]);
-    const double slope = scale.gaussian ? kernel.inverse_two_t2 : p.half_k / level[q];
-    factor[q] = slope * ::exp(log_weight) / value;
+        p.anchor_log_weight[b] - kernel.relative_logit<ScalarMath>(p.anchor_square[b], level[q]);
+    factor[q] = kernel.slope(level[q]) * ::exp(log_weight) / value;
   }
 
   // Lists the heavy references of a block and moves them out of reach.
@@ -162,12 +162,12 @@ struct FusedBackward : FusedPass {
   bool certify(int64_t i) const {
     const int64_t b = tiles.rows[i];
     const RadialKernel& kernel = queries[i].kernel;
-    const double s = p.anchor_s[b], distance = ::sqrt(std::max(0.0, s - kernel.s_offset(p.t[b])));
-    const double slope = kernel.gaussian ? kernel.inverse_two_t2 : p.half_k / s;
+    const double square = p.anchor_square[b], distance = ::sqrt(square);
     const double lost = kFloatRounding * o.unit * o.radius;
-    return s >= queries[i].least_s && p.anchor_log_weight[b] >= kLeastLogWeight &&
+    return square + kernel.offset >= queries[i].least_s &&
+           p.anchor_log_weight[b] >= kLeastLogWeight &&
            std::max(lost, o.unit * o.deviation) <= kFusedPull * distance &&
-           2 * slope * lost * distance <= kFusedTolerance;
+           2 * kernel.slope(square) * lost * distance <= kFusedTolerance;
   }
 
   // r of a reference whose weight is exp(−depth), or at most that where there is an error.
@@ -175,9 +175,7 @@ struct FusedBackward : FusedPass {
     const int64_t b = tiles.rows[i];
     const FusedQuery& query = queries[i];
     depth += p.anchor_log_weight[b];
-    const double s = query.kernel.gaussian ? p.anchor_s[b] + depth / query.kernel.inverse_two_t2
-                                           : p.anchor_s[b] * ::exp(depth / p.half_k);
-    const double most = s / (o.unit * o.unit) - query.offset + error;
+    const double most = farthest_r(p, o, b, query.offset, p.anchor_square[b], depth) + error;
     return std::nextafter(static_cast<float>(most), INFINITY);
   }
 
@@ -249,13 +247,11 @@ struct FusedBackward : FusedPass {
     const int64_t b = tiles.rows[i];
     const RadialKernel& kernel = queries[i].kernel;
     const Pair pair = pair_sums(reader, p.x + b * ld, p.grad_displacement + b * ld, j);
-    const double s = pair.distance + kernel.s_offset(p.t[b]);
-    const double logit = kernel.relative_logit<ScalarMath>(s, p.anchor_s[b]);
+    const double logit = kernel.relative_logit<ScalarMath>(pair.distance, p.anchor_square[b]);
     const double a = pair.projection - p.projection[b] + p.grad_log_mass[b];
-    const double c = ::exp(logit + p.anchor_log_weight[b]) * a *
-                     (kernel.gaussian ? kernel.inverse_two_t2 : p.half_k / s);
+    const double c = ::exp(logit + p.anchor_log_weight[b]) * a * kernel.slope(pair.distance);
     add_row(reader, p.x + b * ld, j, 2 * c, out);
-    return kernel.gaussian ? c * s : c;
+    return kernel.gaussian ? c * pair.distance : c;
   }
 
   void combine(int64_t i) {
@@ -276,7 +272,7 @@ void PFGM_ISA::fused_backward_queries(const FieldParams& p, uint8_t* uncertified
   const Operands operands = make_operands(p);
   Tiles tiles;
   for (int64_t b = 0; b < p.batch; ++b) {
-    const bool singular = p.half_k != INFINITY && p.anchor_s[b] == 0;
+    const bool singular = RadialKernel(p.half_k, p.t[b]).singular(p.anchor_square[b]);
     uncertified[b] = operands.crowds || singular || !in_range(p, operands, b);
     if (!uncertified[b]) tiles.rows.push_back(b);
   }

@@ -2,7 +2,7 @@
 // Displacement and log mass, Eqs. (3) and (12), for 24 < d ≤ 256 and float32 queries, in one pass
 // with an online state (fused.h). Weights are relative to the smallest r so far,
 //
-//   w_j = exp(−(k/2) log1p((r_j − r_min)/s_min)),   s_min = unit² (r_min + offset)
+//   w_j = exp(−(k/2) log1p((r_j − r_min) unit²/s_min)),   s_min = unit² (r_min + offset) + t²
 //
 // where s_min need not be the s of any reference exactly: it is what all logits refer to.
 // References that hold much of the weight are left out of the products and taken by direct
@@ -18,7 +18,7 @@ constexpr size_t kMostListed = 64;  // heavy references that wait to be taken
 // Displacements of light references may be off by this much, relative to the distance.
 constexpr double kFusedDisplacement = 4e-7;
 
-// What a task found for a query: the weights are relative to state.nearest, an s.
+// What a task found for a query: the weights are relative to state.nearest.
 struct Partial {
   OnlineState state;
   int64_t anchor = 0;
@@ -44,7 +44,7 @@ struct FusedTile {
   float shift[kTileQueries], inverse[kTileQueries];  // u = (r − shift) inverse
   float correction[kTileQueries], cutoff[kTileQueries];
   bool certified[kTileQueries];
-  double level[kTileQueries];                       // s that the weights are relative to
+  double level[kTileQueries];  // the squared distance that the weights are relative to
   double light[kTileQueries], taken[kTileQueries];  // weight in the totals, and listed
   double heavy[kTileQueries];                       // weight of what was listed, exactly
   double factor[kTileQueries];                      // takes totals to the new level
@@ -65,7 +65,8 @@ struct FusedTile {
     for (int q = 0; q < width; ++q) {
       nearest[q] = q < size ? INFINITY : -INFINITY;
       certified[q] = q < size;
-      level[q] = light[q] = taken[q] = heavy[q] = 0;
+      level[q] = INFINITY;
+      light[q] = taken[q] = heavy[q] = 0;
       factor[q] = 1;
       anchor[q] = 0;
       take_no_part(q);
@@ -102,11 +103,12 @@ struct FusedTile {
     nearest[q] = r;
     if (!certified[q]) return;
     const FusedQuery& query = queries[q];
-    const double square = o.unit * o.unit, s = (double{r} + query.offset) * square;
+    const double square = o.unit * o.unit, to = (double{r} + query.offset) * square;
+    const double s = to + query.kernel.offset;
     certified[q] = s >= query.least_s;
     if (!certified[q]) return take_no_part(q);
-    if (level[q] > 0) {
-      factor[q] = query.kernel.relative_weight(level[q], s);
+    if (level[q] < INFINITY) {
+      factor[q] = query.kernel.relative_weight(level[q], to);
       light[q] *= factor[q];
       taken[q] *= factor[q];
       if (heavy[q] != 0) {
@@ -114,7 +116,7 @@ struct FusedTile {
         for (int64_t c = 0; c < ld; ++c) sums[q * ld + c] *= factor[q];
       }
     }
-    level[q] = s;
+    level[q] = to;
     const double exact = scale.gaussian ? query.kernel.inverse_two_t2 * square : square / s;
     shift[q] = r;
     inverse[q] = static_cast<float>(exact);
@@ -225,10 +227,9 @@ struct FusedTile {
 
   void take_listed(int q) {
     const double* x = p.x + rows[q] * ld;
-    const double offset = queries[q].kernel.s_offset(p.t[rows[q]]);
     for (const int32_t j : lists[q]) {
-      const double s = pair_sums(reader, x, nullptr, j).distance + offset;
-      const double weight = queries[q].kernel.relative_weight(s, level[q]);
+      const double square = pair_sums(reader, x, nullptr, j).distance;
+      const double weight = queries[q].kernel.relative_weight(square, level[q]);
       heavy[q] += weight;
       add_row(reader, x, j, weight, sums + q * ld);
     }
@@ -263,8 +264,7 @@ struct FusedTile {
     for (int64_t c = p.dim; c < ld; ++c) displacement[c] = 0;
     partial.state.nearest = level[q];
     partial.state.sum = light[q] + heavy[q];
-    const double t2 = queries[q].kernel.s_offset(p.t[rows[q]]);
-    const double distance = ::sqrt(std::max(0.0, level[q] - t2));
+    const double distance = ::sqrt(std::max(0.0, level[q]));
     const double lost = kFloatRounding * o.unit * o.radius * light[q];
     partial.certified = lost <= kFusedDisplacement * distance * partial.state.sum;
   }
@@ -323,17 +323,17 @@ struct FusedForward : FusedPass {
     }
     if (!all.certified) return false;
     const int64_t b = tiles.rows[i];
-    const double sum = all.state.sum, offset = kernel.s_offset(p.t[b]);
+    const double sum = all.state.sum;
     for (int64_t c = 0; c < p.dim; ++c) v[c] /= sum;
-    const double squared = pair_sums(reader, p.x + b * ld, nullptr, all.anchor).distance;
-    if (!resolves(p, o, v, ::sqrt(squared))) return false;
-    const double s = squared + offset;
-    const double nominal = (all.nearest + centre + queries[i].bound.offset) * o.unit * o.unit;
-    const double off = std::abs(kernel.relative_logit<ScalarMath>(nominal, s));
+    const double square = pair_sums(reader, p.x + b * ld, nullptr, all.anchor).distance;
+    if (!resolves(p, o, v, ::sqrt(square))) return false;
+    const double nominal = (all.nearest + queries[i].offset) * o.unit * o.unit;
+    const double off = std::abs(kernel.relative_logit<ScalarMath>(nominal, square));
     if (sum * kHeavy > 0.25 && !(off <= kAnchorTolerance)) return false;
     p.anchor[b] = all.anchor;
     p.log_mass[b] = kernel.logit(all.state.nearest) + ::log(sum);
-    p.anchor_log_weight[b] = kernel.relative_logit<ScalarMath>(s, all.state.nearest) - ::log(sum);
+    p.anchor_log_weight[b] =
+        kernel.relative_logit<ScalarMath>(square, all.state.nearest) - ::log(sum);
     return std::isfinite(p.log_mass[b]);
   }
 
@@ -341,7 +341,8 @@ struct FusedForward : FusedPass {
   float limit(int64_t i) const {
     const FusedQuery& query = queries[i];
     const double smallest = double{partials[i].nearest} + centre;
-    const double most = cutoff(query.bound, smallest + query.error) + query.error - centre;
+    const double most = cutoff(p, o, tiles.rows[i], query.bound.offset, smallest + query.error) +
+                        query.error - centre;
     return std::nextafter(static_cast<float>(most), INFINITY);
   }
 };

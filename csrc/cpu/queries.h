@@ -86,7 +86,7 @@ inline QueryNorms query_norms(const FieldParams& p, const Operands& o, int64_t b
   }
   double squared = 0;
   for (const Vec sum : sums) squared += reduce_add(sum);
-  return {squared, RadialKernel(p.half_k, p.t[b]).s_offset(p.t[b]) / (o.unit * o.unit)};
+  return {squared, RadialKernel(p.half_k, p.t[b]).offset / (o.unit * o.unit)};
 }
 
 // Packs value(i, column) of the queries of a tile, i being the position among those of all tiles,

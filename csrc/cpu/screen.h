@@ -2,7 +2,7 @@
 // The first pass of the kernels for larger d: products x'·y_j of all queries with all references,
 // and from rigorous bounds of their errors the references that may carry weight.
 //
-//   r_j = ‖y_j‖² − 2 x'·y_j,   s_j / unit² = r_j + ‖x'‖² + t²/unit²
+//   r_j = ‖y_j‖² − 2 x'·y_j,   ‖x − x0_j‖² / unit² = r_j + ‖x'‖²
 //
 // A reference whose r_j is certainly larger than what the cutoff allows cannot be seen in the
 // result.
@@ -20,18 +20,15 @@ struct Bound {
   double factor, slope, constant;
   double squared, residual;  // ‖x'‖², and ‖x' − what was multiplied‖
   double roundings;          // how often the sum of a product was rounded to float
-  double offset;             // s / unit² − r
-  // r_j + offset may be at most ratio · (the smallest) + shift for a weight that counts.
-  double ratio, shift;
+  double offset;             // squared distance / unit² − r
 };
 
-inline Bound make_bound(const FieldParams& p, const Operands& o, int64_t b, QueryNorms query,
-                        double factor, double residual, double roundings) {
-  const double x_norm = ::sqrt(query.squared), depth = cutoff_depth(p);
+inline Bound make_bound(const FieldParams& p, const Operands& o, QueryNorms query, double factor,
+                        double residual, double roundings) {
+  const double x_norm = ::sqrt(query.squared);
   const double rounding = roundings * kFloatRounding * x_norm;
   const double deviation = o.codes ? o.deviation : kFloatRounding * o.radius;
   const double underflow = roundings > 0 ? 1e-37 * static_cast<double>(p.dim) : 0;
-  const RadialKernel kernel(p.half_k, p.t[b]);
   Bound bound;
   bound.factor = factor;
   bound.squared = query.squared;
@@ -39,9 +36,7 @@ inline Bound make_bound(const FieldParams& p, const Operands& o, int64_t b, Quer
   bound.roundings = roundings;
   bound.slope = 2 * (rounding + residual + deviation);
   bound.constant = 2 * (x_norm * deviation + underflow) + 0x1p-48 * query.squared;
-  bound.offset = query.squared + query.t_squared;
-  bound.ratio = kernel.gaussian ? 1 : ::exp(depth / p.half_k);
-  bound.shift = kernel.gaussian ? depth / (kernel.inverse_two_t2 * o.unit * o.unit) : 0;
+  bound.offset = query.squared;
   return bound;
 }
 
@@ -119,9 +114,18 @@ struct Candidates {
   int64_t nearest = 0;  // the reference whose r is the smallest
 };
 
+// The r of a reference that is `depth` below one at this squared distance, in logits.
+inline double farthest_r(const FieldParams& p, const Operands& o, int64_t b, double offset,
+                         double nearest, double depth) {
+  const RadialKernel kernel(p.half_k, p.t[b]);
+  return kernel.farthest(nearest, depth) / (o.unit * o.unit) - offset;
+}
+
 // Largest r that counts beside the nearest reference.
-inline double cutoff(const Bound& bound, double smallest) {
-  return bound.ratio * (smallest + bound.offset) + bound.shift - bound.offset;
+inline double cutoff(const FieldParams& p, const Operands& o, int64_t b, double offset,
+                     double smallest) {
+  const double nearest = (smallest + offset) * o.unit * o.unit;
+  return farthest_r(p, o, b, offset, nearest, cutoff_depth(p));
 }
 
 // The smallest r that lanes q to q + kLanes of a tile are certain to have.

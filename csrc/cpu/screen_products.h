@@ -37,7 +37,7 @@ inline void screen_floats(Screen& screen) {
     for (int q = 0; q < tiles.size(tile); ++q) {
       const int64_t b = tiles.row(tile, q);
       screen.bounds[b] =
-          make_bound(p, screen.o, b, query_norms(p, screen.o, b), 2.0, residuals[q], roundings);
+          make_bound(p, screen.o, query_norms(p, screen.o, b), 2.0, residuals[q], roundings);
     }
   });
   const Buffer<float> decoded(p.num_threads * kScreenRows * kColumnBlock);
@@ -118,7 +118,7 @@ struct IntegerProducts {
       units[i] = digits.unit;
       shifts[i] = digits.unit * sum;
       Bound& bound = screen.bounds[b];
-      bound = make_bound(p, screen.o, b, query_norms(p, screen.o, b), base ? -1 : 2 * digits.unit,
+      bound = make_bound(p, screen.o, query_norms(p, screen.o, b), base ? -1 : 2 * digits.unit,
                          digits.residuals[end_digit - 1], 0);
       bound.offset += base ? base[b] : 2 * digits.unit * digits.sums[0];
       if (base) shifts[i] -= base[b] / 2;
@@ -180,7 +180,7 @@ inline void refine([[maybe_unused]] Screen& screen,
   for (const int64_t b : screen.tiles.rows) {
     // r of one digit is of the codes, not of y: the offset makes up for it.
     const QueryNorms norms = query_norms(screen.p, screen.o, b);
-    base[b] = candidates[b].smallest + screen.bounds[b].offset - norms.squared - norms.t_squared;
+    base[b] = candidates[b].smallest + screen.bounds[b].offset - norms.squared;
   }
   IntegerProducts(screen, base.data()).run();
 #endif

@@ -129,20 +129,26 @@ constexpr double kRoundMagic = 6755399441055744.0;  // 1.5 · 2^52: adding it ro
 constexpr double kLn2High = 6.93147180369123816490e-01;  // ln 2 to 33 bits: n · kLn2High is exact
 constexpr double kLn2Low = 1.90821492927058770002e-10;   // ln 2 − kLn2High
 
-// log of v > 0 to about one unit in the last place; NaN stays NaN. m = v / 2^e in [√½, √2) and
-// log m = 2 artanh f, f = (m − 1)/(m + 1), |f| ≤ 0.1716, whose series converges in 11 terms.
-inline Vec log(Vec v) {
-  const VecInt bits = (VecInt)v;
+// log(1 + u) of u > −1 to about two units in the last place, also for small u; NaN stays NaN.
+// w = 1 + u loses u − (w − 1), which is put back after the exponent is taken off:
+// log(1 + z) = 2 artanh f, f = z/(2 + z), z on [√½ − 1, √2 − 1], |f| ≤ 0.1716, whose series
+// converges in 11 terms.
+inline Vec log1p(Vec u) {
+  u = u > 1e300 ? broadcast(1e300) : u;  // of infinity `lost` would be NaN
+  const Vec w = 1.0 + u;
+  const Vec lost = u - (w - 1.0);
+  const VecInt bits = (VecInt)w;
   const VecInt exponent = (bits - 0x3fe6a09e667f3bcdLL) >> 52;
-  const Vec m = (Vec)(bits - (exponent << 52));
+  const VecInt high = exponent << 52;
+  const Vec unit = (Vec)((VecInt)broadcast(1.0) - high);  // 2^−exponent
+  const Vec z = ((Vec)(bits - high) - 1.0) + lost * unit;
   const Vec e = (Vec)(exponent + (VecInt)broadcast(kRoundMagic)) - kRoundMagic;
-  const Vec f = (m - 1.0) / (m + 1.0);
+  const Vec f = z / (z + 2.0);
   const Vec f2 = f * f;
   Vec series = broadcast(1.0 / 21);
 #pragma GCC unroll 10
   for (int n = 19; n >= 1; n -= 2) series = series * f2 + 1.0 / n;
-  const Vec result = e * kLn2High + (2.0 * f * series + e * kLn2Low);
-  return v != v ? v : result;
+  return e * kLn2High + (2.0 * f * series + e * kLn2Low);
 }
 
 // exp of v ≤ ~1 to about one unit in the last place, 0 below −708; NaN stays NaN. v = n ln 2 + r,
@@ -260,7 +266,7 @@ struct CompensatedSum {
 };
 
 struct VecMath {
-  static Vec log_ratio(Vec s, Vec nearest) { return log(s / nearest); }
+  static Vec log1p(Vec u) { return pfgm::log1p(u); }
 };
 
 }  // namespace

@@ -153,12 +153,11 @@ inline void finish_sparse_forward(const FieldParams& p, const RowReader& reader,
                                   const SparseQuery& query) {
   const int64_t b = query.b, ld = round_up(p.dim, kPad);
   const RadialKernel kernel(p.half_k, p.t[b]);
-  const double *x = p.x + b * ld, offset = kernel.s_offset(p.t[b]);
+  const double* x = p.x + b * ld;
   double nearest = INFINITY, sum = 0;
   for (size_t n = 0; n < query.pairs.size(); ++n) {
-    const double s = query.pairs[n].distance + offset;
-    if (s < nearest) {
-      nearest = s;
+    if (query.pairs[n].distance < nearest) {
+      nearest = query.pairs[n].distance;
       p.anchor[b] = (*query.list)[n];
     }
   }
@@ -166,7 +165,7 @@ inline void finish_sparse_forward(const FieldParams& p, const RowReader& reader,
   std::fill(displacement, displacement + ld, 0.0);
   const double negligible = ::exp(-cutoff_depth(p));
   for (size_t n = 0; n < query.pairs.size(); ++n) {
-    const double weight = kernel.relative_weight(query.pairs[n].distance + offset, nearest);
+    const double weight = kernel.relative_weight(query.pairs[n].distance, nearest);
     if (weight < negligible) continue;
     sum += weight;
     add_row(reader, x, (*query.list)[n], weight, displacement);
@@ -181,18 +180,18 @@ inline void finish_sparse_backward(const FieldParams& p, const RowReader& reader
                                    const SparseQuery& query) {
   const int64_t b = query.b, ld = round_up(p.dim, kPad);
   const RadialKernel kernel(p.half_k, p.t[b]);
-  const double *x = p.x + b * ld, offset = kernel.s_offset(p.t[b]);
+  const double* x = p.x + b * ld;
   double* dx = p.dx + b * ld;
   std::fill(dx, dx + ld, 0.0);
   double sum = 0;
   for (size_t n = 0; n < query.pairs.size(); ++n) {
-    const double s = query.pairs[n].distance + offset;
-    const double logit = kernel.relative_logit<ScalarMath>(s, p.anchor_s[b]);
+    const Pair& pair = query.pairs[n];
+    const double logit = kernel.relative_logit<ScalarMath>(pair.distance, p.anchor_square[b]);
     const double weight = ::exp(logit + p.anchor_log_weight[b]);
     if (weight == 0) continue;
-    const double a = query.pairs[n].projection - p.projection[b] + p.grad_log_mass[b];
-    const double c = weight * a * (kernel.gaussian ? kernel.inverse_two_t2 : p.half_k / s);
-    sum += kernel.gaussian ? c * s : c;
+    const double a = pair.projection - p.projection[b] + p.grad_log_mass[b];
+    const double c = weight * a * kernel.slope(pair.distance);
+    sum += kernel.gaussian ? c * pair.distance : c;
     add_row(reader, x, (*query.list)[n], 2 * c, dx);
   }
   p.dt[b] = sum * (kernel.gaussian ? 2 / p.t[b] : -2 * p.t[b]);

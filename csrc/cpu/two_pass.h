@@ -29,13 +29,13 @@ struct TwoPass {
   // Finishes queries by the references on their lists.
   virtual void finish_sparse(std::vector<SparseQuery>& queries) const = 0;
 
-  // s of the anchor, exactly; `nearest` is the reference whose r is the smallest.
-  virtual double anchor_s(int64_t b, int64_t nearest) const = 0;
+  // The squared distance of the anchor, exactly; `nearest` is the reference with the smallest r.
+  virtual double anchor_square(int64_t b, int64_t nearest) const = 0;
   // How far below the anchor's logit those lie that count.
   virtual double depth(int64_t) const { return cutoff_depth(p); }
-  // Whether the second pass is precise enough for a query with its anchor at s.
-  virtual bool precise(const Screen& screen, int64_t b, double s) const {
-    return certify(screen, b, s);
+  // Whether the second pass is precise enough for a query with its anchor at this squared distance.
+  virtual bool precise(const Screen& screen, int64_t b, double square) const {
+    return certify(screen, b, square);
   }
   // Finishes the queries that take part in a second pass, or marks them as uncertified.
   virtual void finish_dense(const SecondPass& pass) const = 0;
@@ -93,10 +93,10 @@ struct TwoPass {
     for (size_t i = 0; i < tiles.rows.size(); ++i) {
       const int64_t b = tiles.rows[i];
       if (!candidates[b].too_many) continue;
-      const double s = anchor_s(b, candidates[b].nearest);
-      uncertified[b] = !precise(screen, b, s);
+      const double square = anchor_square(b, candidates[b].nearest);
+      uncertified[b] = !precise(screen, b, square);
       if (uncertified[b]) continue;
-      anchors.set(screen, i, s, depth(b));
+      anchors.set(screen, i, square, depth(b));
       any = true;
     }
     if (any) finish_dense(SecondPass(screen, anchors));

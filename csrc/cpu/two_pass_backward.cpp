@@ -78,17 +78,13 @@ struct Backward : TwoPass {
   using TwoPass::TwoPass;
 
   bool usable(int64_t b) const override {
-    const bool singular = p.half_k != INFINITY && p.anchor_s[b] == 0;
-    return !singular && TwoPass::usable(b);
+    return !RadialKernel(p.half_k, p.t[b]).singular(p.anchor_square[b]) && TwoPass::usable(b);
   }
 
   double depth(int64_t b) const override { return cutoff_depth(p) + p.anchor_log_weight[b]; }
 
   double limit(const Bound& bound, int64_t b, double) const override {
-    const RadialKernel kernel(p.half_k, p.t[b]);
-    const double s = kernel.gaussian ? p.anchor_s[b] + depth(b) / kernel.inverse_two_t2
-                                     : p.anchor_s[b] * ::exp(depth(b) / p.half_k);
-    return s / (o.unit * o.unit) - bound.offset;
+    return farthest_r(p, o, b, bound.offset, p.anchor_square[b], depth(b));
   }
 
   void finish_sparse(std::vector<SparseQuery>& queries) const override {
@@ -96,13 +92,11 @@ struct Backward : TwoPass {
                [&](const SparseQuery& query) { finish_sparse_backward(p, reader, query); });
   }
 
-  double anchor_s(int64_t b, int64_t) const override { return p.anchor_s[b]; }
+  double anchor_square(int64_t b, int64_t) const override { return p.anchor_square[b]; }
 
   // Float sums of y must resolve what the distances weigh: gradients are held to 1e-5.
-  bool precise(const Screen& screen, int64_t b, double s) const override {
-    const double offset = RadialKernel(p.half_k, p.t[b]).s_offset(p.t[b]);
-    const double distance = ::sqrt(std::max(0.0, s - offset));
-    return TwoPass::precise(screen, b, s) && distance >= resolved_distance(o, 64);
+  bool precise(const Screen& screen, int64_t b, double square) const override {
+    return TwoPass::precise(screen, b, square) && ::sqrt(square) >= resolved_distance(o, 64);
   }
 
   void finish_dense(const SecondPass& pass) const override {
@@ -148,14 +142,14 @@ struct Backward : TwoPass {
     const int64_t ld = round_up(p.dim, kPad);
     const RadialKernel kernel(p.half_k, p.t[b]);
     const double* x = p.x + b * ld;
-    const double slope = kernel.gaussian ? kernel.inverse_two_t2 : p.half_k / p.anchor_s[b];
+    const double slope = kernel.slope(p.anchor_square[b]);
     double* dx = p.dx + b * ld;
     std::fill(dx, dx + ld, 0.0);
     for (int64_t c = 0; c < p.dim; ++c) {
       dx[c] = 2 * slope * scale * (o.unit * sums[c] + total * (o.origin[c] - x[c]));
     }
     // For the Gaussian kernel s = s_a + 2t² u.
-    const double gaussian = p.anchor_s[b] * total + moment / kernel.inverse_two_t2;
+    const double gaussian = p.anchor_square[b] * total + moment / kernel.inverse_two_t2;
     p.dt[b] = slope * scale * (kernel.gaussian ? 2 / p.t[b] * gaussian : -2 * p.t[b] * total);
   }
 };

@@ -14,8 +14,8 @@ namespace {
 struct Forward : TwoPass {
   using TwoPass::TwoPass;
 
-  double limit(const Bound& bound, int64_t, double smallest) const override {
-    return cutoff(bound, smallest);
+  double limit(const Bound& bound, int64_t b, double smallest) const override {
+    return cutoff(p, o, b, bound.offset, smallest);
   }
 
   void finish_sparse(std::vector<SparseQuery>& queries) const override {
@@ -23,9 +23,9 @@ struct Forward : TwoPass {
                [&](const SparseQuery& query) { finish_sparse_forward(p, reader, query); });
   }
 
-  double anchor_s(int64_t b, int64_t nearest) const override {
+  double anchor_square(int64_t b, int64_t nearest) const override {
     p.anchor[b] = nearest;
-    return exact_s(b, nearest);
+    return exact_square(b, nearest);
   }
 
   void finish_dense(const SecondPass& pass) const override {
@@ -40,14 +40,12 @@ struct Forward : TwoPass {
     });
     const Buffer<double> sums = pass.gather();
     pass.for_queries([&](int64_t i, int64_t b) {
-      finish(b, pass.anchors.s[i], rest[i], heavy[i], sums.get() + i * p.dim);
+      finish(b, pass.anchors.squares[i], rest[i], heavy[i], sums.get() + i * p.dim);
     });
   }
 
-  double exact_s(int64_t b, int64_t j) const {
-    const double* x = p.x + b * round_up(p.dim, kPad);
-    const double offset = RadialKernel(p.half_k, p.t[b]).s_offset(p.t[b]);
-    return pair_sums(reader, x, nullptr, j).distance + offset;
+  double exact_square(int64_t b, int64_t j) const {
+    return pair_sums(reader, p.x + b * round_up(p.dim, kPad), nullptr, j).distance;
   }
 
   // Takes the heavy references out of the weights; returns the weight of the others.
@@ -67,7 +65,7 @@ struct Forward : TwoPass {
     return std::max(0.0, total - taken);
   }
 
-  void finish(int64_t b, double anchor_s, double rest, const std::vector<int32_t>& heavy,
+  void finish(int64_t b, double anchor_square, double rest, const std::vector<int32_t>& heavy,
               const double* sums) const {
     const int64_t ld = round_up(p.dim, kPad);
     const RadialKernel kernel(p.half_k, p.t[b]);
@@ -79,14 +77,13 @@ struct Forward : TwoPass {
     }
     double total = rest;
     for (const int32_t j : heavy) {
-      const double weight = kernel.relative_weight(exact_s(b, j), anchor_s);
+      const double weight = kernel.relative_weight(exact_square(b, j), anchor_square);
       total += weight;
       add_row(reader, x, j, weight, displacement);
     }
     for (int64_t c = 0; c < p.dim; ++c) displacement[c] /= total;
-    const double distance = ::sqrt(std::max(0.0, anchor_s - kernel.s_offset(p.t[b])));
-    if (!resolves(p, o, displacement, distance)) uncertified[b] = 1;
-    p.log_mass[b] = kernel.logit(anchor_s) + ::log(total);
+    if (!resolves(p, o, displacement, ::sqrt(anchor_square))) uncertified[b] = 1;
+    p.log_mass[b] = kernel.logit(anchor_square) + ::log(total);
     p.anchor_log_weight[b] = -::log(total);
   }
 };

@@ -98,8 +98,10 @@ struct Scale {
     inverse_low = static_cast<float>(exact / inverse - 1);
   }
 
-  __device__ double logit(double other) const {
-    return gaussian ? (s - other) * rate : -half_k * ::log1p((other - s) / s);
+  // Of a reference at this squared distance, relative to the scale.
+  __device__ double logit(double distance) const {
+    const double more = distance - origin;
+    return gaussian ? -more * rate : -half_k * ::log1p(more / s);
   }
 
   __device__ double own_logit() const { return gaussian ? -s * rate : -half_k * ::log(s); }
@@ -206,15 +208,9 @@ __device__ inline double cotangent_unit(const FieldParams& p, int64_t b, double 
     const double g = p.grad_displacement[b * p.dim + c];
     square += g * g;
   }
-  const double unit = ::sqrt(square * p.anchor_s[b]) + ::fabs(constant);
+  const double s = p.anchor_square[b] + RadialKernel(p.half_k, p.t[b]).offset;
+  const double unit = ::sqrt(square * s) + ::fabs(constant);
   return unit == 0 ? 1 : unit;
-}
-
-// The squared distance of the anchor, from its s.
-__device__ inline double anchor_square(const FieldParams& p, int64_t b) {
-  if (p.half_k == INFINITY) return p.anchor_s[b];
-  const double square = p.anchor_s[b] - p.t[b] * p.t[b];
-  return square < 0 ? 0 : square;
 }
 
 // A warp combines what was summed of query b: column `lane` of the sums, or 0 beyond d, and the

@@ -19,10 +19,10 @@ __global__ void __launch_bounds__(kDirectThreads)
   const int lane = threadIdx.x % 32;
   double last;
   const double sum = combine_sums(a, b, last);
-  const double square = anchor_square(p, b), t = p.t[b];
+  const double square = p.anchor_square[b], t = p.t[b];
   const Scale scale(p, b, square);
   double factor = cotangent_unit(p, b, p.grad_log_mass[b] - p.projection[b]) *
-                  ::exp(p.anchor_log_weight[b] - scale.logit(p.anchor_s[b]));
+                  ::exp(p.anchor_log_weight[b] - scale.logit(square));
   factor *= scale.gaussian ? scale.rate : scale.half_k / scale.s;
   if (lane < p.dim) p.dx[b * p.dim + lane] = 2 * factor * sum;
   const bool sure = scale.reach(square) <= kGradientReach && factor - factor == 0;

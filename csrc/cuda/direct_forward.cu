@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kDirectThreads)
   const int64_t anchor = p.anchor[b];
   const double square = a.square[b];
   const Scale scale(p, b, square);
-  const double logit = scale.logit(square + scale.offset), weight = ::exp(logit);
+  const double logit = scale.logit(square), weight = ::exp(logit);
   total += weight;
   if (lane < p.dim) {
     const int64_t at = b * p.dim + lane;

@@ -106,7 +106,7 @@ template <int kDim, bool kBackward>
 __device__ void load_query(const DirectArguments& a, const Place<kDim>& place, int64_t b,
                            Query<kDim, kBackward>& query) {
   const FieldParams& p = a.p;
-  const Scale scale(p, b, kBackward ? anchor_square(p, b) : a.square[b]);
+  const Scale scale(p, b, kBackward ? p.anchor_square[b] : a.square[b]);
   query.origin = scale.origin;
   query.inverse = scale.inverse;
   query.inverse_low = scale.inverse_low;

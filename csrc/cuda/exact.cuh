@@ -4,7 +4,7 @@
 // A block takes one query and a part of the references. Those meant are listed, and then taken
 // kRows at a time:
 //
-//   distances   several lanes to a reference, s_j to shared memory
+//   distances   several lanes to a reference, ‖x − x0_j‖² to shared memory
 //   weights     a thread to a reference, which the pass defines; those that matter are listed
 //   sums        Σ_j w_j (x0_j − x), threads over columns, and over references where those are few
 //
@@ -33,8 +33,8 @@ constexpr double kCutoff = 38;
 
 // What a block has found in its part of the references.
 struct Part {
-  double nearest;  // forward: the s that weights are relative to
-  double sum;      // Σ w_j; backward: Σ c_j (Gaussian: Σ c_j s_j)
+  double nearest;  // forward: the squared distance that weights are relative to
+  double sum;      // Σ w_j; backward: Σ c_j (Gaussian: Σ c_j ‖x − x0_j‖²)
   int64_t anchor;
   bool empty;
 };
@@ -55,7 +55,7 @@ struct ExactArguments {
 };
 
 struct Scratch {
-  double s[kRows], pull[kRows], weights[kRows];
+  double squares[kRows], pull[kRows], weights[kRows];
   double partial[kWarps];
   int64_t places[kWarps];
   int heavy[kRows];         // rows whose weight matters
@@ -164,33 +164,33 @@ __device__ inline int list_references(const ExactArguments& a, const Task& task,
   return count;
 }
 
-// s_j of `count` listed references to scratch.s, and with kPull g·(x0_j − x) to scratch.pull.
+// ‖x − x0_j‖² of `count` listed references to scratch.squares, and with kPull g·(x0_j − x) to
+// scratch.pull.
 template <class Stored, bool kPull>
 __device__ void find_distances(const FieldParams& p, const Task& task, const int* rows, int count,
                                Scratch& scratch) {
   const double* x = p.x + task.b * p.dim;
   const double* g = kPull ? p.grad_displacement + task.b * p.dim : x;
-  const double offset = RadialKernel(p.half_k, p.t[task.b]).s_offset(p.t[task.b]);
+  const RadialKernel kernel(p.half_k, p.t[task.b]);
   const int lanes = p.dim <= 8 ? 1 : p.dim <= 32 ? 4 : 32, per_warp = 32 / lanes;
   for (int start = warp() * per_warp; start < count; start += kWarps * per_warp) {
     const int i = start + lane() / lanes;
-    double s = 0, pull = 0;
+    double square = 0, pull = 0;
     if (i < count) {
       const int64_t row = (task.begin + rows[i]) * p.dim;
       PFGM_UNROLL_BY_FOUR
       for (int64_t c = lane() % lanes; c < p.dim; c += lanes) {
         const double difference = load_value<Stored>(p, row + c) - x[c];
-        s += difference * difference;
+        square += difference * difference;
         if (kPull) pull += difference * g[c];
       }
     }
     for (int other = lanes / 2; other > 0; other /= 2) {
-      s += __shfl_xor_sync(kAllLanes, s, other);
+      square += __shfl_xor_sync(kAllLanes, square, other);
       if (kPull) pull += __shfl_xor_sync(kAllLanes, pull, other);
     }
     if (i < count && lane() % lanes == 0) {
-      s += offset;
-      scratch.s[i] = s + (s - s);  // an infinite s becomes NaN: it must not pass for a small weight
+      scratch.squares[i] = kernel.checked(square);
       if (kPull) scratch.pull[i] = pull;
     }
   }
@@ -246,7 +246,7 @@ struct ColumnSums {
 
 // Sums over the references of all tasks. Pass has for one task
 //   weigh(task, rows, count, scratch, heavy): the weight of the thread's reference, of those at
-//   scratch.s, to scratch.weights, and whether it matters; returns what scales earlier sums
+//   scratch.squares, to scratch.weights, and whether it matters; returns what scales earlier sums
 //   finish(part, scratch): its own sums
 template <class Stored, class Pass>
 __global__ void __launch_bounds__(kExactThreads, kBlocksEach)
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(kExactThreads, kBlocksEach)
         columns.add<Stored>(a.p, task, factor, rows, heavies, scratch);
       }
     }
-    columns.store(scratch.s);
+    columns.store(scratch.squares);
     Part part = pass.finish(scratch);
     part.empty = columns.first;
     if (threadIdx.x == 0) a.parts[task.index] = part;

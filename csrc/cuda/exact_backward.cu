@@ -3,10 +3,10 @@
 // the log mass:
 //
 //   a_j = g·(x0_j − x) − g·v + g_m,  c_j = (k/2) w_j a_j/s_j        (k = ∞: c_j = w_j a_j/(2t²))
-//   dx = 2 Σ_j c_j (x0_j − x),  dt = −2t Σ_j c_j                    (k = ∞: (2/t) Σ_j c_j s_j)
+//   dx = 2 Σ_j c_j (x0_j − x),  dt = −2t Σ_j c_j           (k = ∞: (2/t) Σ_j c_j ‖x − x0_j‖²)
 //   dx0_j = Σ_b w_j g + 2 c_j (x − x0_j)
 //
-// Weights follow from s and log w of the anchor.
+// Weights follow from the squared distance and log w of the anchor.
 #include "exact.cuh"
 
 namespace pfgm {
@@ -22,7 +22,7 @@ struct BackwardPass {
   __device__ BackwardPass(const ExactArguments& a, const Task& task)
       : a(a),
         kernel(a.p.half_k, a.p.t[task.b]),
-        base(a.p.anchor_s[task.b]),
+        base(a.p.anchor_square[task.b]),
         log_weight(a.p.anchor_log_weight[task.b]),
         constant(a.p.grad_log_mass[task.b] - a.p.projection[task.b]),
         cutoff(::exp(-kCutoff) / a.p.count) {}
@@ -30,17 +30,16 @@ struct BackwardPass {
   __device__ double weigh(const Task& task, const int* rows, int count, Scratch& scratch,
                           bool& heavy) {
     if (static_cast<int>(threadIdx.x) < count) {
-      const double s = scratch.s[threadIdx.x];
+      const double square = scratch.squares[threadIdx.x];
       double w = 0, c = 0;
       // At the singular point all gradients are zero.
-      if (kernel.gaussian || base != 0) {
-        w = ::exp(kernel.relative_logit<ScalarMath>(s, base) + log_weight);
+      if (!kernel.singular(base)) {
+        w = ::exp(kernel.relative_logit<ScalarMath>(square, base) + log_weight);
         if (w <= cutoff) w = 0;
       }
       if (w != 0) {
-        c = w * (scratch.pull[threadIdx.x] + constant);
-        c *= kernel.gaussian ? kernel.inverse_two_t2 : kernel.half_k / s;
-        sum += kernel.gaussian ? c * s : c;
+        c = w * (scratch.pull[threadIdx.x] + constant) * kernel.slope(square);
+        sum += kernel.gaussian ? c * square : c;
       }
       scratch.weights[threadIdx.x] = c;
       heavy = c != 0;

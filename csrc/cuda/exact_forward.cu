@@ -26,9 +26,10 @@ struct ForwardPass {
   __device__ double weigh(const Task& task, const int* rows, int count, Scratch& scratch,
                           bool& heavy) {
     const bool mine = static_cast<int>(threadIdx.x) < count;
-    const double s = mine ? scratch.s[threadIdx.x] : INFINITY;
-    const double factor = chosen ? 1 : move(s, mine ? task.begin + rows[threadIdx.x] : 0, scratch);
-    const double weight = mine ? kernel.relative_weight(s, nearest) : 0;
+    const double square = mine ? scratch.squares[threadIdx.x] : INFINITY;
+    const int64_t place = mine ? task.begin + rows[threadIdx.x] : 0;
+    const double factor = chosen ? 1 : move(square, place, scratch);
+    const double weight = mine ? kernel.relative_weight(square, nearest) : 0;
     scratch.weights[threadIdx.x] = weight;
     sum = sum * factor + weight;
     heavy = !(weight <= cutoff);
@@ -36,16 +37,17 @@ struct ForwardPass {
   }
 
   // Moves to the nearest of the block's references if that is nearer; returns what it scales.
-  __device__ double move(double s, int64_t place, Scratch& scratch) {
+  __device__ double move(double square, int64_t place, Scratch& scratch) {
     for (int other = 16; other > 0; other /= 2) {
-      const double theirs = __shfl_xor_sync(kAllLanes, s, other);
+      const double theirs = __shfl_xor_sync(kAllLanes, square, other);
       const int64_t their_place = __shfl_xor_sync(kAllLanes, place, other);
-      const bool nearer = theirs < s || (theirs == s && their_place < place) || s != s;
-      s = nearer ? theirs : s;
+      const bool nearer =
+          theirs < square || (theirs == square && their_place < place) || square != square;
+      square = nearer ? theirs : square;
       place = nearer ? their_place : place;
     }
     if (lane() == 0) {
-      scratch.partial[warp()] = s;
+      scratch.partial[warp()] = square;
       scratch.places[warp()] = place;
     }
     __syncthreads();

@@ -43,7 +43,7 @@ int64_t field_forward_cuda(const FieldParams& p) {
 int64_t field_backward_cuda(const FieldParams& p) {
   if (p.batch == 0) return 0;  // torch gives no addresses of empty tensors
   check_params(p);
-  if (!p.anchor_s || !p.anchor_log_weight || !p.grad_displacement || !p.projection ||
+  if (!p.anchor_square || !p.anchor_log_weight || !p.grad_displacement || !p.projection ||
       !p.grad_log_mass || !p.dx || !p.dt) {
     throw std::invalid_argument("CUDA kernel called with a null pointer");
   }

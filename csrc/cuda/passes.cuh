@@ -17,7 +17,7 @@ __host__ __device__ constexpr int64_t pitch(int64_t count) { return (count + 15)
 // What products have summed of a query's other references; all null where there are none.
 struct Summed {
   const float* r;      // (B, pitch)
-  const double* base;  // (B,) s of the anchor p.anchor; NaN: none was chosen, find the nearest
+  const double* base;  // (B,) squared distance of p.anchor; NaN: none was chosen, find the nearest
   const double* rest;  // (B,) Σ w of the other references, relative to the anchor
 };
 // displacement, log_mass, anchor and its log weight of queries with limit ≠ −∞; the displacement

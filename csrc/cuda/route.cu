@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which references of a query are taken how. With r_j and the offset of a query from
 //
-//     s_j / unit² = r_j + offset,   r_j = ‖y_j‖² − centre − 2 x'·y_j   (operands.cu)
+//     ‖x − x0_j‖² / unit² = r_j + offset,   r_j = ‖y_j‖² − centre − 2 x'·y_j   (operands.cu)
 //
 // and r_j known to some error, a reference can carry weight only if r_j ≤ cut. Of those
 //
@@ -26,25 +26,21 @@ constexpr double kDepth = 16;         // weights below exp(−kDepth)/N of the n
 // What is known of a query before its references are looked at.
 struct Query {
   int64_t b;
-  bool gaussian;
-  double half_k, t, offset_t;
+  RadialKernel kernel;
   double unit, deviation, radius, centre;
   double squared, length;  // ‖x'‖²
   double offset;
 
   __device__ Query(const TwoPassArguments& a, int64_t b)
       : b(b),
-        gaussian(a.p.half_k == INFINITY),
-        half_k(a.p.half_k),
-        t(a.p.t[b]),
-        offset_t(RadialKernel(half_k, t).s_offset(t)),
+        kernel(a.p.half_k, a.p.t[b]),
         unit(a.p.header[0]),
         deviation(a.p.header[1]),
         radius(a.p.header[3]),
         centre(a.p.header[4]),
         squared(a.squares[b]),
         length(::sqrt(squared)),
-        offset(squared + centre + offset_t / (unit * unit) - 2 * a.shared[b]) {}
+        offset(squared + centre - 2 * a.shared[b]) {}
 };
 
 // The error of r: certain, by the sizes of all terms, of which 2.4e-7 is four roundings to float;
@@ -104,14 +100,14 @@ __device__ int64_t find_anchor(const TwoPassArguments& a, int64_t b, float neare
   return block_reduce(anchor, Least());
 }
 
-// s of a reference, by direct differences.
-__device__ double exact_s(const TwoPassArguments& a, const Query& q, int64_t j) {
-  double s = 0;
+// The squared distance of a reference, by direct differences.
+__device__ double exact_square(const TwoPassArguments& a, const Query& q, int64_t j) {
+  double square = 0;
   for (int64_t column = threadIdx.x; column < a.p.dim; column += kThreads) {
     const double difference = decode(a.p, j * a.p.dim + column) - a.p.x[q.b * a.p.dim + column];
-    s += difference * difference;
+    square += difference * difference;
   }
-  return block_reduce(s, Sum()) + q.offset_t;
+  return block_reduce(square, Sum());
 }
 
 // How logits are formed of r.
@@ -122,10 +118,10 @@ struct Scales {
   bool gaussian;
 
   __device__ Scales(const Query& q, double slope, double base)
-      : exact(slope * q.unit * q.unit / (q.gaussian ? 1 : q.half_k)),
+      : exact(slope * q.unit * q.unit / (q.kernel.gaussian ? 1 : q.kernel.half_k)),
         origin(base / (q.unit * q.unit) - q.offset),
-        gaussian(q.gaussian) {
-    const double factor = gaussian ? 1 : q.half_k;
+        gaussian(q.kernel.gaussian) {
+    const double factor = gaussian ? 1 : q.kernel.half_k;
     origin_high = static_cast<float>(origin);
     origin_low = static_cast<float>(origin - origin_high);
     inverse = static_cast<float>(exact);
@@ -139,17 +135,15 @@ struct Scales {
   }
 };
 
-// The largest r that can carry weight, exp(−depth) of that of the smallest s or of base; NaN where
+// The largest r that can carry weight, exp(−depth) of that of the smallest r or of base; NaN where
 // float does not hold the squares.
 __device__ float largest_r(const TwoPassArguments& a, const Query& q, const Errors& errors,
-                           double nearest, double base, double slope, double depth) {
+                           double nearest, double base, double depth) {
   const double square = q.unit * q.unit;
   const double least =
-      a.backward ? (base > 1e300 ? 1e300 : base) / square : nearest + errors.certain + q.offset;
-  const double ratio = q.gaussian ? 1 : ::exp(depth / q.half_k);
-  const double shift = q.gaussian ? depth / slope : 0;
-  const double cut = ratio * least + shift / square - q.offset + errors.certain;
-  const bool usable = q.squared + q.offset_t / square < 1e30 && q.radius < 1e15;
+      a.backward ? (base > 1e300 ? 1e300 : base) : (nearest + errors.certain + q.offset) * square;
+  const double cut = q.kernel.farthest(least, depth) / square - q.offset + errors.certain;
+  const bool usable = q.squared + q.kernel.offset / square < 1e30 && q.radius < 1e15;
   const float rounded = static_cast<float>(usable ? cut : NAN);
   return rounded + ::fabsf(rounded) * 2e-7f;  // what rounding took off
 }
@@ -167,9 +161,8 @@ __device__ void leave_light(const TwoPassArguments& a, const Query& q, double sl
   if (threadIdx.x != 0) return;
   a.base[q.b] = base;
   a.cut[q.b] = cut;
-  // logit(u) = −heavy
-  const double u = q.gaussian ? heavy : ::exp(heavy / q.half_k) - 1;
-  a.limit[q.b] = static_cast<float>(scales.origin + u / scales.exact);
+  const double farthest = q.kernel.farthest(base, heavy);
+  a.limit[q.b] = static_cast<float>(farthest / (q.unit * q.unit) - q.offset);
   const int64_t batch = a.p.batch;
   a.scales[q.b] = scales.origin_high;
   a.scales[batch + q.b] = scales.origin_low;
@@ -185,22 +178,22 @@ __global__ void __launch_bounds__(kThreads)
   const float nearest = smallest_r(a, b);
   double depth = ::log(static_cast<double>(a.p.count)) + kDepth, heavy = ::log(kHeavy), base;
   if (a.backward) {
-    base = a.p.anchor_s[b];
+    base = a.p.anchor_square[b];
     depth += a.p.anchor_log_weight[b];
     heavy += a.p.anchor_log_weight[b];
   } else {
     const int64_t anchor = find_anchor(a, b, nearest);
-    base = exact_s(a, q, anchor);
+    base = exact_square(a, q, anchor);
     if (threadIdx.x == 0) a.p.anchor[b] = anchor;
   }
   const Errors errors(a, q, nearest);
-  const double slope = q.gaussian ? 0.5 / (q.t * q.t) : q.half_k / base;
-  const float cut = largest_r(a, q, errors, nearest, base, slope, depth);
+  const double slope = q.kernel.slope(base);
+  const float cut = largest_r(a, q, errors, nearest, base, depth);
 
   int64_t count = 0;  // none where the cut is NaN
   for_each_within(a, b, cut, [&](float) { ++count; });
   count = block_reduce(count, Sum());
-  const double distance = ::sqrt(base > q.offset_t ? base - q.offset_t : 0);
+  const double distance = ::sqrt(base);
   if (count > kFew && slope * q.unit * q.unit * errors.noise <= kLogitError && a.p.header[2] == 0 &&
       distance >= q.unit * ::fmax(q.radius / (a.backward ? 64 : 4), q.deviation * 1e6)) {
     leave_light(a, q, slope, base, cut, heavy);

@@ -49,7 +49,7 @@ struct TwoPassArguments {
   float* minima;      // (B, tiles) of r
   float* limit;       // (B,)
   float* cut;         // (B,) −∞ where no references are summed by products
-  double* base;       // (B,) s of the anchor, NaN without a cut
+  double* base;       // (B,) squared distance of the anchor, NaN without a cut
   float* scales;      // (4, B) u = ((r − scales[0]) − scales[1]) scales[2]; see logit_float
 
   uint16_t* cotangents;  // (num_parts, B, width), backward only, as the next three

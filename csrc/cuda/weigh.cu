@@ -134,12 +134,12 @@ __global__ void __launch_bounds__(kThreads)
   const double unit = p.header[0];
   double factor;
   if (a.backward) {
-    const double t = p.t[b], base = p.anchor_s[b];
-    const bool gaussian = p.half_k == INFINITY;
-    const double c = unit * (gaussian ? 0.5 / (t * t) : p.half_k / base);  // c_j, over its weight
+    const double t = p.t[b], base = p.anchor_square[b];
+    const RadialKernel kernel(p.half_k, t);
+    const double c = unit * kernel.slope(base);  // c_j, over its weight
     if (column == 0) {
-      p.dt[b] += gaussian ? 2 / t * c * (base * a.rest[b] + 2 * t * t * a.moment[b])
-                          : -2 * t * c * a.rest[b];
+      p.dt[b] += kernel.gaussian ? 2 / t * c * (base * a.rest[b] + 2 * t * t * a.moment[b])
+                                 : -2 * t * c * a.rest[b];
     }
     factor = 2 * c;
   } else {

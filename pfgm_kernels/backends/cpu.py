@@ -93,11 +93,8 @@ def backward(
     values_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     d = x.shape[1]
-    anchor_s = (anchor_x0 - x).square().sum(1)
-    if k != torch.inf:
-        anchor_s += t * t
     arguments = _common(x, t, values, table, operands, k) | {
-        "anchor_s": anchor_s,
+        "anchor_square": (anchor_x0 - x).square().sum(1),
         "anchor_log_weight": anchor_log_weight,
         "grad_displacement": _padded(grad_displacement),
         "projection": (grad_displacement * displacement).sum(1),

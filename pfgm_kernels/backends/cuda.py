@@ -126,9 +126,6 @@ def backward(
     grad_log_mass: Tensor,
     values_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    anchor_s = (anchor_x0 - x).square().sum(1)
-    if k != torch.inf:
-        anchor_s += t * t
     arguments = _common(x, t, values, table, operands, k)
     dx, dt = torch.empty_like(arguments["x"]), torch.empty_like(t)
     dvalues = torch.empty_like(values) if values_grad else None
@@ -137,7 +134,7 @@ def backward(
     _launch(
         "field_backward_cuda",
         **arguments,
-        anchor_s=anchor_s,
+        anchor_square=(anchor_x0 - x).square().sum(1),
         anchor_log_weight=anchor_log_weight.contiguous(),
         grad_displacement=grad_displacement.contiguous(),
         projection=(grad_displacement * displacement).sum(1),

@@ -45,10 +45,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Displacement and log mass of one chunk: Eqs. (3) and (12), as `ops` says."""
     x, rows = x.double(), decode(values, table)
-    s = _squared_distances(x, rows)
-    s += (t * t if math.isfinite(k) else t - t)[:, None]  # t − t: NaN where t is infinite
-    nearest, anchor = s.min(1)
-    weights = _relative_logits(s, nearest, t, k).exp_()
+    squares, offset = _squared_distances(x, rows), _offset(t, k)
+    squares += (offset - offset)[:, None]  # NaN where s is infinite
+    nearest, anchor = squares.min(1)
+    weights = _relative_logits(squares, nearest, t, k).exp_()
     total = weights.sum(1)
     weights /= total[:, None]
     anchor_weight = weights.gather(1, anchor[:, None])
@@ -62,7 +62,7 @@ def forward(
     displacement -= weights.sum(1, keepdim=True) * (anchor_rows - shift)
     displacement += anchor_rows - x
     if math.isfinite(k):
-        log_mass = -(k / 2) * nearest.log() + total.log()
+        log_mass = -(k / 2) * (nearest + offset).log() + total.log()
     else:
         log_mass = -nearest / (2 * t * t) + total.log()
     return displacement, log_mass, anchor, -total.log()
@@ -84,33 +84,29 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """This chunk's share of the gradients: 2 Σ_j c_j (x0_j − x), dt and, if asked for, dx0."""
     x, rows = x.double(), decode(values, table)
-    offset = anchor_x0 - x
-    s = _squared_distances(x, rows)
-    coincident = s == 0
-    nearest = offset.square().sum(1)
-    if math.isfinite(k):
-        s += (t * t)[:, None]
-        nearest = nearest + t * t
-    weights = _relative_logits(s, nearest, t, k).add_(anchor_log_weight[:, None]).exp_()
-    singular = nearest == 0 if math.isfinite(k) else torch.zeros_like(nearest, dtype=torch.bool)
-    weights.masked_fill_(singular[:, None], 0.0)
+    to_anchor = anchor_x0 - x
+    squares, nearest = _squared_distances(x, rows), to_anchor.square().sum(1)
+    weights = _relative_logits(squares, nearest, t, k).add_(anchor_log_weight[:, None]).exp_()
 
     # a_j = g·(x0_j − x − v) = g·(x0_j − x0_a) − g·(v − (x0_a − x))
     shift = rows[0].clone()
     rows = rows - shift
-    projection = (grad_displacement * (anchor_x0 - shift + (displacement - offset))).sum(1)
+    projection = (grad_displacement * (anchor_x0 - shift + (displacement - to_anchor))).sum(1)
     coefficients = grad_displacement @ rows.T
     coefficients += (grad_log_mass - projection)[:, None]
     coefficients *= weights
     if math.isfinite(k):
-        coefficients *= (k / 2) / s
-        coefficients.masked_fill_(singular[:, None], 0.0)
+        offset = _offset(t, k)
+        singular = (nearest + offset == 0)[:, None]
+        weights.masked_fill_(singular, 0.0)
+        coefficients *= (k / 2) / (squares + offset[:, None])
+        coefficients.masked_fill_(singular, 0.0)
         dt = -2 * t * coefficients.sum(1)
     else:
         coefficients /= (2 * t * t)[:, None]
-        dt = 2 / t * (coefficients * s).sum(1)
+        dt = 2 / t * (coefficients * squares).sum(1)
     # A reference on the query itself pulls on nothing, but its coefficient may be huge.
-    coefficients.masked_fill_(coincident, 0.0)
+    coefficients.masked_fill_(squares == 0, 0.0)
     x_shifted = x - shift
     total = coefficients.sum(1, keepdim=True)
     dx = 2 * (coefficients @ rows - total * x_shifted)
@@ -124,16 +120,22 @@ def backward(
 def _squared_distances(x: Tensor, rows: Tensor) -> Tensor:
     """‖x_i − x0_j‖² (B, N) by direct differences; an infinite one is NaN, never a small weight."""
     distances = torch.cdist(x, rows, compute_mode="donot_use_mm_for_euclid_dist")
-    s = distances.square_()
-    return s.masked_fill_(s.isinf(), math.nan)
+    squares = distances.square_()
+    return squares.masked_fill_(squares.isinf(), math.nan)
 
 
-def _relative_logits(s: Tensor, nearest: Tensor, t: Tensor, k: float) -> Tensor:
-    """Logits relative to that of a reference at s = `nearest`, (B, N)."""
-    difference = s - nearest[:, None]
+def _offset(t: Tensor, k: float) -> Tensor:
+    """What t adds to a squared distance in s (B,); NaN where t is infinite."""
+    return t * t if math.isfinite(k) else t - t
+
+
+def _relative_logits(squares: Tensor, nearest: Tensor, t: Tensor, k: float) -> Tensor:
+    """Logits relative to that of a reference at the squared distance `nearest`, (B, N)."""
+    difference = squares - nearest[:, None]
     if not math.isfinite(k):
         return difference.div_((-2 * t * t)[:, None])
-    # At the singular point (s = 0) the coinciding references share all the weight.
-    singular = (nearest == 0)[:, None]
-    difference = torch.where(singular & (s > 0), math.inf, difference.div_(nearest[:, None]))
-    return torch.where(singular & (s == 0), 0.0, difference).log1p_().mul_(-k / 2)
+    # Without t², which cancels: its rounding would move the logits of a large k. At the singular
+    # point (s = 0) the coinciding references share all the weight.
+    s = (nearest + _offset(t, k))[:, None]
+    difference = torch.where((s == 0) & (squares > 0), math.inf, difference.div_(s))
+    return torch.where((s == 0) & (squares == 0), 0.0, difference).log1p_().mul_(-k / 2)

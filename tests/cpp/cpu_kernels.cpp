@@ -87,20 +87,19 @@ Outputs compute(const Problem& p) {
   if (p.encode && grid[1] < 0) forward.codes = backward.codes = nullptr;
   pfgm::field_forward_cpu(forward);
 
-  Array<double> anchor_s(p.batch, p.skewed), projection(p.batch, p.skewed);
+  Array<double> anchor_square(p.batch, p.skewed), projection(p.batch, p.skewed);
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t a = outputs.anchor[b];
     if (a < 0 || a >= p.count) throw std::runtime_error(p.name() + ": there is no such anchor");
-    anchor_s[b] = std::isinf(p.D) ? 0 : p.t[b] * p.t[b];
-    projection[b] = 0;
+    anchor_square[b] = projection[b] = 0;
     for (int64_t c = 0; c < p.dim; ++c) {
       const int64_t i = b * p.ld() + c;
-      anchor_s[b] += (p.value(a, c) - p.x[i]) * (p.value(a, c) - p.x[i]);
+      anchor_square[b] += (p.value(a, c) - p.x[i]) * (p.value(a, c) - p.x[i]);
       projection[b] += p.g[i] * outputs.displacement[i];
     }
   }
   backward.anchor_log_weight = outputs.anchor_log_weight.get();
-  backward.anchor_s = anchor_s.get();
+  backward.anchor_square = anchor_square.get();
   backward.grad_displacement = p.g.get();
   backward.projection = projection.get();
   backward.grad_log_mass = p.g_m.get();

@@ -131,8 +131,6 @@ def backward(
 
     call = Call(x.contiguous(), t.contiguous(), values.contiguous(), table, k)
     base = (anchor_x0 - x).square().sum(1)
-    if not call.gaussian:
-        base += t * t
     constant = grad_log_mass - (grad_displacement * displacement).sum(1)
     g = grad_displacement.contiguous()
     cotangents = passes.Cotangents(g, constant, base, anchor_log_weight.contiguous())

@@ -2,10 +2,10 @@
 """The gradients of one chunk, with cotangents g of the displacement v and g_m of the log mass:
 
     a_j = g·(x0_j − x − v),  c_j = (k/2) w_j (a_j + g_m)/s_j      (Gaussian: w_j (a_j + g_m)/(2t²))
-    dx = −g − 2 Σ_j c_j (x − x0_j),  dt = −2t Σ_j c_j             (Gaussian: (2/t) Σ_j c_j s_j)
+    dx = −g − 2 Σ_j c_j (x − x0_j),  dt = −2t Σ_j c_j    (Gaussian: (2/t) Σ_j c_j ‖x − x0_j‖²)
     dx0_j = Σ_b w_j g + 2 c_j (x − x0_j)
 
-Weights are recomputed from s and log w of the anchor.
+Weights are recomputed from the squared distance and log w of the anchor.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from pfgm_kernels.backends.triton.operands import Operands, split
 
 @dataclass(frozen=True)
 class Cotangents:
-    """g (B, d), constant (B,) = g_m − g·v, and s and log w (B,) of the anchors; all float64."""
+    """g (B, d), constant (B,) = g_m − g·v, and squared distances and log w (B,) of the anchors; all
+    float64.
+    """
 
     g: Tensor
     constant: Tensor
@@ -39,13 +41,13 @@ def exact_backward(
     """dx (B, d) and dt (B,) of the queries that have a limit (B,), of the references within it.
     Returns the weights and the coefficients of these, (B, N) each.
     """
-    s, counts, projection = call.distances(limit, r, cotangents.g)
+    squares, counts, projection = call.distances(limit, r, cotangents.g)
     exact.coefficients_kernel[call.B,](
         call.t,
         call.half_k,
         limit,
         counts,
-        s,
+        squares,
         projection,
         cotangents.base,
         cotangents.log_weight,
@@ -56,7 +58,7 @@ def exact_backward(
         **call.row_options(),
     )
     call.gather(limit, counts, projection, call.rows(2.0), dx)
-    return s, projection
+    return squares, projection
 
 
 def two_pass_backward(
@@ -82,7 +84,7 @@ def two_pass_backward(
         factor = unit * (0.5 / (t * t))
         light = (2 / t) * factor * (base * rest + 2 * t * t * moment)
     else:
-        factor = unit * (call.half_k / base)
+        factor = unit * (call.half_k / (base + t * t))
         light = -2 * t * factor * rest
     summed = screen.cut != -math.inf
     dt += torch.where(summed, light, 0.0)

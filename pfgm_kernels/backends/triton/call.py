@@ -70,10 +70,10 @@ class Call:
     def distances(
         self, limit: Tensor, r: Tensor | None, g: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """s (B, N), the number of references meant in each tile, and g·(x0_j − x) (B, N)."""
-        s = self.pairs(torch.float64)
-        projection = s if g is None else self.pairs(torch.float64)
-        counts = torch.empty(self.B, self.exact_tiles, dtype=torch.int32, device=s.device)
+        """‖x − x0_j‖² (B, N), how many references of each tile are meant, g·(x0_j − x) (B, N)."""
+        squares = self.pairs(torch.float64)
+        projection = squares if g is None else self.pairs(torch.float64)
+        counts = torch.empty(self.B, self.exact_tiles, dtype=torch.int32, device=squares.device)
         exact.distances_kernel[self.B, self.exact_tiles](
             self.x,
             self.t,
@@ -82,7 +82,7 @@ class Call:
             self.table,
             limit if r is None else r,
             limit,
-            s,
+            squares,
             projection,
             counts,
             self.N,
@@ -93,7 +93,7 @@ class Call:
             PROJECT=g is not None,
             **self._exact_blocks(),
         )
-        return s, counts, projection
+        return squares, counts, projection
 
     def gather(
         self, limit: Tensor, counts: Tensor, weights: Tensor, scale: Tensor, out: Tensor
@@ -145,7 +145,7 @@ class Screen:
     cut: Tensor
     """(B,) float32"""
     base: Tensor
-    """(B,) float64: s of the anchor"""
+    """(B,) float64: squared distance of the anchor"""
     scales: Tensor
     """(4, B) float32"""
 
@@ -162,8 +162,8 @@ class Screen:
         base: Tensor | None = None,
         log_weight: Tensor | None = None,
     ) -> Screen:
-        """base and log_weight (B,): s and log w of the anchors, for the backward pass; the forward
-        pass writes the anchors of the queries that are wanted to anchor (B,) int64.
+        """base and log_weight (B,): of the anchors, for the backward pass; the forward pass writes
+        the anchors of the queries that are wanted to anchor (B,) int64.
         """
         inverse_unit = 1 / operands.header[:1]
         parts, squares, shared = split(
@@ -171,7 +171,7 @@ class Screen:
         )
         r, minima = compare(call, operands, parts, wanted, distances=True)
         backward = base is not None
-        s = call.rows() if base is None else base.clone()
+        base = call.rows() if base is None else base.clone()
         limit, cut = call.rows(0, torch.float32), call.rows(0, torch.float32)
         scales = torch.empty(4, call.B, dtype=torch.float32, device=call.x.device)
         tiles = minima.shape[1]
@@ -187,8 +187,8 @@ class Screen:
             r,
             minima,
             wanted,
-            s,
-            s if log_weight is None else log_weight,
+            base,
+            base if log_weight is None else log_weight,
             anchor,
             limit,
             cut,
@@ -204,7 +204,7 @@ class Screen:
             TILES=triton.next_power_of_2(tiles),
             BLOCK_D=min(1024, triton.next_power_of_2(call.d)),
         )
-        return Screen(call, operands, r, limit, cut, s, scales)
+        return Screen(call, operands, r, limit, cut, base, scales)
 
     def sum_dense(
         self,

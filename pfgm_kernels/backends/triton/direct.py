@@ -238,6 +238,7 @@ class Scale:
     """what t adds to s"""
     rate: Tensor
     """1/(2t²)"""
+    origin: Tensor
     s: Tensor
     parts: Tensor
     """(3, B) float32, see sum_kernel"""
@@ -251,13 +252,13 @@ class Scale:
         exact = rate if call.gaussian else 1 / s
         inverse = exact.float().double()
         parts = torch.stack([origin, inverse, exact / inverse - 1]).float()
-        return Scale(call, offset, rate, s, parts)
+        return Scale(call, offset, rate, origin, s, parts)
 
-    def logit(self, s: Tensor) -> Tensor:
-        """Of s (B,), relative to the scale."""
+    def logit(self, distance: Tensor) -> Tensor:
+        """Of this squared distance (B,), relative to the scale."""
         if self.call.gaussian:
-            return (self.s - s) * self.rate
-        return -self.call.half_k * ((s - self.s) / self.s).log1p()
+            return (self.s - distance) * self.rate
+        return -self.call.half_k * ((distance - self.origin) / self.s).log1p()
 
     def own_logit(self) -> Tensor:
         return -self.s * self.rate if self.call.gaussian else -self.call.half_k * self.s.log()
@@ -351,7 +352,7 @@ def direct_forward(call: Call, out: Outputs) -> None:
     anchor, difference, distance = _nearest(call)
     scale = Scale.make(call, distance)
     sums = _sum(scale, call.half_k, anchor, None, None)
-    logit = scale.logit(distance + scale.offset)
+    logit = scale.logit(distance)
     weight = logit.exp()
     total = sums[0] + weight
     displacement, log_mass, anchors, anchor_log_weight = out
@@ -382,17 +383,16 @@ def direct_backward(call: Call, cotangents: Cotangents, dx: Tensor, dt: Tensor) 
     query. Cotangents are scaled to what float32 holds.
     """
     call = _in_float32(call)
-    g, base = cotangents.g, cotangents.base
-    distance = base if call.gaussian else (base - call.t * call.t).clamp_min(0)
+    g, distance = cotangents.g, cotangents.base
     scale = Scale.make(call, distance)
-    unit = (g.square().sum(1) * base).sqrt() + cotangents.constant.abs()
+    unit = (g.square().sum(1) * (distance + scale.offset)).sqrt() + cotangents.constant.abs()
     unit = torch.where(unit > 0, unit, 1.0)
     constant = cotangents.constant / unit
     parts = torch.stack([constant, constant - constant.float()]).float()
     half_k, none = call.half_k + (not call.gaussian), call.rows(-1, torch.int64)
     sums = _sum(scale, half_k, none, (g / unit[:, None]).float(), parts)
 
-    factor = unit * (cotangents.log_weight - scale.logit(base)).exp()
+    factor = unit * (cotangents.log_weight - scale.logit(distance)).exp()
     factor *= scale.rate if call.gaussian else call.half_k / scale.s
     dx.copy_(2 * (factor * sums[1:]).T)
     dt.copy_((2 / call.t if call.gaussian else -2 * call.t) * factor * sums[0])

@@ -5,14 +5,14 @@ references that hold much of a query's weight.
 A query's `limit` says which references are meant: those whose r (route.py) is at most that; all of
 them where it is NaN, none where it is −∞. Each step is a grid of its own:
 
-    distances     s_j of the references meant, and for the backward pass g·(x0_j − x)
+    distances     ‖x − x0_j‖² of the references meant, and for the backward pass g·(x0_j − x)
     weigh         w_j relative to an anchor, and what sums of them give
     coefficients  c_j, and for the gradient of x0 the weights
     gather        Σ_j w_j (x0_j − x)
     references    Σ_b w_bj g_b + 2 c_bj (x_b − x0_j)
 
-s is kept for tiles of TILE references. In a tile of which some references are meant the others have
-s = ∞; a tile of which none is, where `counts` is 0, is neither written nor read.
+They are kept for tiles of TILE references. In a tile of which some references are meant the others
+are at ∞; a tile of which none is, where `counts` is 0, is neither written nor read.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def distances_kernel(
     table_ptr,  # (256,) float32, for CODES
     r_ptr,  # (B, pitch) float32, for SELECT
     limit_ptr,  # (B,) float32
-    s_ptr,  # (B, N) float64
+    squares_ptr,  # (B, N) float64
     projection_ptr,  # (B, N) float64, for PROJECT
     counts_ptr,  # (B, tiles) int32
     N,
@@ -64,7 +64,7 @@ def distances_kernel(
     GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """s_j = ‖x − x0_j‖² + t² of one query and one tile. References meant are taken GROUP at a time:
+    """‖x − x0_j‖² of one query and one tile. References meant are taken GROUP at a time:
     the work follows their number.
     """
     b = tl.program_id(0).to(tl.int64)
@@ -78,14 +78,14 @@ def distances_kernel(
     count = tl.sum(meant.to(tl.int32), 0)
     tl.store(counts_ptr + b * tl.num_programs(1) + tile, count)
     if count > 0:
-        tl.store(s_ptr + b * N + j, float("inf"), mask=(j < N) & (meant == 0))
+        tl.store(squares_ptr + b * N + j, float("inf"), mask=(j < N) & (meant == 0))
         offset = s_offset(tl.load(t_ptr + b), GAUSSIAN)
         rank = tl.cumsum(meant.to(tl.int32), 0) - 1
         start = 0
         while start < count:
             slots = start + tl.arange(0, GROUP)
             rows = members(meant, rank, j, slots)
-            s = tl.zeros((GROUP,), tl.float64)
+            square = tl.zeros((GROUP,), tl.float64)
             projection = tl.zeros((GROUP,), tl.float64)
             for first in range(0, d, BLOCK_D):
                 column = first + tl.arange(0, BLOCK_D)
@@ -95,13 +95,13 @@ def distances_kernel(
                 x = tl.load(x_ptr + b * d + column, mask=inside, other=0.0).to(tl.float64)
                 y = load_values(values_ptr, table_ptr, index, mask, CODES)
                 difference = tl.where(mask, y - x[None, :], 0.0)
-                s += tl.sum(difference * difference, 1)
+                square += tl.sum(difference * difference, 1)
                 if PROJECT:
                     g = tl.load(g_ptr + b * d + column, mask=inside, other=0.0)
                     projection += tl.sum(difference * g[None, :], 1)
-            s += offset
-            s += s - s  # an infinite s becomes NaN: it must not pass for a small weight
-            tl.store(s_ptr + b * N + rows, s, mask=slots < count)
+            s = square + offset
+            square += s - s  # NaN where s is infinite: it must not pass for a small weight
+            tl.store(squares_ptr + b * N + rows, square, mask=slots < count)
             if PROJECT:
                 tl.store(projection_ptr + b * N + rows, projection, mask=slots < count)
             start += GROUP
@@ -113,8 +113,8 @@ def weigh_kernel(
     half_k_ptr,  # (1,) float64
     limit_ptr,  # (B,) float32
     counts_ptr,  # (B, tiles) int32
-    s_ptr,  # (B, N) float64; becomes the weights
-    base_ptr,  # (B,) float64: s of the anchor of queries whose other references were summed
+    squares_ptr,  # (B, N) float64; becomes the weights
+    base_ptr,  # (B,) float64: the anchor's, of queries whose other references were summed
     anchor_ptr,  # (B,) int64
     rest_ptr,  # (B,) float64: the weight of those others
     total_ptr,  # (B,) float64
@@ -126,8 +126,8 @@ def weigh_kernel(
     TILE: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """w_j = s_j's weight relative to the anchor's in place of s_j, and log_mass, for one query. The
-    anchor is the nearest reference, except where base is not NaN.
+    """w_j relative to the anchor's in place of ‖x − x0_j‖², and log_mass, for one query. The anchor
+    is the nearest reference, except where base is not NaN.
     """
     b = tl.program_id(0).to(tl.int64)
     if tl.load(limit_ptr + b) == -float("inf"):
@@ -141,20 +141,20 @@ def weigh_kernel(
         tile = next_tile(counts, ids, -1, TILES)
         while tile < TILES:
             j = tile * TILE + tl.arange(0, TILE)
-            s = tl.load(s_ptr + b * N + j, mask=j < N, other=float("inf"))
-            nearest = tl.min(s, 0)
+            squares = tl.load(squares_ptr + b * N + j, mask=j < N, other=float("inf"))
+            nearest = tl.min(squares, 0)
             if nearest < base:
                 base = nearest
-                anchor = tl.min(tl.where(s == nearest, j, N), 0).to(tl.int64)
+                anchor = tl.min(tl.where(squares == nearest, j, N), 0).to(tl.int64)
             tile = next_tile(counts, ids, tile, TILES)
     tile = next_tile(counts, ids, -1, TILES)
     while tile < TILES:
         j = tile * TILE + tl.arange(0, TILE)
-        s = tl.load(s_ptr + b * N + j, mask=j < N, other=float("inf"))
-        logit = relative_logit(s, base, half_k, t, GAUSSIAN)
-        weights = tl.where(s == float("inf"), 0.0, tl.exp(logit))
+        squares = tl.load(squares_ptr + b * N + j, mask=j < N, other=float("inf"))
+        logit = relative_logit(squares, base, half_k, t, GAUSSIAN)
+        weights = tl.where(squares == float("inf"), 0.0, tl.exp(logit))
         total += tl.sum(weights, 0)
-        tl.store(s_ptr + b * N + j, weights, mask=j < N)
+        tl.store(squares_ptr + b * N + j, weights, mask=j < N)
         tile = next_tile(counts, ids, tile, TILES)
     tl.store(anchor_ptr + b, anchor)
     tl.store(total_ptr + b, total)
@@ -168,9 +168,9 @@ def coefficients_kernel(
     half_k_ptr,  # (1,) float64
     limit_ptr,  # (B,) float32
     counts_ptr,  # (B, tiles) int32
-    s_ptr,  # (B, N) float64; becomes the weights
+    squares_ptr,  # (B, N) float64; becomes the weights
     projection_ptr,  # (B, N) float64 g·(x0_j − x); becomes c_j
-    base_ptr,  # (B,) float64, s of the anchor
+    base_ptr,  # (B,) float64, squared distance of the anchor
     log_weight_ptr,  # (B,) float64, log w of the anchor
     constant_ptr,  # (B,) float64, g_m − g·v
     dt_ptr,  # (B,) float64
@@ -181,7 +181,8 @@ def coefficients_kernel(
     TILES: tl.constexpr,
 ):
     """c_j = (k/2) w_j (a_j + g_m)/s_j in place of the projections of one query, w_j in place of
-    s_j, and dt = −2t Σ_j c_j (Gaussian: c_j = w_j (a_j + g_m)/(2t²), dt = (2/t) Σ_j c_j s_j).
+    q_j = ‖x − x0_j‖², and dt = −2t Σ_j c_j (Gaussian: c_j = w_j (a_j + g_m)/(2t²) and dt = (2/t)
+    Σ_j c_j q_j).
     """
     b = tl.program_id(0).to(tl.int64)
     if tl.load(limit_ptr + b) == -float("inf"):
@@ -197,18 +198,19 @@ def coefficients_kernel(
     tile = next_tile(counts, ids, -1, TILES)
     while tile < TILES:
         j = tile * TILE + tl.arange(0, TILE)
-        s = tl.load(s_ptr + b * N + j, mask=j < N, other=float("inf"))
-        a = tl.load(projection_ptr + b * N + j, mask=s < float("inf"), other=0.0) + constant
-        weights = tl.exp(relative_logit(s, base, half_k, t, GAUSSIAN) + log_weight)
-        weights = tl.where(s == float("inf"), 0.0, weights)
+        squares = tl.load(squares_ptr + b * N + j, mask=j < N, other=float("inf"))
+        a = tl.load(projection_ptr + b * N + j, mask=squares < float("inf"), other=0.0) + constant
+        weights = tl.exp(relative_logit(squares, base, half_k, t, GAUSSIAN) + log_weight)
+        weights = tl.where(squares == float("inf"), 0.0, weights)
         if GAUSSIAN:
             c = weights * a * (0.5 / (t * t))
-            dt += tl.sum(tl.where(weights == 0, 0.0, c * s), 0) * 2 / t
+            dt += tl.sum(tl.where(weights == 0, 0.0, c * squares), 0) * 2 / t
         else:
-            weights = tl.where(base == 0, 0.0, weights)  # the singular point: zero gradients
+            s = squares + t * t
+            weights = tl.where(base + t * t == 0, 0.0, weights)  # singular: zero gradients
             c = tl.where(weights == 0, 0.0, weights * a * half_k / tl.where(s == 0, 1.0, s))
             dt -= 2 * t * tl.sum(c, 0)
-        tl.store(s_ptr + b * N + j, weights, mask=j < N)
+        tl.store(squares_ptr + b * N + j, weights, mask=j < N)
         tl.store(projection_ptr + b * N + j, c, mask=j < N)
         tile = next_tile(counts, ids, tile, TILES)
     tl.store(dt_ptr + b, dt)

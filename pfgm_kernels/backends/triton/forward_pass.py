@@ -41,19 +41,19 @@ def two_pass_forward(call: Call, operands: Operands, wanted: Tensor, out: Output
 def _finish(
     call: Call, limit: Tensor, r: Tensor | None, base: Tensor, rest: Tensor, out: Outputs
 ) -> Tensor:
-    """Everything but what products add to the displacement. base and rest (B,) are s of the anchor
-    and the weight of the references beyond the limit, where there are any. Returns the sum of all
-    weights (B,).
+    """Everything but what products add to the displacement. base and rest (B,) are the squared
+    distance of the anchor and the weight of the references beyond the limit, where there are any.
+    Returns the sum of all weights (B,).
     """
     displacement, log_mass, anchor, anchor_log_weight = out
     total = call.rows(1.0)
-    s, counts, _ = call.distances(limit, r)
+    squares, counts, _ = call.distances(limit, r)
     exact.weigh_kernel[call.B,](
         call.t,
         call.half_k,
         limit,
         counts,
-        s,
+        squares,
         base,
         anchor,
         rest,
@@ -64,5 +64,5 @@ def _finish(
         call.exact_tiles,
         **call.row_options(),
     )
-    call.gather(limit, counts, s, 1 / total, displacement)
+    call.gather(limit, counts, squares, 1 / total, displacement)
     return total

@@ -2,14 +2,14 @@
 """Displacement and log mass, Eqs. (3) and (12), for 32 < d ≤ 128 in one pass over the
 references, with nothing of size B · N in memory. With r_j and the offset of a query from
 
-    s_j / unit² = r_j + offset,   r_j = ‖y_j‖² − centre − 2 x'·y_j   (operands.py)
+    ‖x − x0_j‖² / unit² = r_j + offset,   r_j = ‖y_j‖² − centre − 2 x'·y_j   (operands.py)
 
 weights are relative to the smallest r so far, m:
 
-    w_j = exp(−(k/2) log1p((r_j − m)/(m + offset)))       (Gaussian: exp(−unit² (r_j − m)/(2t²)))
+    w_j = exp(−(k/2) log1p(unit² (r_j − m)/s_m))       (Gaussian: exp(−unit² (r_j − m)/(2t²)))
 
-When m moves, what was summed is rescaled. s_m = unit² (m + offset) need not be the s of any
-reference exactly: it is what all logits refer to. References that hold much of the weight are
+When m moves, what was summed is rescaled. s_m = unit² (m + offset) + t² need not be the s of
+any reference exactly: it is what all logits refer to. References that hold much of the weight are
 listed, left out of the product Σ w y, and taken by direct differences in float64 once m is known.
 
 Three bfloat16 parts hold the 24 bits of a float32, six products of them, the small ones first, are
@@ -59,11 +59,10 @@ ANCHOR_BOUND = tl.constexpr(8e-7)
 
 
 @triton.jit
-def load_offset(header_ptr, squares_ptr, shared_ptr, index, t, GAUSSIAN: tl.constexpr):
-    """s_j / unit² − r_j of queries."""
-    unit, centre = tl.load(header_ptr), tl.load(header_ptr + 4)
+def load_offset(header_ptr, squares_ptr, shared_ptr, index):
+    """‖x − x0_j‖² / unit² − r_j of queries."""
     squared, shared = tl.load(squares_ptr + index), tl.load(shared_ptr + index)
-    return squared + centre + s_offset(t, GAUSSIAN) / (unit * unit) - 2 * shared
+    return squared + tl.load(header_ptr + 4) - 2 * shared
 
 
 @triton.jit
@@ -124,7 +123,7 @@ def fused_kernel(
     if GAUSSIAN:
         offset = unit * unit * (0.5 / (t * t))  # in place of what is not needed
     else:
-        offset = load_offset(header_ptr, squares_ptr, shared_ptr, query, t, GAUSSIAN)
+        offset = load_offset(header_ptr, squares_ptr, shared_ptr, query) + t * t / (unit * unit)
     first_b = split.to(tl.int64) * B + block * BLOCK_M
     inside = b < B
 
@@ -247,7 +246,7 @@ def finish_kernel(
     B = tl.num_programs(0).to(tl.int64)
     tl.store(left_ptr + b, tl.full((), 1, tl.int8))
     t, half_k = tl.load(t_ptr + b), tl.load(half_k_ptr)
-    offset = load_offset(header_ptr, squares_ptr, shared_ptr, b, t, GAUSSIAN)
+    offset = load_offset(header_ptr, squares_ptr, shared_ptr, b)
     unit, crowded, radius = tl.load(header_ptr), tl.load(header_ptr + 2), tl.load(header_ptr + 3)
     square, offset_t, squared = unit * unit, s_offset(t, GAUSSIAN), tl.load(squares_ptr + b)
 
@@ -260,7 +259,7 @@ def finish_kernel(
     anchor = tl.load(nearest_ptr + first * B + b).to(tl.int64)
     base = (smallest.to(tl.float64) + offset) * square
 
-    slope = half_k * square / base
+    slope = half_k * square / (base + offset_t)
     if GAUSSIAN:
         slope = square * (0.5 / (t * t))
     error = slope * error_of_r(header_ptr, squared)
@@ -306,15 +305,15 @@ def finish_kernel(
             index = rows.to(tl.int64)[:, None] * d + column[None, :]
             y = load_values(values_ptr, table_ptr, index, mask, CODES)
             difference = tl.where(mask, y - x[None, :], 0.0)
-            s = tl.sum(difference * difference, 1) + offset_t
-            w = tl.where(live, tl.exp(relative_logit(s, base, half_k, t, GAUSSIAN)), 0.0)
+            distance = tl.sum(difference * difference, 1)
+            w = tl.where(live, tl.exp(relative_logit(distance, base, half_k, t, GAUSSIAN)), 0.0)
             total += tl.sum(w, 0)
             moved += tl.sum(w[:, None] * difference, 0)
             start += GROUP
 
         y = load_values(values_ptr, table_ptr, anchor * d + column, inside, CODES)
         distance = tl.sum(tl.where(inside, (y - x) * (y - x), 0.0), 0)
-        anchor_logit = relative_logit(distance + offset_t, base, half_k, t, GAUSSIAN)
+        anchor_logit = relative_logit(distance, base, half_k, t, GAUSSIAN)
         log_mass = logit_of(base, half_k, t, GAUSSIAN) + tl.log(total)
         moved /= total
         size = tl.sqrt(distance + tl.sum(moved * moved, 0))

@@ -53,27 +53,29 @@ def logits_float(u, half_k, correction, GAUSSIAN: tl.constexpr):
 
 
 @triton.jit
-def relative_logit(s, base, half_k, t, GAUSSIAN: tl.constexpr):
-    """Logit of s minus that of base, in float64. base = 0 (the query is a reference and t = 0)
+def relative_logit(square, base, half_k, t, GAUSSIAN: tl.constexpr):
+    """Logit at a squared distance minus that at base, in float64: t² cancels, whose rounding would
+    move the logits of a large k. Where s is 0 at base (the query is a reference and t = 0) that
     leaves 0 for the references that coincide with the query and −∞ for all others.
     """
     if GAUSSIAN:
-        logit = (base - s) * (0.5 / (t * t))
+        logit = (base - square) * (0.5 / (t * t))
     else:
-        v = (s - base) / tl.where(base == 0, 1.0, base)
+        s = base + t * t
+        v = (square - base) / tl.where(s == 0, 1.0, s)
         w = 1.0 + v
         log = tl.log(w) + (v - (w - 1.0)) / w
-        singular = tl.where(s == 0, 0.0, s * 0.0 - float("inf"))
-        logit = tl.where(base == 0, singular, -half_k * log)
+        singular = tl.where(square == 0, 0.0, square * 0.0 - float("inf"))
+        logit = tl.where(s == 0, singular, -half_k * log)
     return logit
 
 
 @triton.jit
-def logit_of(s, half_k, t, GAUSSIAN: tl.constexpr):
+def logit_of(square, half_k, t, GAUSSIAN: tl.constexpr):
     if GAUSSIAN:
-        return -s * (0.5 / (t * t))
+        return -square * (0.5 / (t * t))
     else:
-        return -half_k * tl.log(s)
+        return -half_k * tl.log(square + t * t)
 
 
 @triton.jit

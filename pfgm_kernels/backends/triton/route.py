@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which references of a query are taken how. With r_j and the offset of a query from
 
-    s_j / unit² = r_j + offset,   r_j = ‖y_j‖² − centre − 2 x'·y_j   (operands.py, products.py)
+    ‖x − x0_j‖² / unit² = r_j + offset,   r_j = ‖y_j‖² − centre − 2 x'·y_j   (operands.py)
 
 and r_j known to some error, a reference can carry weight only if r_j ≤ cut. Of those
 
@@ -45,7 +45,7 @@ def route_kernel(
     r_ptr,  # (B, pitch) float32
     minima_ptr,  # (B, tiles) float32
     wanted_ptr,  # (B,) int8: queries that are to be computed here
-    base_ptr,  # (B,) float64 s of the anchor: for BACKWARD given, else written, NaN without a cut
+    base_ptr,  # (B,) float64 ‖x − x0_a‖²: for BACKWARD given, else written, NaN without a cut
     log_weight_ptr,  # (B,) float64 log w of the anchor, for BACKWARD
     anchor_ptr,  # (B,) int64, written but for BACKWARD
     limit_ptr,  # (B,) float32
@@ -78,7 +78,7 @@ def route_kernel(
     )
     square, offset_t = unit * unit, s_offset(t, GAUSSIAN)
     squared = tl.load(squares_ptr + b)
-    offset = squared + centre + offset_t / square - 2 * tl.load(shared_ptr + b)
+    offset = squared + centre - 2 * tl.load(shared_ptr + b)
     length = tl.sqrt(squared)
 
     ids = tl.arange(0, TILES)
@@ -96,7 +96,7 @@ def route_kernel(
         j = tile * TILE + tl.arange(0, TILE)
         r = tl.load(r_ptr + b * pitch(N) + j, mask=j < N, other=float("inf"))
         anchor = tl.minimum(tl.min(tl.where(r == nearest, j, N), 0), N - 1).to(tl.int64)
-        base = offset_t
+        base = 0 * t
         for first in range(0, d, BLOCK_D):
             column = first + tl.arange(0, BLOCK_D)
             inside = column < d
@@ -119,18 +119,16 @@ def route_kernel(
     noise = 2 * (noise + product * 3.6e-8 * tl.sqrt(1 + d / 192.0))
 
     # The largest r that can carry weight.
-    if GAUSSIAN:
-        slope = 0.5 / (t * t)
-        shift = depth / slope
-        ratio = 1 + 0 * depth
-    else:
-        slope = half_k / base
-        shift = 0 * depth
-        ratio = tl.exp(depth / half_k)
     least = nearest + error + offset
     if BACKWARD:
         least = tl.minimum(base, 1e300) / square
-    cut = ratio * least + shift / square - offset + error
+    if GAUSSIAN:
+        slope = 0.5 / (t * t)
+        more = depth / (slope * square)
+    else:
+        slope = half_k / (base + offset_t)
+        more = (tl.exp(depth / half_k) - 1) * (least + offset_t / square)
+    cut = least + more - offset + error
     usable = (squared + offset_t / square < 1e30) & (radius < 1e15) & (cut == cut)
     limit = tl.where(usable, cut, float("nan")).to(tl.float32)
     limit += tl.abs(limit) * 2e-7  # what rounding it took off
@@ -141,7 +139,7 @@ def route_kernel(
             r = tl.load(r_ptr + b * pitch(N) + j, mask=j < N, other=float("inf"))
             count += tl.sum((r <= limit).to(tl.int32), 0)
 
-    distance = tl.sqrt(tl.maximum(base - offset_t, 0.0))
+    distance = tl.sqrt(base)
     share = 64.0 if BACKWARD else 4.0
     dense = usable & (count > FEW) & (slope * square * noise <= LOGIT_ERROR) & (crowded == 0)
     # The data's width must not hide the displacement, nor what y leaves of a reference.
