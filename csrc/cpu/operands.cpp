@@ -142,8 +142,8 @@ bool has_crowds(const FieldParams& p) {
   return equal >= kCrowd;
 }
 
-// Norms of codes, and the grid (operands.h) with its origin moved to the next code.
-void write_codes(const FieldParams& p, const Grid& grid, const uint8_t* codes) {
+// The grid (operands.h) with its origin moved to the next code. Returns the codes of that.
+std::vector<int32_t> write_grid(const FieldParams& p, const Grid& grid) {
   p.grid[0] = grid.step;
   p.grid[1] = std::sqrt(static_cast<double>(p.dim)) * 2 * grid.tolerance / std::abs(grid.step);
   p.grid[3] = grid.low;
@@ -154,30 +154,38 @@ void write_codes(const FieldParams& p, const Grid& grid, const uint8_t* codes) {
     origin_codes[c] = static_cast<int32_t>(std::lrint(code));
     origin[c] = grid.low + grid.step * origin_codes[c];
   }
-  for_rows(
-      p, [&](int64_t j) { p.norms[j] = code_norm(codes + j * p.dim, origin_codes.data(), p.dim); });
+  return origin_codes;
+}
+
+// Codes and norms; false where the values are not on the grid.
+bool encode(const FieldParams& p, const Grid& grid) {
+  if (grid.step == 0) return false;
+  const bool encoded = p.value_type == ValueType::kUint8;
+  if (!encoded) use_huge_pages(p.codes, p.count * p.dim);
+  const uint8_t* codes = encoded ? static_cast<const uint8_t*>(p.values) : p.codes;
+  const std::vector<int32_t> origin = write_grid(p, grid);
+  std::atomic<bool> fits{true};
+  for_rows(p, [&](int64_t j) {
+    if (!fits.load(std::memory_order_relaxed)) return;
+    const int64_t start = j * p.dim;
+    const float* values = static_cast<const float*>(p.values) + start;
+    if (!encoded && !encode_row(values, p.dim, grid, p.codes + start)) fits = false;
+    p.norms[j] = code_norm(codes + start, origin.data(), p.dim);
+  });
+  return fits;
 }
 
 // Codes, norms and all of the grid but whether there are crowds.
 void encode_or_centre(const FieldParams& p) {
   double* origin = p.grid + kGridHeader;
   sample_mean(p, origin);
+  const std::vector<double> mean(origin, origin + p.dim);
   if (p.value_type == ValueType::kUint8) {
-    const Grid grid = table_grid(p.table);
-    if (grid.step != 0) return write_codes(p, grid, static_cast<const uint8_t*>(p.values));
+    if (encode(p, table_grid(p.table))) return;
   } else if (p.codes) {
-    const Grid grid = sample_grid(p);
-    std::atomic<bool> fits{grid.step != 0};
-    if (fits) {
-      const float* values = static_cast<const float*>(p.values);
-      for_rows(p, [&](int64_t j) {
-        if (!fits.load(std::memory_order_relaxed)) return;
-        const int64_t start = j * p.dim;
-        if (!encode_row(values + start, p.dim, grid, p.codes + start)) fits = false;
-      });
-    }
-    if (fits) return write_codes(p, grid, p.codes);
+    if (encode(p, sample_grid(p))) return;
   }
+  std::copy(mean.begin(), mean.end(), origin);
   p.grid[0] = 1;
   p.grid[1] = -1;
   for_rows(p, [&](int64_t j) {

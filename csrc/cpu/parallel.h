@@ -45,6 +45,16 @@ void parallel_for(int num_threads, int64_t count, const Task& task) {
 #endif
 }
 
+constexpr size_t kHugePage = size_t{1} << 21;
+
+// To be called before memory is first touched: touching small pages would take as long as the
+// kernels that fill them.
+inline void use_huge_pages(void* data, size_t bytes) {
+  const uintptr_t start = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & -kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & -kHugePage;
+  if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
+}
+
 // An uninitialised array on a cache line's boundary. Where the tests ask for it every byte is
 // 0xFF, NaN in a float, so that no kernel gets away with reading what it never wrote.
 template <class T>
@@ -63,16 +73,13 @@ class Buffer {
   struct Free {
     void operator()(T* p) const { std::free(p); }
   };
-  static constexpr size_t kHugePage = size_t{1} << 21;
-
   static size_t bytes(int64_t size) { return static_cast<size_t>(size) * sizeof(T) + 1; }
 
   static T* allocate(size_t bytes) {
-    const bool huge = bytes >= 2 * kHugePage;
     void* data = nullptr;
-    if (posix_memalign(&data, huge ? kHugePage : 64, bytes) != 0) throw std::bad_alloc();
-    // First touches of small pages would take as long as the kernels that fill them.
-    if (huge) madvise(data, bytes, MADV_HUGEPAGE);
+    const bool large = bytes >= 2 * kHugePage;
+    if (posix_memalign(&data, large ? kHugePage : 64, bytes) != 0) throw std::bad_alloc();
+    use_huge_pages(data, bytes);
     return static_cast<T*>(data);
   }
 
