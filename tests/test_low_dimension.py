@@ -16,6 +16,7 @@ from oracle import (
     assert_displacement,
     assert_field,
     assert_gradients,
+    assert_log_mass,
     differentiate,
     float32_contract,
     solve,
@@ -49,6 +50,32 @@ def test_a_curve(backend, d, offset, height):
     g_v, g_m = torch.randn(20, d, generator=seeded()), torch.ones(20, dtype=torch.float64)
     expected = differentiate(truth, x, x0, g_v, g_m)
     assert_gradients(expected, *torch.autograd.grad([v, log_mass], [x, t], [g_v, g_m]))
+
+
+@pytest.mark.parametrize("N", [1, 17, 600])
+@pytest.mark.parametrize(
+    ("d", "D"), [(1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 2), (3, 0), (3, 1)]
+)
+def test_low_powers(backend, d, D, N):
+    generator = seeded(10 * d + D)
+    x, x0 = (torch.randn(n, d, generator=generator) for n in (33, N))
+    t = torch.randn(33, generator=generator).abs()
+    truth = solve(x, t, x0, D)
+    v, log_mass = backend.displacement(x, t, x0, D=D)
+    assert_displacement(v, truth, float32_contract(backend.name))
+    assert_log_mass(log_mass, truth)
+
+
+@pytest.mark.parametrize("distance", [1e4, 1e9, 1e15])
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_the_first_references_may_be_far_off(backend, d, distance):
+    generator = seeded(d)
+    x, x0 = (torch.randn(n, d, generator=generator) for n in (20, 300))
+    x0[:20] += distance
+    truth = solve(x, 1e-3, x0)
+    v, log_mass = backend.displacement(x, 1e-3, x0)
+    assert_displacement(v, truth, float32_contract(backend.name))
+    assert_log_mass(log_mass, truth)
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 16])

@@ -53,13 +53,16 @@ void dispatch(Weighing weighing, const Task& task) {
   }
 }
 
+// What the slope of a logit times its squared distance may be for the rounding of the latter, of
+// 2e-7 at most, to move it by little enough: it is k/2 at most. Errors of crowds add up.
+constexpr double kMostSlope = 14, kMostCrowdSlope = 3;
+
 // Whether float does for a query whose nearest reference is at this squared distance: the range
-// holds what is formed, and the rounding of a squared distance, 6e-8 or so and the same for equal
-// references, moves no logit by much more than 1e-6. With D = 1 it never does.
-inline bool fits_float(const RadialKernel& kernel, double distance) {
+// holds what is formed.
+inline bool fits_float(const RadialKernel& kernel, double distance, double most_slope) {
   const double slope = kernel.slope(distance);
   const double size = kernel.gaussian ? 1 / slope : distance + kernel.offset;
-  return size > 1e-25 && size < 1e25 && distance < 1e25 && distance * slope <= 14;
+  return size > 1e-25 && size < 1e25 && distance < 1e25 && distance * slope <= most_slope;
 }
 
 // Parts of the references: several where there are too few tiles for the threads to share evenly.

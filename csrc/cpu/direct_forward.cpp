@@ -7,6 +7,7 @@
 // states are combined at the end. The nearest reference of each part is weighed again in double.
 #include <algorithm>
 
+#include "crowds.h"
 #include "direct_low.h"
 #include "kernels.h"
 
@@ -15,9 +16,8 @@ namespace {
 
 // One query's sums over one part of the references.
 struct Part {
-  OnlineState state;
+  OnlineState state;  // relative to the anchor
   int64_t anchor;
-  double anchor_square;
   bool certified;
 };
 
@@ -25,15 +25,16 @@ struct Pass {
   const FieldParams& p;
   Weights weights;
   int64_t ld, begin, end;  // the references' part
-
+  double most_slope;
   bool gaussian;
 
-  Pass(const FieldParams& p, int64_t begin, int64_t end)
+  Pass(const FieldParams& p, int64_t begin, int64_t end, double most_slope)
       : p(p),
         weights(p.half_k),
         ld(round_up(p.dim, kPad)),
         begin(begin),
         end(end),
+        most_slope(most_slope),
         gaussian(p.half_k == INFINITY) {}
 
   // References whose distance falls below the scale by more than this, in u, move it: close to it
@@ -53,6 +54,13 @@ inline double squared_distance(const FieldParams& p, const double* x, int64_t j)
   return sum;
 }
 
+inline double choose_most_slope(const FieldParams& p) {
+  if (p.half_k <= kMostCrowdSlope) return kMostSlope;  // none is steeper
+  const std::vector<double> zero(p.dim);
+  const bool crowds = has_crowds(p, [&](int64_t j) { return squared_distance(p, zero.data(), j); });
+  return crowds ? kMostCrowdSlope : kMostSlope;
+}
+
 // A vector of queries.
 struct Queries {
   VecF x[kMaxDim];
@@ -61,6 +69,7 @@ struct Queries {
   VecFInt equal;  // how many are as near, which err alike if they are copies
   Scale scale;
   LowScale low_scale;
+  bool low = false;                                           // which of the scales counts
   alignas(64) double offset[kFloatLanes], rate[kFloatLanes];  // of s, and 1/(2t²)
   alignas(64) double sum[kFloatLanes], displacement[kMaxDim][kFloatLanes];
 
@@ -84,17 +93,25 @@ struct Queries {
     equal = VecFInt{} + 1;
   }
 
-  // Scales for is_low, from the first run of references.
+  // The scale for is_low, from the first run of references.
   void fix_scale(const Pass& pass, int64_t first) {
     const FieldParams& p = pass.p;
+    low = true;
     for (int i = 0; i < kFloatLanes; ++i) {
       const double* row = p.x + std::min(first + i, p.batch - 1) * pass.ld;
       double distance = INFINITY;
       for (int64_t j = pass.begin; j < std::min(pass.end, pass.begin + kRun); ++j) {
         distance = std::min(distance, squared_distance(p, row, j));
       }
-      scale.square[i] = low_scale.fix(i, distance, offset[i]) - offset[i];
+      low_scale.fix(i, distance, offset[i]);
     }
+  }
+
+  // What takes the sums to weights relative to a reference at this squared distance.
+  double relative_to(double square, int lane, const RadialKernel& kernel) const {
+    if (!low) return ::exp(-kernel.relative_logit<ScalarMath>(square, scale.square[lane]));
+    const double ratio = (square + offset[lane]) * low_scale.inverse[lane];
+    return kernel.half_k * ::pow(ratio, kernel.half_k);
   }
 
   // Takes note of the nearest reference of a run.
@@ -172,10 +189,10 @@ void add_block_low(const DirectBlock& block, int32_t first_run, Queries& queries
   for (int c = 0; c < kDim; ++c) accumulate(queries.displacement[c], total.sums[c]);
 }
 
-// Weighs the nearest reference of query `lane` again, in double, and completes its part.
-// nearest_weight: what it weighs in the sums, which are to be multiplied by `unit`.
-void finish(const Pass& pass, const Queries& queries, int lane, double nearest_weight, double unit,
-            int64_t b, Part* part, double* displacement) {
+// Completes a query's part: sums become relative to the nearest reference, whose weight in them,
+// nearest_weight, is put right.
+void finish(const Pass& pass, const Queries& queries, int lane, double nearest_weight, int64_t b,
+            Part* part, double* displacement) {
   const FieldParams& p = pass.p;
   const double* x = p.x + b * pass.ld;
   const RadialKernel kernel(p.half_k, p.t[b]);
@@ -188,24 +205,23 @@ void finish(const Pass& pass, const Queries& queries, int lane, double nearest_w
     distance = square;
     anchor = j;
   }
-  const double scale = queries.scale.square[lane];
-  const double weight = ::exp(kernel.relative_logit<ScalarMath>(distance, scale));
-  const double correction = weight - unit * nearest_weight;
-  part->state.nearest = scale;
-  part->state.sum = unit * queries.sum[lane] + correction;
+  const double factor = queries.relative_to(distance, lane, kernel);
+  const double correction = 1 - factor * nearest_weight;
+  part->state.nearest = distance;
+  part->state.sum = factor * queries.sum[lane] + correction;
   part->anchor = anchor;
-  part->anchor_square = distance;
   double finite = part->state.sum - part->state.sum;
   for (int c = 0; c < p.dim; ++c) {
     const double difference = decode(p, anchor * p.dim + c) - x[c];
-    displacement[c] = unit * queries.displacement[c][lane] + correction * difference;
+    displacement[c] = factor * queries.displacement[c][lane] + correction * difference;
     finite += displacement[c] - displacement[c];
   }
   for (int64_t c = p.dim; c < pass.ld; ++c) displacement[c] = 0;
   // What the correction would be for all others that may be copies of the nearest.
-  const double share = weight / part->state.sum, copies = queries.equal[lane] - 1;
-  const double off = std::abs(correction) / weight * std::min(1 - share, copies * share);
-  part->certified = finite == 0 && fits_float(kernel, distance) && off <= kCrowdTolerance;
+  const double share = 1 / part->state.sum, copies = queries.equal[lane] - 1;
+  const double off = std::abs(correction) * std::min(1 - share, copies * share);
+  part->certified =
+      finite == 0 && fits_float(kernel, distance, pass.most_slope) && off <= kCrowdTolerance;
 }
 
 // Calls add(block, index of its first run, queries) for the blocks of the pass and vectors of up to
@@ -223,14 +239,14 @@ void for_blocks(const Pass& pass, Queries* queries, int vectors, const Add& add)
 void forward_tile(const Pass& pass, int64_t start, int size, Part* parts, double* displacements) {
   Queries queries[kTileVectors];
   VecF nearest_weights[kTileVectors];
-  const int vectors = (size + kFloatLanes - 1) / kFloatLanes, k = pass.weights.k;
+  const int vectors = (size + kFloatLanes - 1) / kFloatLanes;
   const bool low = is_low(pass.p);
   for (int i = 0; i < vectors; ++i) {
     queries[i].start(pass.p, start + i * kFloatLanes);
     if (low) queries[i].fix_scale(pass, start + i * kFloatLanes);
   }
   if (low) {
-    dispatch_low(pass.p.dim, k, [&](auto dim, auto power) {
+    dispatch_low(pass.p.dim, pass.weights.k, [&](auto dim, auto power) {
       constexpr int kDim = decltype(dim)::value, kPower = decltype(power)::value;
       for_blocks(pass, queries, vectors, add_block_low<kDim, kPower>);
       for (int i = 0; i < vectors; ++i) {
@@ -251,8 +267,8 @@ void forward_tile(const Pass& pass, int64_t start, int size, Part* parts, double
   }
   for (int q = 0; q < size; ++q) {
     const int i = q / kFloatLanes, lane = q % kFloatLanes;
-    finish(pass, queries[i], lane, nearest_weights[i][lane], low ? k / 2.0 : 1.0, start + q,
-           parts + q, displacements + q * pass.ld);
+    finish(pass, queries[i], lane, nearest_weights[i][lane], start + q, parts + q,
+           displacements + q * pass.ld);
   }
 }
 
@@ -262,13 +278,13 @@ bool combine(const FieldParams& p, int64_t b, const Part* parts, const double* d
   const int64_t ld = round_up(p.dim, kPad);
   const RadialKernel kernel(p.half_k, p.t[b]);
   OnlineState state;
-  const Part* nearest = parts;
+  int64_t anchor = 0;
   double* displacement = p.displacement + b * ld;
   for (int64_t c = 0; c < ld; ++c) displacement[c] = 0;
   for (int64_t i = 0; i < num_parts; ++i) {
     const Part& part = parts[i * stride];
     if (!part.certified) return false;
-    if (part.anchor_square < nearest->anchor_square) nearest = &part;
+    if (part.state.nearest < state.nearest) anchor = part.anchor;
     const auto factors = state.merge(part.state, kernel);
     for (int64_t c = 0; c < ld; ++c) {
       displacement[c] =
@@ -276,10 +292,9 @@ bool combine(const FieldParams& p, int64_t b, const Part* parts, const double* d
     }
   }
   for (int64_t c = 0; c < ld; ++c) displacement[c] /= state.sum;
-  p.anchor[b] = nearest->anchor;
+  p.anchor[b] = anchor;
   p.log_mass[b] = kernel.logit(state.nearest) + ::log(state.sum);
-  p.anchor_log_weight[b] =
-      kernel.relative_logit<ScalarMath>(nearest->anchor_square, state.nearest) - ::log(state.sum);
+  p.anchor_log_weight[b] = -::log(state.sum);
   return true;
 }
 
@@ -288,11 +303,12 @@ bool combine(const FieldParams& p, int64_t b, const Part* parts, const double* d
 void PFGM_ISA::direct_forward(const FieldParams& p, uint8_t* uncertified) {
   const int64_t tiles = (p.batch + kQueries - 1) / kQueries, ld = round_up(p.dim, kPad);
   const int64_t num_parts = count_parts(p, tiles);
+  const double most_slope = choose_most_slope(p);
   const Buffer<Part> parts(num_parts * p.batch);
   const Buffer<double> displacements(num_parts * p.batch * ld);
   parallel_for(p.num_threads, tiles * num_parts, [&](int64_t task, int) {
     const int64_t start = task % tiles * kQueries, part = task / tiles;
-    const Pass pass(p, p.count * part / num_parts, p.count * (part + 1) / num_parts);
+    const Pass pass(p, p.count * part / num_parts, p.count * (part + 1) / num_parts, most_slope);
     const int64_t out = part * p.batch + start;
     forward_tile(pass, start, clamp_size(p.batch - start, kQueries), parts.get() + out,
                  displacements.get() + out * ld);

@@ -24,8 +24,8 @@ struct LowScale {
   VecF inverse, shift;
 
   // Lane i, near 1/(nearest + offset), where offset · inverse is nearly a float: its rounding moves
-  // t for all references alike. Returns 1/inverse.
-  double fix(int i, double nearest, double offset) {
+  // t for all references alike.
+  void fix(int i, double nearest, double offset) {
     const double exact = 1 / (nearest + offset);
     double least = INFINITY;
     inverse[i] = static_cast<float>(exact);
@@ -38,7 +38,6 @@ struct LowScale {
       inverse[i] = candidate;
     }
     shift[i] = static_cast<float>(offset * inverse[i]);
-    return 1 / double{inverse[i]};
   }
 
   // R^(−k/2) · 2/k. A root y to 2⁻¹⁴ leaves e = 1 − R y², and (1 − e)^(−k/2) = 1 + e k/2 to 5e-8.

@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
-#include <utility>
 #include <vector>
+
+#include "crowds.h"
 
 namespace pfgm {
 namespace {
@@ -124,24 +124,6 @@ void sample_mean(const FieldParams& p, double* mean) {
   for (int64_t c = 0; c < p.dim; ++c) mean[c] = static_cast<float>(mean[c] / rows);
 }
 
-// Whether many references are equal, judged by a sample.
-bool has_crowds(const FieldParams& p) {
-  constexpr int64_t kSampleRows = 1024, kCrowd = 8;
-  const int64_t rows = std::min(p.count, kSampleRows), size = p.dim * value_size(p.value_type);
-  std::vector<std::pair<double, const char*>> sample;
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t j = p.count * i / rows;
-    sample.emplace_back(p.norms[j], static_cast<const char*>(p.values) + j * size);
-  }
-  std::sort(sample.begin(), sample.end());
-  int64_t equal = 0;
-  for (int64_t i = 1; i < rows; ++i) {
-    equal += sample[i].first == sample[i - 1].first &&
-             std::memcmp(sample[i].second, sample[i - 1].second, size) == 0;
-  }
-  return equal >= kCrowd;
-}
-
 // The grid (operands.h) with its origin moved to the next code. Returns the codes of that.
 std::vector<int32_t> write_grid(const FieldParams& p, const Grid& grid) {
   p.grid[0] = grid.step;
@@ -202,7 +184,7 @@ void encode_or_centre(const FieldParams& p) {
 
 void PFGM_ISA::prepare_references(const FieldParams& p) {
   encode_or_centre(p);
-  p.grid[2] = has_crowds(p);
+  p.grid[2] = has_crowds(p, [&](int64_t j) { return p.norms[j]; });
 }
 
 }  // namespace pfgm

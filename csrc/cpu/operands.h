@@ -35,10 +35,6 @@ struct Operands {
 // for, origin (d,).
 constexpr int64_t kGridHeader = 4;
 
-inline int64_t value_size(ValueType type) {
-  return type == ValueType::kFloat64 ? 8 : type == ValueType::kFloat32 ? 4 : 1;
-}
-
 // What prepare_references wrote.
 inline Operands make_operands(const FieldParams& p) {
   Operands o{};
