@@ -78,6 +78,21 @@ def test_the_first_references_may_be_far_off(backend, d, distance):
     assert_log_mass(log_mass, truth)
 
 
+@pytest.mark.parametrize("D", [1, 3.5, 8])
+@pytest.mark.parametrize("d", [1, 2, 4, 8, 16, 24])
+def test_a_crowd_among_others(backend, d, D):
+    """Copies of one reference err alike."""
+    generator = seeded(d)
+    crowd, others = (torch.randn(n, d, generator=generator) for n in (1, 10))
+    x0 = torch.cat([crowd.expand(500, d), others])[torch.randperm(510, generator=generator)]
+    x = torch.cat([others, crowd + 0.1 * others]) + 0.1 * torch.randn(20, d, generator=generator)
+    t = torch.linspace(0.01, 2, 20)
+    truth = solve(x, t, x0, D)
+    v, log_mass = backend.displacement(x, t, x0, D=D)
+    assert_displacement(v, truth, float32_contract(backend.name))
+    assert_log_mass(log_mass, truth)
+
+
 @pytest.mark.parametrize("d", [1, 2, 3, 16])
 def test_moving_everything_changes_nothing(backend, d):
     """On a grid that float32 holds with the offset too, the displacements are the same."""

@@ -55,7 +55,7 @@ void dispatch(Weighing weighing, const Task& task) {
 
 // What the slope of a logit times its squared distance may be for the rounding of the latter, of
 // 2e-7 at most, to move it by little enough: it is k/2 at most. Errors of crowds add up.
-constexpr double kMostSlope = 14, kMostCrowdSlope = 3;
+constexpr double kMostSlope = 14, kMostCrowdSlope = 1.5;
 
 // Whether float does for a query whose nearest reference is at this squared distance: the range
 // holds what is formed.
