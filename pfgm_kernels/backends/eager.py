@@ -54,9 +54,9 @@ def forward(
     anchor_weight = weights.gather(1, anchor[:, None])
     weights.scatter_(1, anchor[:, None], 0.0 * anchor_weight)  # a NaN row stays NaN
     # v = (x0_a − x) + Σ_{j≠a} w_j (x0_j − x0_a): nothing cancels where one reference dominates.
-    # The shift by one reference keeps data far from the origin exact.
+    # The shift by a reference near the queries keeps data far from the origin exact.
     anchor_rows = rows[anchor]
-    shift = rows[0].clone()
+    shift = anchor_rows[:1].sum(0)
     rows = rows - shift
     displacement = weights @ rows
     displacement -= weights.sum(1, keepdim=True) * (anchor_rows - shift)
@@ -89,7 +89,7 @@ def backward(
     weights = _relative_logits(squares, nearest, t, k).add_(anchor_log_weight[:, None]).exp_()
 
     # a_j = g·(x0_j − x − v) = g·(x0_j − x0_a) − g·(v − (x0_a − x))
-    shift = rows[0].clone()
+    shift = anchor_x0[:1].sum(0)
     rows = rows - shift
     projection = (grad_displacement * (anchor_x0 - shift + (displacement - to_anchor))).sum(1)
     coefficients = grad_displacement @ rows.T
