@@ -20,7 +20,8 @@ A backend is a module with
     forward(x, t, values, table, operands, k)    → the four outputs for one chunk
     backward(…, values_grad)                     → 2 Σ_j c_j (x0_j − x), dt, dvalues or None
 
-x is float32 or float64, t float64, values (N, d) float32, float64 or uint8 codes into table.
+x is float32 or float64, and float64 where the values are; t float64; values (N, d) float32,
+float64 or uint8 codes into table (256,) float32.
 operands are what `prepare` returned for all values, or empty: then the op has them prepared, chunk
 by chunk, within 5/8 of the workspace.
 """

@@ -27,7 +27,7 @@ def inputs(event: tuple[int, ...], count: int = 7, batch: int = 3) -> list[Tenso
 @pytest.mark.parametrize("event", [(), (2,), (2, 2, 3), (37,)])
 @pytest.mark.parametrize("D", [0, 1, 2.5, math.inf])
 def test_gradcheck(backend, event, D):
-    if backend.interpreted:
+    if backend.interpreted and backend.name == "triton":
         pytest.skip("it takes hundreds of calls; test_gradients.py compares values")
     arguments = inputs(event)
     assert torch.autograd.gradcheck(

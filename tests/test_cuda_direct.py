@@ -61,6 +61,7 @@ DOUBLE_SHAPES = [
     (129, 15, 300, 1, "float64"),
     (257, 4, 1100, 1e4, "float64"),
     (600, 3, 70, 1, "float32"),
+    (600_000, 2, 2, 1, "float32"),  # no memory for more than one part of one query
 ]
 
 

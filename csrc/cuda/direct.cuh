@@ -18,6 +18,7 @@
 #include "../field_math.h"
 #include "intrinsics.cuh"
 #include "passes.cuh"
+#include "warp.cuh"
 
 namespace pfgm {
 namespace {
@@ -45,7 +46,6 @@ constexpr int kMaxPower = 40;  // of 1/√(1 + u): higher ones are rounded more 
 constexpr int kDirectThreads = 128;
 constexpr int kTile = 128;  // references that are staged at a time
 constexpr int kRun = 16;    // terms of a sum in plain float
-constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // By dimension: queries of a thread, and references that it weighs together. Instructions of so
 // many pairs hide each other's latency, while their differences and sums fit into registers.
@@ -221,7 +221,7 @@ __device__ inline double combine_sums(const DirectArguments& a, int64_t b, doubl
   const double* const sums = a.sums + b * a.splits * width;
   last = 0;
   for (int split = lane; split < a.splits; split += 32) last += sums[split * width + a.p.dim];
-  for (int other = 16; other > 0; other /= 2) last += __shfl_xor_sync(kWholeWarp, last, other);
+  last = warp_sum(last);
   double sum = 0;
   if (lane < a.p.dim) {
     PFGM_UNROLL_BY_FOUR
@@ -234,7 +234,7 @@ __device__ inline double combine_sums(const DirectArguments& a, int64_t b, doubl
 // double.
 __device__ inline float choose_limit(bool sure, double sum, double last) {
   const bool finite = sum - sum == 0 && last - last == 0;
-  return sure && __ballot_sync(kWholeWarp, finite) == kWholeWarp ? -INFINITY : NAN;
+  return sure && __ballot_sync(kAllLanes, finite) == kAllLanes ? -INFINITY : NAN;
 }
 
 // How a call is shared out among blocks.

@@ -17,8 +17,8 @@ constexpr int kCrowdBlocks = kSample / kDirectThreads;
 template <class Value, class Index>
 __device__ __forceinline__ void find_least(Value& value, Index& place, int lanes) {
   for (int other = lanes / 2; other > 0; other /= 2) {
-    const Value theirs = __shfl_xor_sync(kWholeWarp, value, other);
-    const Index their_place = __shfl_xor_sync(kWholeWarp, place, other);
+    const Value theirs = __shfl_xor_sync(kAllLanes, value, other);
+    const Index their_place = __shfl_xor_sync(kAllLanes, place, other);
     if (theirs < value || (theirs == value && their_place < place)) {
       value = theirs;
       place = their_place;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kDirectThreads)
     }
   }
   find_least(smallest, chunk, 32);
-  int64_t row = static_cast<int64_t>(__shfl_sync(kWholeWarp, chunk, 0)) * kChunk + lane;
+  int64_t row = static_cast<int64_t>(__shfl_sync(kAllLanes, chunk, 0)) * kChunk + lane;
   if (row >= p.count) row = p.count - 1;
   double square = 0;
   for (int64_t c = 0; c < p.dim; ++c) {
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kDirectThreads)
   const int mine = blockIdx.x * kDirectThreads + threadIdx.x;
   int equal = 0;
   for (int i = 0; mine < sample && i < mine; ++i) equal |= hashes[i] == hashes[mine];
-  const int count = __popc(__ballot_sync(kWholeWarp, equal));
+  const int count = __popc(__ballot_sync(kAllLanes, equal));
   if (threadIdx.x % 32 == 0) counts[threadIdx.x / 32] = count;
   __syncthreads();
   if (threadIdx.x != 0) return;

@@ -209,10 +209,8 @@ __global__ void __launch_bounds__(kDirectThreads, Shape<kDim>::blocks(kBackward)
     double* const out = a.sums + (place.row(p, q) * a.splits + place.split) * (p.dim + 1);
     PFGM_UNROLL
     for (int c = 0; c <= kDim; ++c) {
-      double sum = static_cast<double>(queries[q].sums.high[c]) + queries[q].sums.low[c];
-      for (int other = a.shares / 2; other > 0; other /= 2) {
-        sum += __shfl_xor_sync(kWholeWarp, sum, other);
-      }
+      const double own = static_cast<double>(queries[q].sums.high[c]) + queries[q].sums.low[c];
+      const double sum = warp_sum(own, a.shares);
       const bool last = c == kDim, mine = place.share == 0 && b < p.batch && (last || c < p.dim);
       if (mine) out[last ? p.dim : c] = sum;
     }

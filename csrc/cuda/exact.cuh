@@ -16,6 +16,7 @@
 #include "../field_math.h"
 #include "intrinsics.cuh"
 #include "passes.cuh"
+#include "warp.cuh"
 
 namespace pfgm {
 namespace {
@@ -26,7 +27,6 @@ constexpr int kRows = kExactThreads;          // references weighed at a time, o
 constexpr int kEach = 4;                      // candidates that a thread looks at at a time
 constexpr int kSpan = kExactThreads * kEach;  // and that a block does
 constexpr int kBlocksEach = 3;                // blocks that a multiprocessor has registers for
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Weights below exp(−kCutoff)/N of the nearest's cannot be seen in a sum in double.
 constexpr double kCutoff = 38;
@@ -95,7 +95,7 @@ __device__ int compact(const bool (&kept)[n], int first, int* out, int* counts) 
 // Σ v over the block's threads, the same in all of them. There is a barrier before `partial` is
 // written again: every part has references, which are listed first.
 __device__ inline double block_sum(double v, double* partial) {
-  for (int other = 16; other > 0; other /= 2) v += __shfl_xor_sync(kAllLanes, v, other);
+  v = warp_sum(v);
   if (lane() == 0) partial[warp()] = v;
   __syncthreads();
   double sum = 0;
@@ -185,10 +185,8 @@ __device__ void find_distances(const FieldParams& p, const Task& task, const int
         if (kPull) pull += difference * g[c];
       }
     }
-    for (int other = lanes / 2; other > 0; other /= 2) {
-      square += __shfl_xor_sync(kAllLanes, square, other);
-      if (kPull) pull += __shfl_xor_sync(kAllLanes, pull, other);
-    }
+    square = warp_sum(square, lanes);
+    if (kPull) pull = warp_sum(pull, lanes);
     if (i < count && lane() % lanes == 0) {
       scratch.squares[i] = kernel.checked(square);
       if (kPull) scratch.pull[i] = pull;

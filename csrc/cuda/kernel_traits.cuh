@@ -8,10 +8,11 @@
 
 #include <cstdint>
 
+#include "warp.cuh"
+
 namespace pfgm {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kThreads = 256;  // of every kernel of the two passes
 constexpr int kWarps = kThreads / kWarp;
 

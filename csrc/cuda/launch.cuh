@@ -43,9 +43,13 @@ class Workspace {
 
   template <class T>
   T* take(int64_t count) {
-    char* const piece = base_ == nullptr ? nullptr : base_ + bytes_;
-    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
-    return reinterpret_cast<T*>(piece);
+    const int64_t begin = bytes_, end = begin + count * static_cast<int64_t>(sizeof(T));
+    bytes_ = (end / kAlignment + 1) * kAlignment;  // behind each piece lies a gap
+    if (base_ == nullptr) return nullptr;
+#if !defined(__CUDACC__)
+    emulation::guard(base_ + end, bytes_ - end);
+#endif
+    return reinterpret_cast<T*>(base_ + begin);
   }
 
   bool counting() const { return base_ == nullptr; }

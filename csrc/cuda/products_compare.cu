@@ -48,7 +48,7 @@ __device__ void make_distances(const CompareArguments& c, const Position& at, in
     PFGM_UNROLL
     for (int half = 0; half < 2; ++half) {
       for (int offset = 1; offset < 4; offset *= 2) {
-        least[half] = minimum(least[half], __shfl_xor_sync(0xFFFFFFFFu, least[half], offset));
+        least[half] = minimum(least[half], __shfl_xor_sync(kAllLanes, least[half], offset));
       }
       if (at.lane % 4 == 0) {
         smallest[at.row_of(m, 2 * half) * kWarpsN + at.column / kWarpN] = least[half];

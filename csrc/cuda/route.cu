@@ -73,8 +73,8 @@ __device__ void for_each_within(const TwoPassArguments& a, int64_t b, float limi
     PFGM_UNROLL
     for (int i = 0; i < kTile / kWarp; ++i) {
       const int64_t j = tile * kTile + i * kWarp + lane;
-      const float r = j < a.p.count ? a.r[b * a.pitch + j] : INFINITY;
-      if (r <= limit && j < a.p.count) body(r);
+      const float r = j < a.p.count ? a.r[b * a.pitch + j] : NAN;
+      if (r <= limit) body(r);
     }
   }
 }

@@ -6,6 +6,7 @@
 #include "intrinsics.cuh"
 #include "kernel_traits.cuh"
 #include "passes.cuh"
+#include "warp.cuh"
 
 namespace pfgm {
 
@@ -77,18 +78,11 @@ PFGM_HOST_DEVICE int64_t width_of(int64_t dim) {
 
 namespace {
 
-__device__ inline double warp_sum(double v) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    v += __shfl_xor_sync(0xFFFFFFFFu, v, offset);
-  }
-  return v;
-}
-
 // What combine makes of the v of all threads of the block, for each of them; all call.
 template <class T, class Combine>
 __device__ T block_reduce(T v, Combine combine) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    v = combine(v, __shfl_xor_sync(0xFFFFFFFFu, v, offset));
+    v = combine(v, __shfl_xor_sync(kAllLanes, v, offset));
   }
   T* const scratch = shared_memory<T>();
   if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = v;

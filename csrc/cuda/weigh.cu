@@ -6,8 +6,6 @@
 namespace pfgm {
 namespace {
 
-constexpr unsigned kAllLanes = 0xFFFFFFFFu;
-
 // A warp takes a query and a group of references: weights of limit < r ≤ cut as two parts, zeros
 // elsewhere; in the backward pass w_j (g·y_j + constant) s_a/s_j instead, to which c_j is
 // proportional.

@@ -50,6 +50,8 @@ void warp_barrier(unsigned mask, const Site& site);
 // The values that the lanes of the mask brought to the same place, by lane.
 const void* exchange(unsigned mask, const void* value, size_t size, const Site& site);
 int lane();
+// Memory that no kernel may touch: AddressSanitizer sees to it.
+void guard(void* begin, int64_t bytes);
 
 template <class T>
 const T* exchange(unsigned mask, const T& value, const Site& site) {

@@ -230,6 +230,12 @@ unsigned lanes_of_warp(size_t warp) {
 
 int lane() { return static_cast<int>(block.current % kWarpSize); }
 
+void guard([[maybe_unused]] void* begin, [[maybe_unused]] int64_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_poison_memory_region(begin, static_cast<size_t>(bytes));
+#endif
+}
+
 void fail(const char* format, ...) {
   races::watch(false);
   char text[1000];

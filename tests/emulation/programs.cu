@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Programs that the emulator is tested with: right ones, and the same with a mistake.
+#include <vector>
+
 #include "../../csrc/cuda/intrinsics.cuh"
 #include "../../csrc/cuda/launch.cuh"
 #include "checks.cuh"
@@ -15,6 +17,7 @@ struct ProgramArguments {
   FieldParams p;
   const float* in;  // (kTiles, kThreads)
   float* out;       // (kBlocks, kThreads)
+  float* piece;     // of the workspace, (kBlocks, kThreads)
   int mistake;
 };
 
@@ -97,6 +100,8 @@ __global__ void __launch_bounds__(kThreads)
   const int next = self + (a.mistake == kGlobalOverrun ? kTiles * kThreads - kThreads + 1 : 0);
   const int uninitialised = a.mistake == kUninitialised ? kThreads : 0;
   const int block = a.mistake == kTwoBlocks ? 0 : blockIdx.x * kThreads;
+  const int beyond = a.mistake == kWorkspaceOverrun ? 1 : 0;
+  a.piece[blockIdx.x * kThreads + self + beyond] = 1;
   a.out[block + self] = a.in[next] + memory[self + uninitialised];
 }
 
@@ -104,7 +109,9 @@ __global__ void __launch_bounds__(kThreads)
 
 void run_program(const std::string& name, int mistake, const float* in, float* out) {
   ProgramArguments arguments{};
-  arguments.p.workspace = &arguments;
+  std::vector<char> memory(2048);
+  arguments.p.workspace = memory.data();
+  arguments.piece = Workspace(arguments.p).take<float>(kBlocks * kThreads);
   arguments.in = in;
   arguments.out = out;
   arguments.mistake = mistake;

@@ -19,6 +19,7 @@ enum Mistake {
   kTwoBarriers,
   kSharedOverrun,
   kGlobalOverrun,
+  kWorkspaceOverrun,
   kUninitialised,
   kTwoBlocks,  // write the same
 };

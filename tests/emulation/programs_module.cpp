@@ -20,6 +20,7 @@ PYBIND11_MODULE(PFGM_MODULE, module) {
       .value("two_barriers", kTwoBarriers)
       .value("shared_overrun", kSharedOverrun)
       .value("global_overrun", kGlobalOverrun)
+      .value("workspace_overrun", kWorkspaceOverrun)
       .value("uninitialised", kUninitialised)
       .value("two_blocks", kTwoBlocks);
   module.def("run_program", [](const std::string& name, Mistake mistake, std::uintptr_t in,

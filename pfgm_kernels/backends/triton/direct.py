@@ -31,7 +31,7 @@ from pfgm_kernels.backends.triton.call import Call
 from pfgm_kernels.backends.triton.configurations import Blocks, blocks, multiprocessors
 from pfgm_kernels.backends.triton.forward_pass import Outputs, exact_forward
 from pfgm_kernels.backends.triton.maths import logits_float
-from pfgm_kernels.backends.triton.operands import crowded
+from pfgm_kernels.backends.triton.operands import SAMPLE, crowded, sample
 
 MAX_DIM = 32
 MAX_POWER = 40  # of 1/√(1 + u): the rounding of higher ones exceeds that of logarithms
@@ -366,7 +366,7 @@ def direct_forward(call: Call, out: Outputs) -> None:
     if not _is_power(call.k) or half_k > CROWD_REACH:
         spread = anchor_log_weight + math.log(call.N)
         most = (reach + 2 * spread).clamp(max=half_k if _is_power(call.k) else math.inf)
-        sure &= ~crowded(_hashes(call.values)) | (most <= CROWD_REACH)
+        sure &= ~crowded(_hashes(sample(call.values, SAMPLE))) | (most <= CROWD_REACH)
     exact_forward(call, _limits(sure, sums), out)
 
 

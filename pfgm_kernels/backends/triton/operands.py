@@ -165,8 +165,7 @@ def prepare(values: Tensor, table: Tensor) -> Operands:
     """Operands of values (N, d) float32, or uint8 codes into table."""
     count, d = values.shape
     one = torch.ones(1, dtype=torch.float64, device=values.device)
-    rows = min(count, 256)
-    mean = values[torch.arange(rows, device=values.device) * count // rows].double().mean(0)
+    mean = sample(values, 256).double().mean(0)
     if values.dtype == torch.uint8:
         codes = torch.arange(256, dtype=torch.float64, device=values.device)
         low, unit = table[0].double(), (table[255].double() - table[0].double()) / 255
@@ -180,13 +179,18 @@ def prepare(values: Tensor, table: Tensor) -> Operands:
     )
     centre = (squares[0] + squares[count // 2] + squares[-1]) / 3
     radius = squares.amax().sqrt()
-    header = torch.stack([unit, deviation, crowded(hashes).double(), radius, centre])
+    equal = crowded(sample(hashes, SAMPLE)).double()
+    header = torch.stack([unit, deviation, equal, radius, centre])
     return Operands(header, origin, mean, (squares - centre).float(), parts)
 
 
+def sample(rows: Tensor, most: int) -> Tensor:
+    """At most so many of the rows (N, …), evenly spread."""
+    count = min(len(rows), most)
+    return rows[torch.arange(count, device=rows.device) * len(rows) // count]
+
+
 def crowded(hashes: Tensor) -> Tensor:
-    """Whether many references are equal, judged by a sample."""
-    rows = min(len(hashes), SAMPLE)
-    sample = torch.arange(rows, device=hashes.device) * len(hashes) // rows
-    ordered = hashes[sample].sort().values
+    """Whether many references are equal, judged by the hashes of a sample."""
+    ordered = hashes.sort().values
     return (ordered[1:] == ordered[:-1]).sum() >= CROWD

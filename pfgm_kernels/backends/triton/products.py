@@ -65,7 +65,9 @@ def compare_kernel(
             y_low = tl.load(y_ptr + low_y + column + k[:, None])
         accumulator += dot_parts(a_high, a_low, y_high, y_low, Y_PARTS)
     if DISTANCES:
-        norms = tl.load(norms_ptr + j, mask=j < N, other=float("inf"))
+        # Not j: 32 comparisons of it would stay in each thread's registers throughout the loop.
+        reference = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        norms = tl.load(norms_ptr + reference, mask=reference < N, other=float("inf"))
         accumulator = norms[None, :] - 2 * accumulator
         smallest = tl.min(accumulator, 1)
         tl.store(minima_ptr + b.to(tl.int64) * tl.num_programs(1) + tile, smallest, mask=b < B)
