@@ -171,7 +171,7 @@ __device__ void find_distances(const FieldParams& p, const Task& task, const int
                                Scratch& scratch) {
   const double* x = p.x + task.b * p.dim;
   const double* g = kPull ? p.grad_displacement + task.b * p.dim : x;
-  const RadialKernel kernel(p.half_k, p.t[task.b]);
+  const int dim = static_cast<int>(p.dim);
   const int lanes = p.dim <= 8 ? 1 : p.dim <= 32 ? 4 : 32, per_warp = 32 / lanes;
   for (int start = warp() * per_warp; start < count; start += kWarps * per_warp) {
     const int i = start + lane() / lanes;
@@ -179,7 +179,7 @@ __device__ void find_distances(const FieldParams& p, const Task& task, const int
     if (i < count) {
       const int64_t row = (task.begin + rows[i]) * p.dim;
       PFGM_UNROLL_BY_FOUR
-      for (int64_t c = lane() % lanes; c < p.dim; c += lanes) {
+      for (int c = lane() % lanes; c < dim; c += lanes) {
         const double difference = load_value<Stored>(p, row + c) - x[c];
         square += difference * difference;
         if (kPull) pull += difference * g[c];
@@ -188,7 +188,7 @@ __device__ void find_distances(const FieldParams& p, const Task& task, const int
     square = warp_sum(square, lanes);
     if (kPull) pull = warp_sum(pull, lanes);
     if (i < count && lane() % lanes == 0) {
-      scratch.squares[i] = kernel.checked(square);
+      scratch.squares[i] = RadialKernel(p.half_k, p.t[task.b]).checked(square);
       if (kPull) scratch.pull[i] = pull;
     }
   }

@@ -16,35 +16,34 @@ struct BackwardPass {
   static constexpr bool kPull = true;
 
   const ExactArguments& a;
-  RadialKernel kernel;
-  double base, log_weight, constant, cutoff, sum = 0;
+  double sum = 0;
 
-  __device__ BackwardPass(const ExactArguments& a, const Task& task)
-      : a(a),
-        kernel(a.p.half_k, a.p.t[task.b]),
-        base(a.p.anchor_square[task.b]),
-        log_weight(a.p.anchor_log_weight[task.b]),
-        constant(a.p.grad_log_mass[task.b] - a.p.projection[task.b]),
-        cutoff(::exp(-kCutoff) / a.p.count) {}
+  __device__ BackwardPass(const ExactArguments& a, const Task&) : a(a) {}
 
+  // What belongs to the query is read anew each time: there are no registers to keep it in.
   __device__ double weigh(const Task& task, const int* rows, int count, Scratch& scratch,
                           bool& heavy) {
     if (static_cast<int>(threadIdx.x) < count) {
-      const double square = scratch.squares[threadIdx.x];
+      const FieldParams& p = a.p;
+      const int64_t b = task.b;
+      const RadialKernel kernel(p.half_k, p.t[b]);
+      const double square = scratch.squares[threadIdx.x], base = p.anchor_square[b];
       double w = 0, c = 0;
       // At the singular point all gradients are zero.
       if (!kernel.singular(base)) {
-        w = ::exp(kernel.relative_logit<ScalarMath>(square, base) + log_weight);
-        if (w <= cutoff) w = 0;
+        w = ::exp(kernel.relative_logit<ScalarMath>(square, base) + p.anchor_log_weight[b]);
       }
-      if (w != 0) {
-        c = w * (scratch.pull[threadIdx.x] + constant) * kernel.slope(square);
+      if (w * p.count <= ::exp(-kCutoff)) {
+        w = 0;
+      } else {
+        const double pull = scratch.pull[threadIdx.x] - p.projection[b] + p.grad_log_mass[b];
+        c = w * pull * kernel.slope(square);
         sum += kernel.gaussian ? c * square : c;
       }
       scratch.weights[threadIdx.x] = c;
       heavy = c != 0;
       if (a.weights != nullptr) {
-        const int64_t pair = task.b * a.p.count + task.begin + rows[threadIdx.x];
+        const int64_t pair = b * p.count + task.begin + rows[threadIdx.x];
         a.weights[pair] = w;
         a.coefficients[pair] = c;
       }

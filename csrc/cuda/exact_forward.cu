@@ -92,7 +92,7 @@ struct ForwardPass {
     if (!write || threadIdx.x != 0) return;
     a.total[b] = total;
     if (base != base) a.p.anchor[b] = anchor;
-    a.p.log_mass[b] = kernel.logit(nearest) + ::log(total);
+    a.p.log_mass[b] = RadialKernel(a.p.half_k, a.p.t[b]).logit(nearest) + ::log(total);
     a.p.anchor_log_weight[b] = -::log(total);
   }
 };
