@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <utility>
 #include <vector>
 
 #include "../field_math.h"
@@ -17,24 +16,19 @@ inline int64_t value_size(ValueType type) {
   return type == ValueType::kFloat64 ? 8 : type == ValueType::kFloat32 ? 4 : 1;
 }
 
-// Whether there are crowds, judged by a sample. norm(j): ‖x0_j‖² or the like, the same for equals.
-template <class Norm>
-bool has_crowds(const FieldParams& p, const Norm& norm) {
+// Whether there are crowds, judged by a sample.
+inline bool has_crowds(const FieldParams& p) {
   constexpr int64_t kSampleRows = 1024, kCrowd = 8;
-  const int64_t rows = std::min(p.count, kSampleRows), size = p.dim * value_size(p.value_type);
-  std::vector<std::pair<double, const char*>> sample;
+  const int64_t size = p.dim * value_size(p.value_type);
+  std::vector<const char*> sample(std::min(p.count, kSampleRows));
+  const int64_t rows = static_cast<int64_t>(sample.size());
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t j = p.count * i / rows;
-    const double value = norm(j);
-    // NaN has no place in an order.
-    sample.emplace_back(value == value ? value : -1, static_cast<const char*>(p.values) + j * size);
+    sample[i] = static_cast<const char*>(p.values) + p.count * i / rows * size;
   }
-  std::sort(sample.begin(), sample.end());
+  std::sort(sample.begin(), sample.end(),
+            [&](const char* a, const char* b) { return std::memcmp(a, b, size) < 0; });
   int64_t equal = 0;
-  for (int64_t i = 1; i < rows; ++i) {
-    equal += sample[i].first == sample[i - 1].first &&
-             std::memcmp(sample[i].second, sample[i - 1].second, size) == 0;
-  }
+  for (int64_t i = 1; i < rows; ++i) equal += std::memcmp(sample[i], sample[i - 1], size) == 0;
   return equal >= kCrowd;
 }
 

@@ -56,9 +56,7 @@ inline double squared_distance(const FieldParams& p, const double* x, int64_t j)
 
 inline double choose_most_slope(const FieldParams& p) {
   if (p.half_k <= kMostCrowdSlope) return kMostSlope;  // none is steeper
-  const std::vector<double> zero(p.dim);
-  const bool crowds = has_crowds(p, [&](int64_t j) { return squared_distance(p, zero.data(), j); });
-  return crowds ? kMostCrowdSlope : kMostSlope;
+  return has_crowds(p) ? kMostCrowdSlope : kMostSlope;
 }
 
 // A vector of queries.

@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kFusedRows = 240;  // references in a block, a multiple of all product_rows()
 constexpr int64_t kFusedDepth = 64;  // columns whose products are summed in one go, about
 constexpr int64_t kGatherStep = 80;  // references whose weights stay in the first-level cache
+constexpr int kWeighRows = 4;        // references that are weighed together
 constexpr int kTasksPerThread = 4;   // at least, as far as the references can be shared out
 constexpr int64_t kMinPart = 4 * kFusedRows;
 // Logits may be off by this much if all roundings of a product added up.
@@ -109,10 +110,9 @@ struct LogitScale {
   float correction(double half_k, double exact, float rounded) const {
     return static_cast<float>((gaussian ? 1 : half_k) * (exact / rounded) - scale);
   }
-  template <int n>
-  void logits(VecF* u, VecF correction) const {
-    if (!gaussian) log1p_finite<n>(u);
-    PFGM_EACH u[i] = -(u[i] * scale) - u[i] * correction;
+  VecF logits(VecF u, VecF correction) const {
+    const VecF log = gaussian ? u : log1p_finite(u);
+    return -(log * scale) - log * correction;
   }
 };
 

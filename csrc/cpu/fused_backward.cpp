@@ -93,8 +93,8 @@ struct PullTile {
       CompensatedSum total, moment;
       VecFInt counts = {};
       int64_t j = 0;
-      for (; j + 4 <= count; j += 4) {
-        weigh_rows<4>(r, projections, j * width + v, v, total, moment, counts);
+      for (; j + kWeighRows <= count; j += kWeighRows) {
+        weigh_rows<kWeighRows>(r, projections, j * width + v, v, total, moment, counts);
       }
       for (; j < count; ++j) weigh_rows<1>(r, projections, j * width + v, v, total, moment, counts);
       const VecF block_total = total.total(), block_moment = moment.total();
@@ -108,9 +108,8 @@ struct PullTile {
   }
 
   template <int kRows>
-  PFGM_HOST_DEVICE void weigh_rows(float* r, const float* projections, int64_t at, int64_t v,
-                                   CompensatedSum& total, CompensatedSum& moment,
-                                   VecFInt& counts) const {
+  void weigh_rows(float* r, const float* projections, int64_t at, int64_t v, CompensatedSum& total,
+                  CompensatedSum& moment, VecFInt& counts) const {
     VecF u[kRows], weights[kRows];
     VecFInt near[kRows];
     for (int i = 0; i < kRows; ++i) {
@@ -119,11 +118,9 @@ struct PullTile {
       u[i] = smaller((value - load(shift + v)) * load(inverse + v), broadcast(kMostU));
       counts |= near[i];
     }
-    for (int i = 0; i < kRows; ++i) weights[i] = u[i];
-    scale.logits<kRows>(weights, load(correction + v));
-    exp_normal<kRows>(weights);
+    for (int i = 0; i < kRows; ++i) weights[i] = scale.logits(u[i], load(correction + v));
+    for (int i = 0; i < kRows; ++i) weights[i] = near[i] ? exp_normal(weights[i]) : VecF{};
     for (int i = 0; i < kRows; ++i) {
-      weights[i] = near[i] ? weights[i] : VecF{};
       const VecF a = load(projections + at + i * width) + load(constant + v) + load(rest + v);
       const VecF c = weights[i] * a;
       store(r + at + i * width, c);

@@ -158,23 +158,22 @@ struct FusedTile {
     const VecF least = load(cutoff + v);
     sum = most = VecF{};
     int64_t j = 0;
-    for (; j + 4 <= count; j += 4) weigh_rows<4>(r + j * width, from, by, low, least, sum, most);
+    for (; j + kWeighRows <= count; j += kWeighRows) {
+      weigh_rows<kWeighRows>(r + j * width, from, by, low, least, sum, most);
+    }
     for (; j < count; ++j) weigh_rows<1>(r + j * width, from, by, low, least, sum, most);
   }
 
   // Several rows at a time: one alone is a long chain of operations that wait for one another.
   template <int kRows>
-  PFGM_HOST_DEVICE void weigh_rows(float* r, VecF from, VecF by, VecF low, VecF least, VecF& sum,
-                                   VecF& most) const {
+  void weigh_rows(float* r, VecF from, VecF by, VecF low, VecF least, VecF& sum, VecF& most) const {
     VecF u[kRows], weights[kRows];
     for (int i = 0; i < kRows; ++i) {
       u[i] = smaller((load(r + i * width) - from) * by, broadcast(kMostU));
     }
-    scale.logits<kRows>(u, low);
-    for (int i = 0; i < kRows; ++i) weights[i] = u[i];
-    exp_normal<kRows>(weights);
+    for (int i = 0; i < kRows; ++i) u[i] = scale.logits(u[i], low);
     for (int i = 0; i < kRows; ++i) {
-      weights[i] = u[i] >= least ? weights[i] : VecF{};
+      weights[i] = u[i] >= least ? exp_normal(u[i]) : VecF{};
       store(r + i * width, weights[i]);
       most = larger(weights[i], most);
     }

@@ -184,7 +184,7 @@ void encode_or_centre(const FieldParams& p) {
 
 void PFGM_ISA::prepare_references(const FieldParams& p) {
   encode_or_centre(p);
-  p.grid[2] = has_crowds(p, [&](int64_t j) { return p.norms[j]; });
+  p.grid[2] = has_crowds(p);
 }
 
 }  // namespace pfgm

@@ -181,65 +181,48 @@ inline Vec exp(Vec v) {
 
 constexpr float kLn2 = 0.693147182f;  // 2e-9 too large, which an exponent of 60 makes 1e-7
 
-// The functions of n vectors go through them step by step: the steps of one vector wait for one
-// another, and the processor does not look far enough ahead to find the next vector's.
-#define PFGM_EACH _Pragma("GCC unroll 8") for (int i = 0; i < n; ++i)
-
-// log(1 + u) of finite u > −1 to about one unit in the last place of the result, also for small
+// log(1 + u) of a finite u > −1 to about one unit in the last place of the result, also for small
 // u. w = 1 + u loses u − (w − 1), which is put back after the exponent is taken off: log(1 + f) =
 // f − f²/2 + f³ P(f) on [√½ − 1, √2 − 1], P fitted to 6e-9.
-template <int n>
-inline void log1p_finite(VecF* u) {
+inline VecF log1p_finite(VecF u) {
+  const VecF w = 1.0f + u;
+  const VecF lost = u - (w - 1.0f);
+  const VecFBits bits = (VecFBits)w;
+  const VecFBits high = (bits - 0x3f3504f3u) & ~0x7fffffu;  // exponent << 23
+  const VecF m = (VecF)(bits - high);
+  const VecF unit = (VecF)(0x3f800000u - high);  // 2^−exponent
+  const VecF f = (m - 1.0f) + lost * unit;
+  const VecF e = __builtin_convertvector((VecFInt)high, VecF);  // 2^23 times the exponent
   constexpr float kLog[] = {0.33333331197f, -0.25000837961f, 0.20001292692f, -0.16622764905f,
                             0.14199695852f, -0.13164186427f, 0.12779113629f, -0.07646101489f};
-  VecF w[n], f[n], series[n];
-  VecFBits high[n];  // exponent << 23
-  PFGM_EACH w[i] = 1.0f + u[i];
-  PFGM_EACH high[i] = ((VecFBits)w[i] - 0x3f3504f3u) & ~0x7fffffu;
-  PFGM_EACH f[i] = u[i] - (w[i] - 1.0f);
-  PFGM_EACH w[i] = (VecF)((VecFBits)w[i] - high[i]) - 1.0f;
-  PFGM_EACH f[i] = w[i] + f[i] * (VecF)(0x3f800000u - high[i]);  // times 2^−exponent
-  PFGM_EACH series[i] = kLog[7] * f[i] + kLog[6];
-#pragma GCC unroll 6
-  for (int step = 5; step >= 0; --step) {
-    PFGM_EACH series[i] = series[i] * f[i] + kLog[step];
-  }
-  PFGM_EACH series[i] = series[i] * f[i] - 0.5f;
-  PFGM_EACH f[i] = (f[i] * f[i]) * series[i] + f[i];
-  PFGM_EACH u[i] = __builtin_convertvector((VecFInt)high[i], VecF) * (kLn2 * 0x1p-23f) + f[i];
+  VecF series = broadcast(kLog[7]);
+#pragma GCC unroll 7
+  for (int i = 6; i >= 0; --i) series = series * f + kLog[i];
+  return e * (kLn2 * 0x1p-23f) + ((f * f) * (f * series - 0.5f) + f);
 }
 
 // The same where u may be NaN, which stays NaN, or infinite, which becomes NaN.
-inline VecF log1p(VecF u) {
-  VecF result = u;
-  log1p_finite<1>(&result);
-  return u - u == 0.0f ? result : u - u;
-}
+inline VecF log1p(VecF u) { return u - u == 0.0f ? log1p_finite(u) : u - u; }
 
-// exp of −87 ≤ v ≤ 88 to one or two units in the last place. v = e ln 2 + r, |r| ≤ 0.347, and
+// exp of −87 ≤ v ≤ 88 to one or two units in the last place. v = n ln 2 + r, |r| ≤ 0.347, and
 // exp r = 1 + r + r² Q(r), Q fitted to 3e-9.
-template <int n>
-inline void exp_normal(VecF* v) {
+inline VecF exp_normal(VecF v) {
   constexpr float kMagic = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer
+  const VecF shifted = v * 1.44269504f + kMagic;
+  const VecF r = v - (shifted - kMagic) * kLn2;
   constexpr float kExp[] = {0.49999993440f, 0.16666520522f, 0.04166838934f, 0.00836873020f,
                             0.00138145708f};
-  VecF shifted[n], r[n], series[n];
-  PFGM_EACH shifted[i] = v[i] * 1.44269504f + kMagic;
-  PFGM_EACH r[i] = v[i] - (shifted[i] - kMagic) * kLn2;
-  PFGM_EACH series[i] = kExp[4] * r[i] + kExp[3];
-#pragma GCC unroll 3
-  for (int step = 2; step >= 0; --step) {
-    PFGM_EACH series[i] = series[i] * r[i] + kExp[step];
-  }
-  PFGM_EACH r[i] = 1.0f + ((r[i] * r[i]) * series[i] + r[i]);
-  PFGM_EACH v[i] = (VecF)((VecFBits)r[i] + ((VecFBits)shifted[i] << 23));
+  VecF series = broadcast(kExp[4]);
+#pragma GCC unroll 4
+  for (int i = 3; i >= 0; --i) series = series * r + kExp[i];
+  const VecF power = 1.0f + (r * r * series + r);
+  return (VecF)((VecFBits)power + ((VecFBits)shifted << 23));
 }
 
 // exp of v ≤ ~88: 0 below −87, and NaN stays NaN.
 inline VecF exp(VecF v) {
-  VecF result = v;
-  exp_normal<1>(&result);
-  return v != v ? v : v < -87.0f ? VecF{} : result;
+  const VecF result = v < -87.0f ? VecF{} : exp_normal(v);
+  return v != v ? v : result;
 }
 
 // 1/√v of a positive, normal v, off by 2⁻¹⁴ of it at most.

@@ -51,7 +51,7 @@ struct TwoPass {
     Screen screen(p, o, tiles);
     std::vector<Candidates> candidates(p.batch);
     screen_references(screen);
-    const Tiles dense = first_pass(screen, candidates);
+    const Tiles dense = first_pass(screen, candidates, true);
     if (dense.rows.empty()) return;
     if (!screen.integers && dense.rows.size() == tiles.rows.size()) {
       return second_pass(screen, candidates);
@@ -60,18 +60,20 @@ struct TwoPass {
     compact(screen, rest);
     if (rest.integers) {
       refine(rest, candidates);
-      first_pass(rest, candidates);
+      first_pass(rest, candidates, false);
     }
     second_pass(rest, candidates);
   }
 
-  // Finishes the queries with few candidates and returns the others.
-  Tiles first_pass(const Screen& screen, std::vector<Candidates>& candidates) const {
+  // Finishes the queries with few candidates and returns the others. fills_vectors: these will be
+  // packed anew.
+  Tiles first_pass(const Screen& screen, std::vector<Candidates>& candidates,
+                   bool fills_vectors) const {
     const auto largest = [&](int64_t b, double smallest) {
       return limit(screen.bounds[b], b, smallest);
     };
     select(screen, largest, candidates);
-    fill_vectors(p, screen.tiles.rows, candidates);
+    if (fills_vectors) fill_vectors(p, screen.tiles.rows, candidates);
     Tiles dense;
     std::vector<SparseQuery> sparse;
     for (const int64_t b : screen.tiles.rows) {

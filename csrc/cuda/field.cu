@@ -8,8 +8,8 @@ namespace pfgm {
 namespace {
 
 void check_params(const FieldParams& p) {
-  const bool columns = p.dim >= 1 && p.dim <= std::numeric_limits<int>::max();
-  if (p.batch < 0 || p.count < 1 || !columns || !(p.half_k > 0)) {
+  constexpr int64_t kMostColumns = std::numeric_limits<int>::max();
+  if (p.batch < 0 || p.count < 1 || p.dim < 1 || p.dim > kMostColumns || !(p.half_k > 0)) {
     throw std::invalid_argument("CUDA kernel called with sizes out of range");
   }
   if (!p.x || !p.t || !p.values || (p.value_type == ValueType::kUint8 && !p.table)) {
