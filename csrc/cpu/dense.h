@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The second pass of the kernels for larger d, over queries that many references carry weight for:
 // weights of all references relative to an anchor, and their sums Σ_j w_j y_j by a second product.
+// Its screens hold r − base (screen_products.h).
 #pragma once
 
 #include "screen.h"
@@ -31,7 +32,7 @@ inline bool certify(const Screen& screen, int64_t b, double anchor_square) {
   const double rounding = ::sqrt(bound.roundings / 3) * kFloatRounding / 2 * product / 4;
   // What is left out of the query points nowhere in particular.
   const double error = 2 * (rounding + bound.residual * o.radius / root_dim);
-  return slope * error * o.unit * o.unit <= kDenseTolerance && x_norm * o.radius < 1e30;
+  return slope * error * o.unit * o.unit <= kDenseTolerance;
 }
 
 // Moves the columns of some queries from one screen into another.
@@ -117,11 +118,10 @@ struct SecondPass {
     });
   }
 
-  // The arguments u of the logits of reference j and kFloatLanes queries from i = 64 tile + q.
-  VecF arguments(const float* products, int64_t j, int64_t i) const {
-    const double factor = screen.norms == o.norms ? 2 : -1;
+  // The arguments u of the logits of a reference and kFloatLanes queries from i = 64 tile + q.
+  VecF arguments(const float* products, int64_t i) const {
     const auto half = [&](int64_t lane) {
-      const Vec r = screen.norms[j] - factor * widen(products + lane);
+      const Vec r = widen(products + lane);
       return (r - load(&anchors.r[i + lane])) * load(&anchors.inverse[i + lane]);
     };
     return narrow(half(0), half(kLanes));
@@ -139,7 +139,7 @@ struct SecondPass {
         CompensatedSum sum;
         for (int64_t j = first; j < std::min(p.count, first + kGatherRows); ++j) {
           float* products = screen.tile_products(tile) + j * width + q;
-          const VecF logits = relative_logits(p, arguments(products, j, i));
+          const VecF logits = relative_logits(p, arguments(products, i));
           const VecF weights = logits < cutoff ? VecF{} : exp(logits);
           store(products, weights);
           sum.add(weights);
@@ -158,10 +158,7 @@ struct SecondPass {
     for (int lane = 0; lane < kFloatLanes; ++lane) out[lane] = total[lane];
   }
 
-  float& weight(int64_t i, int64_t j) const {
-    const int64_t tile = i / kTileQueries;
-    return screen.tile_products(tile)[j * tiles.width(tile) + i % kTileQueries];
-  }
+  float& weight(int64_t i, int64_t j) const { return screen.product(i, j); }
 
   // The total of sums (blocks, padded) for query i.
   double total(const Buffer<double>& sums, int64_t i) const {

@@ -4,8 +4,8 @@
 //   out[i][q] (+)= Σ_k a[i][k] packed[k][q]
 //
 // q runs over the queries of a tile, in vectors. In the first pass i runs over references and k
-// over columns, in the second one i over columns and k over references. A step of k is 32 bits: one
-// float, or four 8-bit values for the integer product.
+// over columns, in the second one i over columns and k over references. A step of k is one float,
+// or four 8-bit values for the integer product. Of doubles squared differences are summed instead.
 #pragma once
 
 #include "simd.h"
@@ -30,9 +30,22 @@ constexpr int product_rows(int) { return 6; }
 struct FloatProduct {
   typedef float Element;
   typedef VecF Sum;
+  static constexpr int kLanes = kFloatLanes;
   static Sum add(Sum sum, float a, const float* packed) { return sum + a * load(packed); }
   static void put(float* out, Sum sum) { store(out, sum); }
   static void add_to(float* out, Sum sum) { store(out, load(out) + sum); }
+};
+
+struct SquaredDifferences {
+  typedef double Element;
+  typedef Vec Sum;
+  static constexpr int kLanes = pfgm::kLanes;
+  static Sum add(Sum sum, double a, const double* packed) {
+    const Vec difference = a - load(packed);
+    return sum + difference * difference;
+  }
+  static void put(double* out, Sum sum) { store(out, sum); }
+  static void add_to(double* out, Sum sum) { store(out, load(out) + sum); }
 };
 
 #if defined(PFGM_INTEGER_PRODUCT)
@@ -40,6 +53,7 @@ struct FloatProduct {
 struct IntegerProduct {
   typedef int32_t Element;
   typedef VecFInt Sum;
+  static constexpr int kLanes = kFloatLanes;
   static VecFInt read(const int32_t* p) { return (VecFInt)_mm512_loadu_si512(p); }
   static Sum add(Sum sum, int32_t a, const int32_t* packed) {
     return (Sum)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(a), (__m512i)read(packed));
@@ -66,13 +80,13 @@ inline void product_tile(const typename Product::Element* a, int64_t row_stride,
     for (int i = 0; i < kRows; ++i) {
       const auto value = element(a + i * row_stride + k * k_stride);
       for (int v = 0; v < kVectors; ++v) {
-        sums[i][v] = Product::add(sums[i][v], value, packed + k * width + v * kFloatLanes);
+        sums[i][v] = Product::add(sums[i][v], value, packed + k * width + v * Product::kLanes);
       }
     }
   }
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kVectors; ++v) {
-      auto* to = out + i * width + v * kFloatLanes;
+      auto* to = out + i * width + v * Product::kLanes;
       accumulate ? Product::add_to(to, sums[i][v]) : Product::put(to, sums[i][v]);
     }
   }
@@ -100,13 +114,13 @@ template <class Product>
 void product(const typename Product::Element* a, int64_t rows, int64_t row_stride, int64_t k_stride,
              const typename Product::Element* packed, int64_t width, int64_t depth,
              typename Product::Element* out, bool accumulate) {
-  constexpr int kWide = kProductVectors * kFloatLanes;
+  constexpr int kWide = kProductVectors * Product::kLanes;
   int64_t q = 0;
   for (; q + kWide <= width; q += kWide) {
     product_columns<Product, kProductVectors>(a, rows, row_stride, k_stride, packed + q, width,
                                               depth, out + q, accumulate);
   }
-  switch ((width - q) / kFloatLanes) {
+  switch ((width - q) / Product::kLanes) {
     case 3:
       return product_columns<Product, 3>(a, rows, row_stride, k_stride, packed + q, width, depth,
                                          out + q, accumulate);

@@ -67,6 +67,11 @@ struct Screen {
   float* tile_products(int64_t tile) const {
     return products.get() + tile * kTileQueries * p.count;
   }
+  // Of query i, counted over all tiles, and reference j.
+  float& product(int64_t i, int64_t j) const {
+    const int64_t tile = i / kTileQueries;
+    return tile_products(tile)[j * tiles.width(tile) + i % kTileQueries];
+  }
   int64_t minima(int64_t tile, int64_t block) const {
     return tile * kTileQueries * num_blocks() + block * tiles.width(tile);
   }

@@ -53,8 +53,7 @@ inline void screen_floats(Screen& screen) {
 
 #if defined(PFGM_INTEGER_PRODUCT)
 // Integer products with digits of the queries. The first digit alone screens. To refine, the others
-// are added to its products, which become r − base: what counts is near zero, and float holds it
-// with all its digits.
+// are added to its products, which become r − base.
 struct IntegerProducts {
   Screen& screen;
   const double* base;  // (B,), or null to screen
@@ -171,19 +170,48 @@ inline void screen_references(Screen& screen) {
   screen_floats(screen);
 }
 
-// Adds digits to the integer products of a screen, whose bounds and candidates are those of one
-// digit. The products become floats.
-inline void refine([[maybe_unused]] Screen& screen,
-                   [[maybe_unused]] const std::vector<Candidates>& candidates) {
-#if defined(PFGM_INTEGER_PRODUCT)
+// The float products of a screen become r − base.
+inline void rebase(Screen& screen, const double* base) {
+  const Tiles& tiles = screen.tiles;
+  std::vector<double> bases(tiles.padded());
+  for (size_t i = 0; i < tiles.rows.size(); ++i) {
+    Bound& bound = screen.bounds[tiles.rows[i]];
+    bases[i] = base[tiles.rows[i]];
+    bound.offset += bases[i];
+  }
+  parallel_for(screen.p.num_threads, screen.num_blocks(), [&](int64_t block, int) {
+    const int64_t first = block * kScreenRows;
+    for (int64_t tile = 0; tile < tiles.count(); ++tile) {
+      const int64_t width = tiles.width(tile);
+      for (int64_t j = first; j < std::min(screen.p.count, first + kScreenRows); ++j) {
+        float* row = screen.tile_products(tile) + j * width;
+        for (int64_t q = 0; q < width; q += kLanes) {
+          const Vec r = screen.norms[j] - 2.0 * widen(row + q);
+          narrow(row + q, r - load(&bases[tile * kTileQueries + q]));
+        }
+      }
+    }
+  });
+}
+
+// The products of a screen, whose candidates are known, become r − base: what counts is near zero,
+// and float holds it with all its digits. Digits are added to integer products: returns whether
+// that was done, so that bounds and candidates are out of date.
+inline bool refine(Screen& screen, const std::vector<Candidates>& candidates) {
   std::vector<double> base(screen.p.batch);
   for (const int64_t b : screen.tiles.rows) {
     // r of one digit is of the codes, not of y: the offset makes up for it.
-    const QueryNorms norms = query_norms(screen.p, screen.o, b);
-    base[b] = candidates[b].smallest + screen.bounds[b].offset - norms.squared;
+    const Bound& bound = screen.bounds[b];
+    base[b] = candidates[b].smallest + bound.offset - bound.squared;
   }
-  IntegerProducts(screen, base.data()).run();
+#if defined(PFGM_INTEGER_PRODUCT)
+  if (screen.integers) {
+    IntegerProducts(screen, base.data()).run();
+    return true;
+  }
 #endif
+  rebase(screen, base.data());
+  return false;
 }
 
 }  // namespace

@@ -5,10 +5,12 @@
 //   1. products of queries and references bound every s_j (screen.h); queries that few references
 //      can carry weight for are finished by direct differences in double (sparse.h). Products of
 //      8-bit integers are refined for the other queries, and these are screened again;
-//   2. the rest are finished with weights of all references, relative to an anchor (dense.h).
+//   2. the rest are finished with weights of all references, relative to an anchor (dense.h), once
+//      direct differences have replaced the products that are not precise enough (differences.h).
 #pragma once
 
 #include "dense.h"
+#include "differences.h"
 #include "screen_products.h"
 
 namespace pfgm {
@@ -33,10 +35,8 @@ struct TwoPass {
   virtual double anchor_square(int64_t b, int64_t nearest) const = 0;
   // How far below the anchor's logit those lie that count.
   virtual double depth(int64_t) const { return cutoff_depth(p); }
-  // Whether the second pass is precise enough for a query with its anchor at this squared distance.
-  virtual bool precise(const Screen& screen, int64_t b, double square) const {
-    return certify(screen, b, square);
-  }
+  // Whether float sums resolve what the distances weigh where the anchor is at this squared one.
+  virtual bool resolved(double) const { return true; }
   // Finishes the queries that take part in a second pass, or marks them as uncertified.
   virtual void finish_dense(const SecondPass& pass) const = 0;
 
@@ -53,15 +53,9 @@ struct TwoPass {
     screen_references(screen);
     const Tiles dense = first_pass(screen, candidates, true);
     if (dense.rows.empty()) return;
-    if (!screen.integers && dense.rows.size() == tiles.rows.size()) {
-      return second_pass(screen, candidates);
-    }
     Screen rest(p, o, dense);
     compact(screen, rest);
-    if (rest.integers) {
-      refine(rest, candidates);
-      first_pass(rest, candidates, false);
-    }
+    if (refine(rest, candidates)) first_pass(rest, candidates, false);
     second_pass(rest, candidates);
   }
 
@@ -87,20 +81,23 @@ struct TwoPass {
     return dense;
   }
 
-  // Finishes the queries with too many candidates, as far as that is precise.
-  void second_pass(const Screen& screen, const std::vector<Candidates>& candidates) const {
+  // Finishes the queries with too many candidates.
+  void second_pass(Screen& screen, const std::vector<Candidates>& candidates) const {
     const Tiles& tiles = screen.tiles;
     Anchors anchors(tiles.padded());
+    std::vector<int64_t> coarse;
     bool any = false;
     for (size_t i = 0; i < tiles.rows.size(); ++i) {
       const int64_t b = tiles.rows[i];
       if (!candidates[b].too_many) continue;
       const double square = anchor_square(b, candidates[b].nearest);
-      uncertified[b] = !precise(screen, b, square);
+      uncertified[b] = !resolved(square);
       if (uncertified[b]) continue;
+      if (!certify(screen, b, square)) coarse.push_back(i);
       anchors.set(screen, i, square, depth(b));
       any = true;
     }
+    if (!coarse.empty()) subtract(screen, coarse);
     if (any) finish_dense(SecondPass(screen, anchors));
   }
 };

@@ -55,7 +55,7 @@ struct Pull {
       VecF mass_here = {};
       for (int64_t j = first; j < last; ++j) {
         float* products = pass.screen.tile_products(tile) + j * width + q;
-        const VecF u = pass.arguments(products, j, i);
+        const VecF u = pass.arguments(products, i);
         const VecF logits = relative_logits(p, u);
         const VecF weights = logits < cutoff ? VecF{} : exp(logits + mass);
         const VecF a = load(projections + (j - first) * width + q) + constant + correction;
@@ -95,9 +95,7 @@ struct Backward : TwoPass {
   double anchor_square(int64_t b, int64_t) const override { return p.anchor_square[b]; }
 
   // Float sums of y must resolve what the distances weigh: gradients are held to 1e-5.
-  bool precise(const Screen& screen, int64_t b, double square) const override {
-    return TwoPass::precise(screen, b, square) && ::sqrt(square) >= resolved_distance(o, 64);
-  }
+  bool resolved(double square) const override { return ::sqrt(square) >= resolved_distance(o, 64); }
 
   void finish_dense(const SecondPass& pass) const override {
     Pull pull(pass);

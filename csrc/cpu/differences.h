@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// Squared distances by direct differences in double, of the queries of a screen whose products are
+// not precise enough for a second pass: a product costs half of it, the exact kernel several times.
+#pragma once
+
+#include "screen.h"
+#include "sparse.h"
+
+namespace pfgm {
+namespace {
+
+// Doubles fill more vectors than floats: a tile may be narrower.
+inline int64_t double_width(const Tiles& tiles, int64_t tile) {
+  return round_up(tiles.size(tile), kLanes);
+}
+
+// Packs queries column by column, as product() reads them: (dim, width) for each tile.
+inline void pack_doubles(const FieldParams& p, const Tiles& tiles, double* packed) {
+  parallel_for(p.num_threads, tiles.count(), [&](int64_t tile, int) {
+    const int64_t width = double_width(tiles, tile);
+    double* to = packed + tile * kTileQueries * p.dim;
+    for (int64_t q = 0; q < width; ++q) {  // lanes beyond the last query repeat it
+      const int64_t b = tiles.row(tile, std::min(static_cast<int>(q), tiles.size(tile) - 1));
+      const double* x = p.x + b * round_up(p.dim, kPad);
+      for (int64_t c = 0; c < p.dim; ++c) to[c * width + q] = x[c];
+    }
+  });
+}
+
+// Columns of one reference.
+inline void read_columns(const RowReader& reader, int64_t j, int64_t first, int64_t columns,
+                         double* out) {
+  with_row(reader, j, [&](const auto& row) {
+    int64_t c = 0;
+    for (; c + kLanes <= columns; c += kLanes) store(out + c, row.read(first + c));
+    for (; c < columns; ++c) out[c] = row.read_one(first + c);
+  });
+}
+
+// Puts what direct differences give for r − base in the place of the products of some queries.
+// indices: their positions among the queries of the screen.
+inline void subtract(const Screen& screen, const std::vector<int64_t>& indices) {
+  const FieldParams& p = screen.p;
+  const RowReader reader(p);
+  Tiles tiles;
+  for (const int64_t i : indices) tiles.rows.push_back(screen.tiles.rows[i]);
+  const Buffer<double> packed(tiles.padded() * p.dim);
+  pack_doubles(p, tiles, packed.get());
+  const Buffer<double> references(p.num_threads * kScreenRows * kColumnBlock);
+  const Buffer<double> distances(p.num_threads * kScreenRows * tiles.padded());
+  parallel_for(p.num_threads, screen.num_blocks(), [&](int64_t block, int thread) {
+    const int64_t first = block * kScreenRows, rows = std::min(p.count - first, kScreenRows);
+    double* values = references.get() + thread * kScreenRows * kColumnBlock;
+    double* squares = distances.get() + thread * kScreenRows * tiles.padded();
+    for (int64_t column = 0; column < p.dim; column += kColumnBlock) {
+      const int64_t columns = std::min<int64_t>(p.dim - column, kColumnBlock);
+      for (int64_t r = 0; r < rows; ++r) {
+        read_columns(reader, first + r, column, columns, values + r * kColumnBlock);
+      }
+      for (int64_t tile = 0; tile < tiles.count(); ++tile) {
+        const int64_t width = double_width(tiles, tile), start = tile * kTileQueries;
+        product<SquaredDifferences>(values, rows, kColumnBlock, 1,
+                                    packed.get() + start * p.dim + column * width, width, columns,
+                                    squares + start * kScreenRows, column > 0);
+      }
+    }
+    for (size_t n = 0; n < indices.size(); ++n) {
+      const int64_t tile = n / kTileQueries, width = double_width(tiles, tile), i = indices[n];
+      const double* from = squares + tile * kTileQueries * kScreenRows + n % kTileQueries;
+      const double offset = screen.bounds[tiles.rows[n]].offset;
+      for (int64_t r = 0; r < rows; ++r) {
+        const double square = from[r * width] * screen.o.inverse_unit * screen.o.inverse_unit;
+        screen.product(i, first + r) = static_cast<float>(square - offset);
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace pfgm
