@@ -10,7 +10,7 @@
 namespace pfgm {
 namespace {
 
-constexpr int64_t kGatherRows = 128;     // references whose terms are summed in float from zero
+constexpr int64_t kGatherRows = 256;     // references whose terms are summed in float from zero
 constexpr int64_t kGatherColumns = 192;  // a multiple of all product_rows()
 constexpr int64_t kGatherStrip = 4;      // kGatherColumns that a task takes at most
 // Logits may be off by this much, root mean square. What remains of it in a sum in which no single

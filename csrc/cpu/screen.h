@@ -72,6 +72,11 @@ struct Screen {
     const int64_t tile = i / kTileQueries;
     return tile_products(tile)[j * tiles.width(tile) + i % kTileQueries];
   }
+  double r(int64_t i, int64_t j) const {
+    const float& sum = product(i, j);
+    const double value = integers ? reinterpret_cast<const int32_t&>(sum) : double{sum};
+    return norms[j] - bounds[tiles.rows[i]].factor * value;
+  }
   int64_t minima(int64_t tile, int64_t block) const {
     return tile * kTileQueries * num_blocks() + block * tiles.width(tile);
   }
@@ -114,6 +119,7 @@ struct Screen {
 // The references that may carry weight for a query, as far as they were listed.
 struct Candidates {
   std::vector<int32_t> list;
+  int64_t listed = 0;   // the list is complete for the references before this one
   double smallest = 0;  // no r of the query is certain to be smaller
   bool too_many = false;
   int64_t nearest = 0;  // the reference whose r is the smallest
@@ -147,75 +153,79 @@ inline Vec smallest_r(const Screen& screen, int64_t tile, int64_t q) {
 // there are fewer of them.
 inline int64_t few_candidates(const FieldParams& p) { return std::max<int64_t>(64, p.count / 16); }
 
-// Candidates of a query that are listed, and of the queries that spare a vector in the second pass.
-inline int64_t most_listed(const FieldParams& p) {
-  return std::max(few_candidates(p), p.count / 4);
-}
+// Lists the candidates of kLanes neighbouring queries, up to one more than few_candidates.
+template <class Element>
+struct Selection {
+  const Screen& screen;
+  std::vector<Candidates>& candidates;
+  int64_t tile, q;
+  int count;  // queries among the lanes
+  Screen::Lanes lanes;
+  Vec smallest, limit = broadcast(-double{INFINITY});
+  Vec nearest_r = broadcast(double{INFINITY}), nearest = {};
+  unsigned listing = (1u << kLanes) - 1;  // lanes whose lists are not full
 
-// The second pass over a vector of queries costs about as much as direct differences of one query
-// to all references: the queries beyond whole vectors are spared it where they have few candidates
-// in all.
-inline void fill_vectors(const FieldParams& p, const std::vector<int64_t>& rows,
-                         std::vector<Candidates>& candidates) {
-  std::vector<Candidates*> dense;
-  for (const int64_t b : rows) {
-    if (candidates[b].too_many) dense.push_back(&candidates[b]);
+  // largest(b, smallest): the largest r that counts.
+  template <class Largest>
+  Selection(const Screen& screen, const Largest& largest, std::vector<Candidates>& candidates,
+            int64_t tile, int64_t q)
+      : screen(screen),
+        candidates(candidates),
+        tile(tile),
+        q(q),
+        count(clamp_size(screen.tiles.size(tile) - q, kLanes)),
+        lanes(screen, tile, q),
+        smallest(smallest_r(screen, tile, q)) {
+    for (int i = 0; i < count; ++i) limit[i] = largest(row(i), smallest[i]);
   }
-  const auto end = dense.begin() + dense.size() % kFloatLanes;
-  std::partial_sort(dense.begin(), end, dense.end(), [](const Candidates* a, const Candidates* b) {
-    return a->list.size() < b->list.size();
-  });
-  size_t total = 0;
-  for (auto i = dense.begin(); i < end; ++i) total += (*i)->list.size();
-  if (static_cast<int64_t>(total) > most_listed(p)) return;
-  for (auto i = dense.begin(); i < end; ++i) (*i)->too_many = false;
-}
 
-// Lists the candidates of the queries of the tiles, up to one more than most_listed. largest(b,
-// smallest): the largest r that counts.
+  int64_t row(int lane) const { return screen.tiles.row(tile, static_cast<int>(q) + lane); }
+
+  void scan(int64_t block, int64_t few) {
+    const Vec low = load(screen.least.get() + screen.minima(tile, block) + q);
+    if (!(bits(low <= limit) & listing) && !bits(low <= smallest)) return;
+    const int64_t width = screen.tiles.width(tile);
+    const int64_t last = std::min(screen.p.count, (block + 1) * kScreenRows);
+    const Element* sums = reinterpret_cast<const Element*>(screen.tile_products(tile)) + q;
+    for (int64_t j = block * kScreenRows; j < last; ++j) {
+      const Vec r = screen.norms[j] - lanes.factor * widen(sums + j * width);
+      const VecInt nearer = r < nearest_r;
+      nearest_r = nearer ? r : nearest_r;
+      nearest = nearer ? broadcast(static_cast<double>(j)) : nearest;
+      const Vec least = r - lanes.slope * screen.o.roots[j] - lanes.constant;
+      for (unsigned mask = bits(least <= limit) & listing; mask; mask &= mask - 1) {
+        const int i = __builtin_ctz(mask);
+        Candidates& found = candidates[row(i)];
+        found.list.push_back(static_cast<int32_t>(j));
+        if (static_cast<int64_t>(found.list.size()) <= few) continue;
+        found.too_many = true;
+        found.listed = j + 1;
+        listing &= ~(1u << i);
+      }
+    }
+  }
+
+  void finish() {
+    for (int i = 0; i < count; ++i) {
+      candidates[row(i)].nearest = static_cast<int64_t>(nearest[i]);
+      candidates[row(i)].smallest = smallest[i];
+    }
+  }
+};
+
+// A task takes the queries of a cache line.
 template <class Element, class Largest>
 void select_as(const Screen& screen, const Largest& largest, std::vector<Candidates>& candidates) {
   const FieldParams& p = screen.p;
-  const int64_t few = few_candidates(p), most = most_listed(p);
-  const int64_t groups = kTileQueries / kLanes, num_blocks = screen.num_blocks();
-  parallel_for(p.num_threads, screen.tiles.count() * groups, [&](int64_t task, int) {
-    const int64_t tile = task / groups, q = task % groups * kLanes;
-    const int64_t width = screen.tiles.width(tile);
-    const int count = screen.tiles.size(tile) - static_cast<int>(q);
-    if (count <= 0) return;
-    const Screen::Lanes lanes(screen, tile, q);
-    const Vec smallest = smallest_r(screen, tile, q);
-    Vec limit = broadcast(-double{INFINITY});
-    for (int i = 0; i < kLanes && i < count; ++i) {
-      limit[i] = largest(screen.tiles.row(tile, static_cast<int>(q) + i), smallest[i]);
+  const int64_t few = few_candidates(p);
+  parallel_for(p.num_threads, screen.tiles.padded() / kFloatLanes, [&](int64_t task, int) {
+    const int64_t tile = task * kFloatLanes / kTileQueries, q = task * kFloatLanes % kTileQueries;
+    Selection<Element> halves[] = {{screen, largest, candidates, tile, q},
+                                   {screen, largest, candidates, tile, q + kLanes}};
+    for (int64_t block = 0; block < screen.num_blocks(); ++block) {
+      for (Selection<Element>& half : halves) half.scan(block, few);
     }
-    const Element* sums = reinterpret_cast<const Element*>(screen.tile_products(tile));
-    Vec nearest_r = broadcast(double{INFINITY}), nearest = {};
-    unsigned listing = (1u << kLanes) - 1;  // lanes whose lists are not full
-    for (int64_t block = 0; block < num_blocks; ++block) {
-      const Vec low = load(screen.least.get() + screen.minima(tile, block) + q);
-      if (!(bits(low <= limit) & listing) && !bits(low <= smallest)) continue;
-      const int64_t last = std::min(p.count, (block + 1) * kScreenRows);
-      for (int64_t j = block * kScreenRows; j < last; ++j) {
-        const Vec r = screen.norms[j] - lanes.factor * widen(sums + j * width + q);
-        const VecInt nearer = r < nearest_r;
-        nearest_r = nearer ? r : nearest_r;
-        nearest = nearer ? broadcast(static_cast<double>(j)) : nearest;
-        const Vec least = r - lanes.slope * screen.o.roots[j] - lanes.constant;
-        for (unsigned mask = bits(least <= limit) & listing; mask; mask &= mask - 1) {
-          const int i = __builtin_ctz(mask);
-          Candidates& found = candidates[screen.tiles.row(tile, static_cast<int>(q) + i)];
-          found.list.push_back(static_cast<int32_t>(j));
-          if (static_cast<int64_t>(found.list.size()) > most) listing &= ~(1u << i);
-        }
-      }
-    }
-    for (int i = 0; i < kLanes && i < count; ++i) {
-      Candidates& found = candidates[screen.tiles.row(tile, static_cast<int>(q) + i)];
-      found.nearest = static_cast<int64_t>(nearest[i]);
-      found.smallest = smallest[i];
-      found.too_many = static_cast<int64_t>(found.list.size()) > few;
-    }
+    for (Selection<Element>& half : halves) half.finish();
   });
 }
 
@@ -224,6 +234,55 @@ void select(const Screen& screen, const Largest& largest, std::vector<Candidates
   for (const int64_t b : screen.tiles.rows) candidates[b] = Candidates();
   screen.integers ? select_as<int32_t>(screen, largest, candidates)
                   : select_as<float>(screen, largest, candidates);
+}
+
+// Lists the other candidates of query i, counted over all tiles, if they are at most so many.
+inline void list_others(const Screen& screen, int64_t i, double limit, int64_t most,
+                        Candidates& found) {
+  const Bound& bound = screen.bounds[screen.tiles.rows[i]];
+  const double* least = screen.least.get() + screen.minima(i / kTileQueries, 0) + i % kTileQueries;
+  const int64_t width = screen.tiles.width(i / kTileQueries);
+  for (int64_t block = found.listed / kScreenRows; block < screen.num_blocks(); ++block) {
+    if (!(least[block * width] <= limit)) continue;
+    const int64_t last = std::min(screen.p.count, (block + 1) * kScreenRows);
+    for (int64_t j = std::max(found.listed, block * kScreenRows); j < last; ++j) {
+      const double error = bound.slope * screen.o.roots[j] + bound.constant;
+      if (!(screen.r(i, j) - error <= limit)) continue;
+      if (static_cast<int64_t>(found.list.size()) == most) return;
+      found.list.push_back(static_cast<int32_t>(j));
+    }
+  }
+  found.too_many = false;
+}
+
+// The second pass over a vector of queries costs about as much as direct differences of one query
+// to all references: the queries beyond whole vectors are spared it where they seem to have few
+// candidates in all.
+template <class Largest>
+void fill_vectors(const Screen& screen, const Largest& largest,
+                  std::vector<Candidates>& candidates) {
+  const std::vector<int64_t>& rows = screen.tiles.rows;
+  std::vector<int64_t> dense;  // positions
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (candidates[rows[i]].too_many) dense.push_back(static_cast<int64_t>(i));
+  }
+  const auto found = [&](int64_t i) -> Candidates& { return candidates[rows[i]]; };
+  const auto end = dense.begin() + dense.size() % kFloatLanes;
+  std::partial_sort(dense.begin(), end, dense.end(), [&](int64_t a, int64_t b) {
+    return found(a).listed > found(b).listed;  // lists that filled late
+  });
+  dense.erase(end, dense.end());
+  const int64_t most = std::max(few_candidates(screen.p), screen.p.count / 4);
+  double total = 0;
+  for (const int64_t i : dense) {
+    const double share = static_cast<double>(found(i).listed) / static_cast<double>(screen.p.count);
+    total += static_cast<double>(found(i).list.size()) / share;
+  }
+  if (total > static_cast<double>(most)) return;
+  parallel_for(screen.p.num_threads, static_cast<int64_t>(dense.size()), [&](int64_t n, int) {
+    const int64_t i = dense[n];
+    list_others(screen, i, largest(rows[i], found(i).smallest), most, found(i));
+  });
 }
 
 // Whether float holds the squares of everything. False for NaN, so that what is not finite, in a

@@ -67,7 +67,7 @@ struct TwoPass {
       return limit(screen.bounds[b], b, smallest);
     };
     select(screen, largest, candidates);
-    if (fills_vectors) fill_vectors(p, screen.tiles.rows, candidates);
+    if (fills_vectors) fill_vectors(screen, largest, candidates);
     Tiles dense;
     std::vector<SparseQuery> sparse;
     for (const int64_t b : screen.tiles.rows) {
