@@ -3,8 +3,8 @@
 #include <vector>
 
 #include "../field_math.h"
-#include "blocks.h"
 #include "kernels.h"
+#include "sparse.h"
 
 namespace pfgm {
 namespace {
@@ -21,16 +21,14 @@ Fast choose(const FieldParams& p, Fast direct, Fast fused, Fast two_pass) {
 
 // Whether the displacement all but cancels: its digits, of which a normalised field needs all, are
 // then those that float does not have.
-bool cancels(const FieldParams& p, int64_t b) {
+bool cancels(const RowReader& reader, int64_t b) {
+  const FieldParams& p = reader.p;
   const int64_t ld = round_up(p.dim, kPad);
-  const double t = p.t[b], *x = p.x + b * ld, *displacement = p.displacement + b * ld;
-  double total = t * t, anchor = total;
-  for (int64_t c = 0; c < p.dim; ++c) {
-    const double offset = decode(p, p.anchor[b] * p.dim + c) - x[c];
-    total += displacement[c] * displacement[c];
-    anchor += offset * offset;
-  }
-  return total < 1e-6 * anchor;
+  const double t2 = p.t[b] * p.t[b], *displacement = p.displacement + b * ld;
+  double square = 0;
+  for (int64_t c = 0; c < p.dim; ++c) square += displacement[c] * displacement[c];
+  const double anchor = pair_sums(reader, p.x + b * ld, nullptr, p.anchor[b]).distance;
+  return square + t2 < 1e-6 * (anchor + t2);
 }
 
 // Runs the exact kernel for what the fast one could not certify.
@@ -49,8 +47,9 @@ void PFGM_ISA::field_forward(const FieldParams& p) {
   if (!fast) return exact_forward(p, {nullptr, p.batch});
   const Buffer<uint8_t> uncertified(p.batch);
   fast(p, uncertified.get());
+  const RowReader reader(p);
   parallel_for(p.num_threads, p.batch, [&](int64_t b, int) {
-    if (!uncertified[b]) uncertified[b] = cancels(p, b);
+    if (!uncertified[b]) uncertified[b] = cancels(reader, b);
   });
   finish(p, uncertified.get(), exact_forward);
 }

@@ -55,12 +55,16 @@ struct Forward : TwoPass {
     float* weights = &pass.weight(i, 0);
     const int64_t width = pass.tiles.width(i / kTileQueries);
     double taken = 0;
-    for (int64_t j = 0; j < p.count; ++j) {
-      float& weight = weights[j * width];
-      if (weight <= total * kHeavy) continue;
-      heavy.push_back(static_cast<int32_t>(j));
-      taken += weight;
-      weight = 0;
+    for (int64_t block = 0; block < pass.num_blocks; ++block) {
+      if (pass.block_sums[block * pass.tiles.padded() + i] <= total * kHeavy) continue;
+      const int64_t first = block * kGatherRows;
+      for (int64_t j = first; j < std::min(p.count, first + kGatherRows); ++j) {
+        float& weight = weights[j * width];
+        if (weight <= total * kHeavy) continue;
+        heavy.push_back(static_cast<int32_t>(j));
+        taken += weight;
+        weight = 0;
+      }
     }
     return std::max(0.0, total - taken);
   }
