@@ -129,6 +129,21 @@ def hardly_spread(d: int, steps: int) -> Case:
     return Case(x, torch.tensor([1.0, 40, 1e3]).repeat(2), x0, D=0, dense=True, named=False)
 
 
+def a_cluster(d: int, size: int) -> Case:
+    """A query amid a cluster of some references, beside 16 queries for which all of them count:
+    of 17 with many candidates the one with the fewest may be finished another way. On a grid.
+    """
+    generator = seeded(d)
+    x0 = torch.randn(1100, d, generator=generator)
+    members = torch.randperm(1100, generator=generator)[:size]
+    x0[members] = x0[0] + 0.1 * torch.randn(size, d, generator=generator)
+    x = torch.randn(17, d, generator=generator)
+    x[8] = x0[members].mean(0) + 0.1 * x[8]
+    t = torch.linspace(60, 200, 17)
+    t[8] = 10
+    return Case(x, t, (x0 * 32).round() / 32, dense=True, named=False)
+
+
 def far_away(d: int) -> Case:
     """Queries far outside of data that are themselves far from the origin."""
     generator = seeded(d)
@@ -190,6 +205,7 @@ for d in (3, 33, 64, 256, 300, 3072):
     register(f"crowds d={d}", crowds, d)
 for d, steps in ((64, 0), (64, 1), (301, 0), (301, 1)):
     register(f"hardly spread d={d} steps={steps}", hardly_spread, d, steps)
+register("a cluster d=300", a_cluster, 300, 150)
 for d in (2, 17, 100):
     register(f"far away d={d}", far_away, d)
 for d, D, distance in ((3, 1e6, 1e-6), (3, 1e9, 3e-5), (64, 1e9, 1e-5), (300, 1e9, 1e-5)):

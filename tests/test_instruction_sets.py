@@ -43,6 +43,8 @@ NAMES = [
     "all t d=16",
     "near-duplicates d=64 distance=1e-05",
     "on data points d=3",
+    "crowds d=300",
+    "a cluster d=300",
 ]
 
 

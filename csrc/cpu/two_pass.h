@@ -82,7 +82,7 @@ struct TwoPass {
   }
 
   // Finishes the queries with too many candidates.
-  void second_pass(Screen& screen, const std::vector<Candidates>& candidates) const {
+  void second_pass(const Screen& screen, const std::vector<Candidates>& candidates) const {
     const Tiles& tiles = screen.tiles;
     Anchors anchors(tiles.padded());
     std::vector<int64_t> coarse;
