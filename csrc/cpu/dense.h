@@ -78,7 +78,7 @@ inline VecF relative_logits(const FieldParams& p, VecF u) {
 // whole vectors: r and squared distance of a reference near the nearest one, the latter exactly;
 // lanes with no query, or with one that another kernel computes, take no part.
 struct Anchors {
-  std::vector<double> squares, r;  // r = square / unit² − offset
+  std::vector<double> squares, r;  // r = square / unit² − offset, or 0 where that is the base
   std::vector<double> inverse;     // what turns r − r of the anchor into the argument of the logit
   std::vector<float> cutoff;  // logits below this count for nothing: all where no part is taken
 

@@ -3,8 +3,7 @@
 // not precise enough for a second pass: a product costs half of it, the exact kernel several times.
 #pragma once
 
-#include "screen.h"
-#include "sparse.h"
+#include "dense.h"
 
 namespace pfgm {
 namespace {
@@ -37,10 +36,11 @@ inline void read_columns(const RowReader& reader, int64_t j, int64_t first, int6
   });
 }
 
-// Puts what direct differences give for r − base in the place of the products of some queries.
-// indices: their positions among the queries of the screen.
-inline void subtract(const Screen& screen, const std::vector<int64_t>& indices) {
+// Puts what direct differences give for r − r of the anchor in the place of the products of some
+// queries. indices: their positions among the queries of the screen.
+inline void subtract(const Screen& screen, Anchors& anchors, const std::vector<int64_t>& indices) {
   const FieldParams& p = screen.p;
+  const double scale = screen.o.inverse_unit * screen.o.inverse_unit;
   const RowReader reader(p);
   Tiles tiles;
   for (const int64_t i : indices) tiles.rows.push_back(screen.tiles.rows[i]);
@@ -67,13 +67,13 @@ inline void subtract(const Screen& screen, const std::vector<int64_t>& indices) 
     for (size_t n = 0; n < indices.size(); ++n) {
       const int64_t tile = n / kTileQueries, width = double_width(tiles, tile), i = indices[n];
       const double* from = squares + tile * kTileQueries * kScreenRows + n % kTileQueries;
-      const double offset = screen.bounds[tiles.rows[n]].offset;
       for (int64_t r = 0; r < rows; ++r) {
-        const double square = from[r * width] * screen.o.inverse_unit * screen.o.inverse_unit;
-        screen.product(i, first + r) = static_cast<float>(square - offset);
+        const double difference = from[r * width] - anchors.squares[i];
+        screen.product(i, first + r) = static_cast<float>(difference * scale);
       }
     }
   });
+  for (const int64_t i : indices) anchors.r[i] = 0;
 }
 
 }  // namespace

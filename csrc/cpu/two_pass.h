@@ -9,7 +9,6 @@
 //      direct differences have replaced the products that are not precise enough (differences.h).
 #pragma once
 
-#include "dense.h"
 #include "differences.h"
 #include "screen_products.h"
 
@@ -97,7 +96,7 @@ struct TwoPass {
       anchors.set(screen, i, square, depth(b));
       any = true;
     }
-    if (!coarse.empty()) subtract(screen, coarse);
+    if (!coarse.empty()) subtract(screen, anchors, coarse);
     if (any) finish_dense(SecondPass(screen, anchors));
   }
 };
