@@ -103,6 +103,17 @@ def crowds(d: int) -> Case:
     return Case(x, torch.linspace(0.2, 2, 12) * math.sqrt(d), x0, dense=True, named=d <= 16)
 
 
+def uneven_crowds(d: int) -> Case:
+    """Nine tenths copies of one reference, one tenth of another: long sums of equal terms. Queries
+    on the latter, from where on the displacement is small beside what is summed.
+    """
+    generator = seeded(d)
+    copied = torch.randn(2, d, generator=generator)
+    x0 = copied[(torch.rand(1000, generator=generator) < 0.1).long()]
+    x = copied[1] + 1e-3 * torch.randn(12, d, generator=generator)
+    return Case(x, torch.logspace(0.5, 2, 12) * math.sqrt(d), x0, dense=True, named=False)
+
+
 def flat(d: int, count: int, D: float = 1, share: float = 0) -> Case:
     """All references weigh almost the same, so that the terms of their sums round alike. share: of
     ones among zeros in place of normal references, so that the terms of the displacement do, too.
@@ -203,6 +214,8 @@ for d in (1, 3, 64, 100):
     register(f"on data points d={d}", on_data_points, d)
 for d in (3, 33, 64, 256, 300, 3072):
     register(f"crowds d={d}", crowds, d)
+for d in (64, 300, 784):
+    register(f"uneven crowds d={d}", uneven_crowds, d)
 for d, steps in ((64, 0), (64, 1), (301, 0), (301, 1)):
     register(f"hardly spread d={d} steps={steps}", hardly_spread, d, steps)
 register("a cluster d=300", a_cluster, 300, 150)

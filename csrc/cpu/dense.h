@@ -11,6 +11,7 @@ namespace pfgm {
 namespace {
 
 constexpr int64_t kGatherRows = 256;     // references whose terms are summed in float from zero
+constexpr int64_t kCrowdRows = 16;       // the same of crowds, whose terms round alike
 constexpr int64_t kGatherColumns = 192;  // a multiple of all product_rows()
 constexpr int64_t kGatherStrip = 4;      // kGatherColumns that a task takes at most
 // Logits may be off by this much, root mean square. What remains of it in a sum in which no single
@@ -195,6 +196,7 @@ struct SecondPass {
   // The sums of columns start to end for some tiles. y, out and totals are work areas.
   void gather_strip(int64_t start, int64_t end, int64_t first_tile, int64_t last_tile, float* y,
                     float* out, double* totals, double* sums) const {
+    const int64_t run = o.crowds ? kCrowdRows : kGatherRows;
     const int64_t size = (end - start) * kTileQueries;  // of a tile's totals
     std::fill_n(totals, size * (last_tile - first_tile), 0.0);
     for (int64_t block = 0; block < num_blocks; ++block) {
@@ -209,7 +211,10 @@ struct SecondPass {
           decoded = true;
           const int64_t width = tiles.width(tile);
           const float* weights = screen.tile_products(tile) + first * width;
-          product<FloatProduct>(y, columns, 1, columns, weights, width, rows, out, false);
+          for (int64_t r = 0; r < rows; r += run) {
+            product<FloatProduct>(y + r * columns, columns, 1, columns, weights + r * width, width,
+                                  std::min(run, rows - r), out, r > 0);
+          }
           double* to = totals + (tile - first_tile) * size + (column - start) * width;
           for (int64_t i = 0; i < columns * width; i += kLanes) {
             store(to + i, load(to + i) + widen(out + i));
