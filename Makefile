@@ -18,16 +18,16 @@ CXX_SOURCES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -
 READY := .venv/.ready
 # The Triton kernels run on the CPU under Triton's interpreter, whose matrix products are numpy's;
 # every line of them in the tests that are traced, which take twice as long for it.
-OP_TESTS := $(patsubst %,tests/test_%.py,accuracy autograd compile images inputs low_dimension \
+OP_TESTS := $(patsubst %,tests/op/test_%.py,accuracy autograd compile images inputs low_dimension \
   merge nonfinite property references singular validation)
-TRACED_TESTS := $(patsubst %,tests/test_%.py,triton gradients)
+TRACED_TESTS := tests/triton/test_triton.py tests/op/test_gradients.py
 INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
   $(BIN)/python -m pytest -q -k triton -n 2
 # The CUDA kernels run on the CPU on an emulated GPU, once with every test of the op and then with
 # a search for races and for accesses out of bounds.
-EMULATED := OMP_NUM_THREADS=1 $(BIN)/python tests/emulated.py
-CUDA_TESTS := $(patsubst %,tests/test_%.py,cuda_direct cuda_two_pass)
-SEARCHED_TESTS := $(CUDA_TESTS) $(patsubst %,tests/test_%.py,gradients low_dimension nonfinite singular)
+EMULATED := OMP_NUM_THREADS=1 $(BIN)/python tests/cuda/emulated.py
+CUDA_TESTS := $(patsubst %,tests/cuda/test_%.py,cuda_direct cuda_two_pass)
+SEARCHED_TESTS := $(CUDA_TESTS) $(patsubst %,tests/op/test_%.py,gradients low_dimension nonfinite singular)
 
 .PHONY: setup demo test sanitize mutants aot lint format benchmark pictures clean
 
@@ -47,18 +47,18 @@ test: $(READY)
 	$(INTERPRETED) $(TRACED_TESTS) --cov
 	$(INTERPRETED) $(OP_TESTS)
 	$(EMULATED) plain -q --every-kernel $(CUDA_TESTS)
-	$(EMULATED) plain -q -k cuda -n 2 tests/test_gradients.py $(OP_TESTS)
+	$(EMULATED) plain -q -k cuda -n 2 tests/op/test_gradients.py $(OP_TESTS)
 	$(EMULATED) races -q -k cuda -n 2 $(SEARCHED_TESTS)
 	$(EMULATED) address -q -k cuda -n 2 $(SEARCHED_TESTS)
 
 sanitize: $(READY)
-	$(BIN)/python tests/sanitize.py
+	$(BIN)/python tests/cpu/sanitize.py
 
 mutants: $(READY)
-	$(BIN)/python tests/mutants.py --table docs/mutants.md
+	$(BIN)/python tests/cuda/mutants.py --table docs/mutants.md
 
 aot: $(READY)
-	$(BIN)/python tests/aot.py
+	$(BIN)/python tests/triton/aot.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

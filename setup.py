@@ -20,7 +20,8 @@ SOURCES = Path(__file__).parent.resolve() / "csrc"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -Wall -Wextra -Wno-psabi"
 CUDA_FLAGS = "-std=c++17 -O3 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
-CPU_SOURCES = sorted({file.stem for file in (SOURCES / "cpu").glob("*.cpp")} - {"dispatch"})
+CPU = SOURCES / "cpu"
+CPU_SOURCES = sorted({str(f.relative_to(CPU))[:-4] for f in CPU.rglob("*.cpp")} - {"dispatch"})
 AVX512 = "-mavx512f -mavx512dq -mavx512vl -mfma"
 X86 = {"avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512vnni": f"{AVX512} -mavx512bw -mavx512vnni"}
 ISA_FLAGS = {"portable": "", **(X86 if os.uname().machine == "x86_64" else {})}
@@ -43,7 +44,7 @@ def cuda_archs(nvcc: str) -> list[str]:
 
 
 def ninja_file(output: Path) -> str:
-    edges = {}  # object: (rule, source, flags)
+    edges = {"dispatch.o": ("cxx", "cpu/dispatch.cpp", "-O2")}  # object: (rule, source, flags)
     nvcc, link, defines = find_nvcc(), f"{CXX} -shared -fopenmp", ""
     if nvcc:
         archs = cuda_archs(nvcc)
@@ -57,7 +58,6 @@ def ninja_file(output: Path) -> str:
     for isa, flags in ISA_FLAGS.items():
         for name in CPU_SOURCES:
             edges[f"{name}_{isa}.o"] = ("cxx", f"cpu/{name}.cpp", f"-O3 -DPFGM_ISA={isa} {flags}")
-    edges["dispatch.o"] = ("cxx", "cpu/dispatch.cpp", "-O2")
     include = f"-O1 -I{pybind11.get_include()} -I{sysconfig.get_path('include')} {defines}"
     edges["bindings.o"] = ("cxx", "bindings.cpp", include)
     compile_ = "$flags -MD -MF $out.d -c $in -o $out\n  deps = gcc\n  depfile = $out.d"

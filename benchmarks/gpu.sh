@@ -89,7 +89,7 @@ if [[ -z $nvcc ]]; then
   report intrinsics "skipped: nvcc is not installed" 0
 else
   stage compile 30 "$nvcc" -std=c++17 "-arch=sm_$arch" -o "$out/gpu-intrinsics" \
-    tests/emulation/device_check.cu
+    tests/cuda/emulation/device_check.cu
   stage intrinsics 10 "$out/gpu-intrinsics"
   rm -f "$out/gpu-intrinsics"
 fi
@@ -100,7 +100,7 @@ if has pytest && has hypothesis; then
   # Most of the time goes into compiling kernels, on the CPU.
   if has xdist; then workers=(-n 4); fi
   stage tests 110 "$python" -m pytest -q tests "${workers[@]}" --durations=5 \
-    -k "(triton or cuda) and not aot" --ignore=tests/test_build.py --ignore=tests/test_layout.py
+    -k "(triton or cuda) and not aot" --ignore=tests/package
 else
   report tests "FAILED: pytest and hypothesis are needed" 0
   failed=1

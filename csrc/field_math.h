@@ -46,7 +46,7 @@ PFGM_HOST_DEVICE double decode(const FieldParams& p, int64_t index) {
   }
 }
 
-// For scalars; the CPU kernels have a vector twin (cpu/simd.h).
+// For scalars; the CPU kernels have a vector twin (cpu/common/simd.h).
 struct ScalarMath {
   PFGM_HOST_DEVICE static double log1p(double u) { return ::log1p(u); }
 };

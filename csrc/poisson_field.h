@@ -21,7 +21,7 @@ struct FieldParams {
 
   // Whether the queries are float32, so that the kernels need not compute in double throughout.
   bool single;
-  // CPU: what prepare_references wrote, or null (cpu/operands.h).
+  // CPU: what prepare_references wrote, or null (cpu/common/operands.h).
   double* norms;   // (N,)
   uint8_t* codes;  // (N, d)
   double* grid;    // (4 + d,)

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
+#include "common/kernels.h"
 
 PFGM_DECLARE_KERNELS(portable)
 #if defined(__x86_64__)

@@ -3,8 +3,8 @@
 #include <vector>
 
 #include "../field_math.h"
-#include "kernels.h"
-#include "sparse.h"
+#include "common/kernels.h"
+#include "common/sparse.h"
 
 namespace pfgm {
 namespace {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Instructions that C++ has no words for: the only file with PTX. Beside each stands what it does
-// as C++ for a host that runs a block's threads as fibers (tests/emulation).
+// as C++ for a host that runs a block's threads as fibers (tests/cuda/emulation).
 #pragma once
 
 #include <cuda_runtime.h>

@@ -41,7 +41,7 @@ def chunk_shape(
 
 def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
     """Norms (N,) and the grid (4 + d,) of the values for the kernels for larger d, and codes (N, d)
-    uint8 where float32 values turn out to lie on a grid of 256 steps (csrc/cpu/operands.h).
+    uint8 where float32 values turn out to lie on a grid of 256 steps (csrc/cpu/common/operands.h).
     """
     count, d = values.shape
     if values.dtype == torch.float64 or d <= MAX_DIRECT_DIM:

@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the forward and the backward pass of few dimensions share: direct differences in float.
+//
+// Vectors run over queries, and the references' coordinates are broadcast. Only squared distances
+// are formed in float, never s = ‖x − x0‖² + t²: with the distance at some origin near the nearest
+//
+//   1 + u = s / scale,  u = (‖x − x0‖² − origin) · inverse + low,  scale = 1 / inverse
+//
+// holds to float precision relative to u however large t is, `low` taking what the rounding of
+// `inverse` leaves over. For the Gaussian kernel u is the logit's size, (‖x − x0‖² − origin)/(2t²).
+#pragma once
+
+#include <type_traits>
+
+#include "../../field_math.h"
+#include "../common/simd.h"
+
+namespace pfgm {
+namespace {
+
+constexpr int kQueries = 64;  // in a tile: they share a decoded block of references
+constexpr int kBlock = 256;   // references in a block, whose float sums go into double
+constexpr int kRun = 16;      // references whose sums start from zero: equal terms round alike
+constexpr int kColumns = 8;   // columns whose sums stay in registers
+constexpr int kMaxDim = 24;   // kMaxDirectDim
+constexpr int kTileVectors = kQueries / kFloatLanes;
+
+// How weights relative to the scale are computed.
+enum class Weighing { kPower, kLogarithm, kGaussian };
+
+constexpr double kCrowdTolerance = 6e-7;  // log masses of equal references may be off by this much
+
+constexpr int kMaxPower = 40;  // beyond it the rounding of powers exceeds that of logarithms
+
+inline Weighing choose_weighing(double half_k) {
+  const double k = 2 * half_k;
+  if (half_k == INFINITY) return Weighing::kGaussian;
+  if (k != ::floor(k) || k > kMaxPower) return Weighing::kLogarithm;
+  return Weighing::kPower;
+}
+
+// Calls task(std::integral_constant<Weighing, weighing>).
+template <class Task>
+void dispatch(Weighing weighing, const Task& task) {
+  switch (weighing) {
+    case Weighing::kPower:
+      return task(std::integral_constant<Weighing, Weighing::kPower>());
+    case Weighing::kLogarithm:
+      return task(std::integral_constant<Weighing, Weighing::kLogarithm>());
+    default:
+      return task(std::integral_constant<Weighing, Weighing::kGaussian>());
+  }
+}
+
+// What the slope of a logit times its squared distance may be for the rounding of the latter, of
+// 2e-7 at most, to move it by little enough: it is k/2 at most. Errors of crowds add up.
+constexpr double kMostSlope = 14, kMostCrowdSlope = 1.5;
+
+// Whether float does for a query whose nearest reference is at this squared distance: the range
+// holds what is formed.
+inline bool fits_float(const RadialKernel& kernel, double distance, double most_slope) {
+  const double slope = kernel.slope(distance);
+  const double size = kernel.gaussian ? 1 / slope : distance + kernel.offset;
+  return size > 1e-25 && size < 1e25 && distance < 1e25 && distance * slope <= most_slope;
+}
+
+// Parts of the references: several where there are too few tiles for the threads to share evenly.
+inline int64_t count_parts(const FieldParams& p, int64_t tiles) {
+  if (tiles % p.num_threads == 0 || tiles >= 4 * p.num_threads) return 1;
+  const int64_t wanted =
+      tiles < p.num_threads ? (p.num_threads + tiles - 1) / tiles : p.num_threads;
+  const int64_t most = (p.count + kBlock - 1) / kBlock;
+  return wanted < most ? wanted : most;
+}
+
+// A compile-time integer as an argument.
+template <int n>
+using Constant = std::integral_constant<int, n>;
+
+// Calls task(Constant<first>, Constant<columns>) for every strip of at most kColumns columns.
+template <class Task>
+void for_strips(int64_t dim, const Task& task) {
+  for (int first = 0; first < dim; first += kColumns) {
+    switch (clamp_size(dim - first, kColumns)) {
+      case 1:
+        task(first, Constant<1>());
+        break;
+      case 2:
+        task(first, Constant<2>());
+        break;
+      case 3:
+        task(first, Constant<3>());
+        break;
+      case 4:
+        task(first, Constant<4>());
+        break;
+      case 5:
+        task(first, Constant<5>());
+        break;
+      case 6:
+        task(first, Constant<6>());
+        break;
+      case 7:
+        task(first, Constant<7>());
+        break;
+      default:
+        task(first, Constant<kColumns>());
+    }
+  }
+}
+
+inline bool any(VecFInt mask) {
+  int32_t result = 0;
+  for (int i = 0; i < kFloatLanes; ++i) result |= mask[i];
+  return result != 0;
+}
+
+// sums (kFloatLanes,) += v, in double.
+inline void accumulate(double* sums, VecF v) {
+  float lanes[kFloatLanes];
+  store(lanes, v);
+  for (int i = 0; i < kFloatLanes; i += kLanes) store(sums + i, load(sums + i) + widen(lanes + i));
+}
+
+// References in float, padded to whole runs with copies of the first.
+struct DirectBlock {
+  alignas(64) float rows[kBlock * kMaxDim];
+  int64_t dim;
+  int count, padded;
+
+  void load(const FieldParams& p, int64_t first, int n) {
+    dim = p.dim;
+    count = n;
+    padded = static_cast<int>(round_up(n, kRun));
+    const int64_t start = first * dim, size = n * dim;
+    if (p.value_type == ValueType::kFloat32) {
+      const float* values = static_cast<const float*>(p.values) + start;
+      for (int64_t i = 0; i < size; ++i) rows[i] = values[i];
+    } else {
+      const uint8_t* codes = static_cast<const uint8_t*>(p.values) + start;
+      for (int64_t i = 0; i < size; ++i) rows[i] = p.table[codes[i]];
+    }
+    for (int64_t i = size; i < padded * dim; ++i) rows[i] = rows[i % dim];
+  }
+};
+
+// Squared distances of the queries x[dim] from each reference of a block.
+inline void squared_distances(const DirectBlock& block, const VecF* x, VecF* out) {
+  for_strips(block.dim, [&](int first, auto columns) {
+    constexpr int n = decltype(columns)::value;
+    VecF query[n];
+    for (int c = 0; c < n; ++c) query[c] = x[first + c];
+    const float* row = block.rows + first;
+    for (int r = 0; r < block.padded; ++r, row += block.dim) {
+      VecF sum = (query[0] - row[0]) * (query[0] - row[0]);
+      for (int c = 1; c < n; ++c) {
+        const VecF difference = query[c] - row[c];
+        sum += difference * difference;
+      }
+      out[r] = first == 0 ? sum : out[r] + sum;
+    }
+  });
+}
+
+// sum += Σ_r weights[r], sums[c] += Σ_r weights[r] (row_r[c] − x[c]), in float within the block.
+inline void gather(const DirectBlock& block, const VecF* x, const VecF* weights, double* sum,
+                   double (*sums)[kFloatLanes]) {
+  for_strips(block.dim, [&](int first, auto columns) {
+    constexpr int n = decltype(columns)::value;
+    VecF query[n], total[n] = {}, total_weight = {};
+    for (int c = 0; c < n; ++c) query[c] = x[first + c];
+    const float* row = block.rows + first;
+    for (int start = 0; start < block.padded; start += kRun) {
+      VecF part[n] = {}, part_weight = {};
+      for (int r = start; r < start + kRun; ++r, row += block.dim) {
+        part_weight += weights[r];
+        for (int c = 0; c < n; ++c) part[c] -= weights[r] * (query[c] - row[c]);
+      }
+      total_weight += part_weight;
+      for (int c = 0; c < n; ++c) total[c] += part[c];
+    }
+    for (int c = 0; c < n; ++c) accumulate(sums[first + c], total[c]);
+    if (first == 0) accumulate(sum, total_weight);
+  });
+}
+
+// Where weights are relative to, per query of a vector.
+struct Scale {
+  VecF origin, inverse, low;
+  // The squared distance whose s is 1 / inverse; for the Gaussian kernel the origin.
+  alignas(64) double square[kFloatLanes];
+
+  // offset: what t adds to s. rate: 1/(2t²) for the Gaussian kernel.
+  void move(VecF to, const double* offset, const double* rate, bool gaussian) {
+    origin = to;
+    for (int i = 0; i < kFloatLanes; ++i) {
+      const double exact = gaussian ? rate[i] : 1 / (origin[i] + offset[i]);
+      inverse[i] = static_cast<float>(exact);
+      const double inverse64 = inverse[i];
+      low[i] = static_cast<float>(gaussian ? exact - inverse64
+                                           : (origin[i] + offset[i]) * inverse64 - 1);
+      square[i] = gaussian ? origin[i] : 1 / inverse64 - offset[i];
+    }
+  }
+};
+
+// Squared distances become weights relative to the scale, in place. NaN and infinity become NaN.
+struct Weights {
+  double half_k;
+  float half_k_high, half_k_low;
+  Weighing weighing;
+  int k;
+  float second_order;
+
+  explicit Weights(double half_k)
+      : half_k(half_k),
+        half_k_high(static_cast<float>(half_k)),
+        half_k_low(static_cast<float>(half_k - half_k_high)),
+        weighing(choose_weighing(half_k)),
+        k(weighing == Weighing::kPower ? static_cast<int>(2 * half_k) : 0),
+        second_order(static_cast<float>(half_k * (half_k + 1) / 2)) {}
+
+  template <Weighing kWeighing, int kCount>
+  void weigh(const Scale& scale, VecF* v) const {
+    if constexpr (kWeighing == Weighing::kLogarithm) {
+      for (int r = 0; r < kCount; ++r) {
+        const VecF p = log1p((v[r] - scale.origin) * scale.inverse + scale.low);
+        const VecF logit = p * half_k_high;
+        v[r] = exp_sum(-logit, (logit - p * half_k_high) - p * half_k_low);
+      }
+    } else if constexpr (kWeighing == Weighing::kGaussian) {
+      for (int r = 0; r < kCount; ++r) {
+        const VecF difference = v[r] - scale.origin;
+        const VecF logit = difference * scale.inverse;
+        v[r] = exp_sum(-logit, (logit - difference * scale.inverse) - difference * scale.low);
+      }
+    } else {
+      powers<kCount>(scale, v);
+    }
+  }
+
+ private:
+  // exp(high + low) for a tiny low, which is NaN where high is not finite.
+  static VecF exp_sum(VecF high, VecF low) {
+    const VecF power = exp(high);
+    return power + power * low;
+  }
+
+  // (1 + u)^(−k/2). An approximate root y leaves e = 1 − (1 + u) y², and the power is
+  // y^k (1 − e)^(−k/2) = y^k (1 + (k/2) e + (k/2) (k/2 + 1)/2 e²), to 3e-9 for k ≤ 40.
+  template <int kCount>
+  void powers(const Scale& scale, VecF* v) const {
+    VecF square[kCount], result[kCount];
+    for (int r = 0; r < kCount; ++r) {
+      const VecF u = (v[r] - scale.origin) * scale.inverse + scale.low;
+      const VecF ratio = 1.0f + u, lost = u - (ratio - 1.0f);
+      const VecF y = approximate_reciprocal_root(ratio);
+      square[r] = y * y;
+      const VecF e = (1.0f - ratio * square[r]) - lost * square[r];
+      const VecF start = k % 2 == 1 ? y : broadcast(1.0f);
+      result[r] = start + start * (e * (e * second_order + half_k_high));
+    }
+    for (int n = k / 2; n > 0;) {
+      if (n % 2 == 1) {
+        for (int r = 0; r < kCount; ++r) result[r] *= square[r];
+      }
+      n /= 2;
+      if (n == 0) break;
+      for (int r = 0; r < kCount; ++r) square[r] *= square[r];
+    }
+    for (int r = 0; r < kCount; ++r) v[r] = result[r];
+  }
+};
+
+}  // namespace
+}  // namespace pfgm

@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: Apache-2.0
+// Displacement and log mass, Eqs. (3) and (12), in few dimensions and in float (direct.h):
+//
+//   v = Σ_j w_j (x0_j − x),  w = softmax_j(logit_j),  log_mass = logsumexp_j(logit_j)
+//
+// Threads take tiles of queries and, where these are too few, parts of the references, whose
+// states are combined at the end. The nearest reference of each part is weighed again in double.
+#include <algorithm>
+
+#include "../common/crowds.h"
+#include "direct_low.h"
+#include "../common/kernels.h"
+
+namespace pfgm {
+namespace {
+
+// One query's sums over one part of the references.
+struct Part {
+  OnlineState state;  // relative to the anchor
+  int64_t anchor;
+  bool certified;
+};
+
+struct Pass {
+  const FieldParams& p;
+  Weights weights;
+  int64_t ld, begin, end;  // the references' part
+  double most_slope;
+  bool gaussian;
+
+  Pass(const FieldParams& p, int64_t begin, int64_t end, double most_slope)
+      : p(p),
+        weights(p.half_k),
+        ld(round_up(p.dim, kPad)),
+        begin(begin),
+        end(end),
+        most_slope(most_slope),
+        gaussian(p.half_k == INFINITY) {}
+
+  // References whose distance falls below the scale by more than this, in u, move it: close to it
+  // u keeps its precision and logits are small.
+  float slack() const {
+    if (gaussian) return -1.0f;
+    return static_cast<float>(p.half_k > 4 ? -1 / p.half_k : -0.25);
+  }
+};
+
+inline double squared_distance(const FieldParams& p, const double* x, int64_t j) {
+  double sum = 0;
+  for (int64_t c = 0; c < p.dim; ++c) {
+    const double difference = decode(p, j * p.dim + c) - x[c];
+    sum += difference * difference;
+  }
+  return sum;
+}
+
+inline double choose_most_slope(const FieldParams& p) {
+  if (p.half_k <= kMostCrowdSlope) return kMostSlope;  // none is steeper
+  return has_crowds(p) ? kMostCrowdSlope : kMostSlope;
+}
+
+// A vector of queries.
+struct Queries {
+  VecF x[kMaxDim];
+  VecF nearest;   // squared distance
+  VecFInt run;    // the references that it is among
+  VecFInt equal;  // how many are as near, which err alike if they are copies
+  Scale scale;
+  LowScale low_scale;
+  bool low = false;                                           // which of the scales counts
+  alignas(64) double offset[kFloatLanes], rate[kFloatLanes];  // of s, and 1/(2t²)
+  alignas(64) double sum[kFloatLanes], displacement[kMaxDim][kFloatLanes];
+
+  // Lanes beyond the last query repeat it.
+  void start(const FieldParams& p, int64_t first) {
+    const int64_t ld = round_up(p.dim, kPad);
+    for (int i = 0; i < kFloatLanes; ++i) {
+      const int64_t b = first + i < p.batch ? first + i : p.batch - 1;
+      const RadialKernel kernel(p.half_k, p.t[b]);
+      offset[i] = kernel.offset;
+      rate[i] = kernel.inverse_two_t2;
+      for (int c = 0; c < p.dim; ++c) x[c][i] = static_cast<float>(p.x[b * ld + c]);
+      sum[i] = 0;
+      for (int c = 0; c < p.dim; ++c) displacement[c][i] = 0;
+      scale.square[i] = INFINITY;
+    }
+    nearest = scale.origin = broadcast(INFINITY);
+    scale.inverse = broadcast(1.0f);
+    scale.low = VecF{};
+    run = VecFInt{};
+    equal = VecFInt{} + 1;
+  }
+
+  // The scale for is_low, from the first run of references.
+  void fix_scale(const Pass& pass, int64_t first) {
+    const FieldParams& p = pass.p;
+    low = true;
+    for (int i = 0; i < kFloatLanes; ++i) {
+      const double* row = p.x + std::min(first + i, p.batch - 1) * pass.ld;
+      double distance = INFINITY;
+      for (int64_t j = pass.begin; j < std::min(pass.end, pass.begin + kRun); ++j) {
+        distance = std::min(distance, squared_distance(p, row, j));
+      }
+      low_scale.fix(i, distance, offset[i]);
+    }
+  }
+
+  // What takes the sums to weights relative to a reference at this squared distance.
+  double relative_to(double square, int lane, const RadialKernel& kernel) const {
+    if (!low) return ::exp(-kernel.relative_logit<ScalarMath>(square, scale.square[lane]));
+    const double ratio = (square + offset[lane]) * low_scale.inverse[lane];
+    return kernel.half_k * ::pow(ratio, kernel.half_k);
+  }
+
+  // Takes note of the nearest reference of a run.
+  void admit(VecF smallest, int32_t index) {
+    const VecFInt nearer = smallest < nearest;
+    nearest = nearer ? smallest : nearest;
+    run = nearer ? VecFInt{} + index : run;
+  }
+
+  // The same for a block's squared distances; counts the references that are as near.
+  void admit_block(const VecF* v, int padded, int32_t first_run) {
+    for (int r = 0; r < padded; r += kRun) {
+      VecF half[kRun / 2];  // halved again and again: a chain of minima would wait for each
+      for (int i = 0; i < kRun / 2; ++i) half[i] = smaller(v[r + i], v[r + kRun / 2 + i]);
+      for (int n = kRun / 4; n > 0; n /= 2) {
+        for (int i = 0; i < n; ++i) half[i] = smaller(half[i], half[n + i]);
+      }
+      if (!any(half[0] <= nearest)) continue;
+      VecFInt as_near = {};
+      for (int i = 0; i < kRun; ++i) as_near -= v[r + i] == half[0];
+      equal = half[0] < nearest ? as_near : half[0] == nearest ? equal + as_near : equal;
+      admit(half[0], first_run + r / kRun);
+    }
+  }
+
+  // Moves the scale of the queries that have found a much nearer reference there, and takes their
+  // sums along.
+  void follow(const Pass& pass) {
+    const VecFInt fallen = (nearest - scale.origin) * scale.inverse < pass.slack();
+    if (!any(fallen)) return;
+    const Scale old = scale;
+    scale.move(fallen ? nearest : scale.origin, offset, rate, pass.gaussian);
+    for (int i = 0; i < kFloatLanes; i += kLanes) {
+      const Vec from = load(old.square + i), to = load(scale.square + i), before = load(sum + i);
+      const Vec logit = pass.gaussian
+                            ? (to - from) * load(rate + i)
+                            : log1p((from - to) / (to + load(offset + i))) * -pass.p.half_k;
+      const Vec factor = before == 0.0 ? Vec{} : exp(logit);
+      store(sum + i, before * factor);
+      for (int c = 0; c < pass.p.dim; ++c) {
+        store(displacement[c] + i, load(displacement[c] + i) * factor);
+      }
+    }
+  }
+};
+
+template <Weighing kWeighing>
+void add_block(const Pass& pass, const DirectBlock& block, int32_t first_run, Queries& queries) {
+  alignas(64) VecF v[kBlock];
+  squared_distances(block, queries.x, v);
+  queries.admit_block(v, block.padded, first_run);
+  queries.follow(pass);
+  constexpr int kGroup = 8;  // for instruction-level parallelism
+  for (int r = 0; r < block.padded; r += kGroup) {
+    pass.weights.weigh<kWeighing, kGroup>(queries.scale, v + r);
+  }
+  for (int r = block.count; r < block.padded; ++r) v[r] = VecF{};
+  gather(block, queries.x, v, queries.sum, queries.displacement);
+}
+
+template <int kDim, int k>
+void add_block_low(const DirectBlock& block, int32_t first_run, Queries& queries) {
+  LowRun<kDim> total;
+  for (int r = 0; r < block.count; r += kRun) {
+    LowRun<kDim> run;
+    const float* row = block.rows + r * kDim;
+    const int n = block.count - r;
+    n >= kRun ? run.template add<k>(row, kRun, queries.x, queries.low_scale)
+              : run.template add<k>(row, n, queries.x, queries.low_scale);
+    total.weight += run.weight;
+    for (int c = 0; c < kDim; ++c) total.sums[c] += run.sums[c];
+    queries.admit(run.nearest, first_run + r / kRun);
+  }
+  accumulate(queries.sum, total.weight);
+  for (int c = 0; c < kDim; ++c) accumulate(queries.displacement[c], total.sums[c]);
+}
+
+// Completes a query's part: sums become relative to the nearest reference, whose weight in them,
+// nearest_weight, is put right.
+void finish(const Pass& pass, const Queries& queries, int lane, double nearest_weight, int64_t b,
+            Part* part, double* displacement) {
+  const FieldParams& p = pass.p;
+  const double* x = p.x + b * pass.ld;
+  const RadialKernel kernel(p.half_k, p.t[b]);
+  int64_t anchor = 0;
+  double distance = INFINITY;
+  const int64_t first = pass.begin + int64_t{queries.run[lane]} * kRun;
+  for (int64_t j = first; j < first + kRun && j < pass.end; ++j) {
+    const double square = squared_distance(p, x, j);
+    if (!(square < distance)) continue;
+    distance = square;
+    anchor = j;
+  }
+  const double factor = queries.relative_to(distance, lane, kernel);
+  const double correction = 1 - factor * nearest_weight;
+  part->state.nearest = distance;
+  part->state.sum = factor * queries.sum[lane] + correction;
+  part->anchor = anchor;
+  double finite = part->state.sum - part->state.sum;
+  for (int c = 0; c < p.dim; ++c) {
+    const double difference = decode(p, anchor * p.dim + c) - x[c];
+    displacement[c] = factor * queries.displacement[c][lane] + correction * difference;
+    finite += displacement[c] - displacement[c];
+  }
+  for (int64_t c = p.dim; c < pass.ld; ++c) displacement[c] = 0;
+  // What the correction would be for all others that may be copies of the nearest.
+  const double share = 1 / part->state.sum, copies = queries.equal[lane] - 1;
+  const double off = std::abs(correction) * std::min(1 - share, copies * share);
+  part->certified =
+      finite == 0 && fits_float(kernel, distance, pass.most_slope) && off <= kCrowdTolerance;
+}
+
+// Calls add(block, index of its first run, queries) for the blocks of the pass and vectors of up to
+// kQueries queries.
+template <class Add>
+void for_blocks(const Pass& pass, Queries* queries, int vectors, const Add& add) {
+  DirectBlock block;
+  for (int64_t first = pass.begin; first < pass.end; first += kBlock) {
+    block.load(pass.p, first, clamp_size(pass.end - first, kBlock));
+    const int32_t first_run = static_cast<int32_t>((first - pass.begin) / kRun);
+    for (int i = 0; i < vectors; ++i) add(block, first_run, queries[i]);
+  }
+}
+
+void forward_tile(const Pass& pass, int64_t start, int size, Part* parts, double* displacements) {
+  Queries queries[kTileVectors];
+  VecF nearest_weights[kTileVectors];
+  const int vectors = (size + kFloatLanes - 1) / kFloatLanes;
+  const bool low = is_low(pass.p);
+  for (int i = 0; i < vectors; ++i) {
+    queries[i].start(pass.p, start + i * kFloatLanes);
+    if (low) queries[i].fix_scale(pass, start + i * kFloatLanes);
+  }
+  if (low) {
+    dispatch_low(pass.p.dim, pass.weights.k, [&](auto dim, auto power) {
+      constexpr int kDim = decltype(dim)::value, kPower = decltype(power)::value;
+      for_blocks(pass, queries, vectors, add_block_low<kDim, kPower>);
+      for (int i = 0; i < vectors; ++i) {
+        nearest_weights[i] = queries[i].low_scale.weight<kPower>(queries[i].nearest);
+      }
+    });
+  } else {
+    dispatch(pass.weights.weighing, [&](auto weighing) {
+      constexpr Weighing kWeighing = decltype(weighing)::value;
+      for_blocks(pass, queries, vectors, [&](const auto& block, int32_t first_run, Queries& some) {
+        add_block<kWeighing>(pass, block, first_run, some);
+      });
+      for (int i = 0; i < vectors; ++i) {
+        nearest_weights[i] = queries[i].nearest;
+        pass.weights.weigh<kWeighing, 1>(queries[i].scale, &nearest_weights[i]);
+      }
+    });
+  }
+  for (int q = 0; q < size; ++q) {
+    const int i = q / kFloatLanes, lane = q % kFloatLanes;
+    finish(pass, queries[i], lane, nearest_weights[i][lane], start + q, parts + q,
+           displacements + q * pass.ld);
+  }
+}
+
+// Combines the parts of query b, `stride` apart, and normalises; false where one is not certified.
+bool combine(const FieldParams& p, int64_t b, const Part* parts, const double* displacements,
+             int64_t stride, int64_t num_parts) {
+  const int64_t ld = round_up(p.dim, kPad);
+  const RadialKernel kernel(p.half_k, p.t[b]);
+  OnlineState state;
+  int64_t anchor = 0;
+  double* displacement = p.displacement + b * ld;
+  for (int64_t c = 0; c < ld; ++c) displacement[c] = 0;
+  for (int64_t i = 0; i < num_parts; ++i) {
+    const Part& part = parts[i * stride];
+    if (!part.certified) return false;
+    if (part.state.nearest < state.nearest) anchor = part.anchor;
+    const auto factors = state.merge(part.state, kernel);
+    for (int64_t c = 0; c < ld; ++c) {
+      displacement[c] =
+          factors.own * displacement[c] + factors.theirs * displacements[i * stride * ld + c];
+    }
+  }
+  for (int64_t c = 0; c < ld; ++c) displacement[c] /= state.sum;
+  p.anchor[b] = anchor;
+  p.log_mass[b] = kernel.logit(state.nearest) + ::log(state.sum);
+  p.anchor_log_weight[b] = -::log(state.sum);
+  return true;
+}
+
+}  // namespace
+
+void PFGM_ISA::direct_forward(const FieldParams& p, uint8_t* uncertified) {
+  const int64_t tiles = (p.batch + kQueries - 1) / kQueries, ld = round_up(p.dim, kPad);
+  const int64_t num_parts = count_parts(p, tiles);
+  const double most_slope = choose_most_slope(p);
+  const Buffer<Part> parts(num_parts * p.batch);
+  const Buffer<double> displacements(num_parts * p.batch * ld);
+  parallel_for(p.num_threads, tiles * num_parts, [&](int64_t task, int) {
+    const int64_t start = task % tiles * kQueries, part = task / tiles;
+    const Pass pass(p, p.count * part / num_parts, p.count * (part + 1) / num_parts, most_slope);
+    const int64_t out = part * p.batch + start;
+    forward_tile(pass, start, clamp_size(p.batch - start, kQueries), parts.get() + out,
+                 displacements.get() + out * ld);
+  });
+  parallel_for(p.num_threads, tiles, [&](int64_t tile, int) {
+    for (int64_t b = tile * kQueries; b < std::min(p.batch, (tile + 1) * kQueries); ++b) {
+      uncertified[b] =
+          !combine(p, b, parts.get() + b, displacements.get() + b * ld, p.batch, num_parts);
+    }
+  });
+}
+
+}  // namespace pfgm

@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the fused kernels for 24 < d ≤ 256 share: one pass over the references in blocks that stay
+// in the cache, with nothing of size B · N in memory. A product
+//
+//   r_j = (‖y_j‖² − centre) − 2 x'·y_j,   s_j / unit² = r_j + offset
+//
+// becomes weights where it lies, and a second product of the same block sums the references with
+// them. ‖y_j‖² is one more column of the references and of the queries, whose other columns are −2
+// x'.
+#pragma once
+
+#include "../common/bounds.h"
+#include "../common/sparse.h"
+
+namespace pfgm {
+namespace {
+
+constexpr int64_t kFusedRows = 240;  // references in a block, a multiple of all product_rows()
+constexpr int64_t kFusedDepth = 64;  // columns whose products are summed in one go, about
+constexpr int64_t kGatherStep = 80;  // references whose weights stay in the first-level cache
+constexpr int kWeighRows = 4;        // references that are weighed together
+constexpr int kTasksPerThread = 4;   // at least, as far as the references can be shared out
+constexpr int64_t kMinPart = 4 * kFusedRows;
+// Logits may be off by this much if all roundings of a product added up.
+constexpr double kFusedTolerance = 4e-5;
+constexpr double kLeastS = 1e-30;  // of which a float holds the reciprocal
+
+// The middle of ‖y‖²: what is left of the norms is rounded to float.
+inline double norm_centre(const FieldParams& p, const Operands& o) {
+  const double middle = (o.norms[0] + o.norms[p.count / 2] + o.norms[p.count - 1]) / 3;
+  return std::nearbyint(middle);
+}
+
+// Tiles of queries times contiguous parts of the references. There are parts only where there are
+// too few tiles for the threads.
+struct Parts {
+  int64_t count, rows;  // rows: of each part but the last
+
+  Parts(const FieldParams& p, int64_t tiles) {
+    const int64_t most = (p.count + kMinPart - 1) / kMinPart;
+    const int64_t wanted = tiles < 2 * p.num_threads ? kTasksPerThread * p.num_threads / tiles : 1;
+    rows = round_up((p.count + std::min(wanted, most) - 1) / std::min(wanted, most), kFusedRows);
+    count = (p.count + rows - 1) / rows;
+  }
+};
+
+// A block of references as floats, (rows, dim + 1), the last column being ‖y‖² − centre.
+struct FusedBlock {
+  float* y;
+  const float* origin;  // (dim,)
+  int64_t dim, rows = 0;
+
+  static int64_t size(int64_t dim) { return kFusedRows * (dim + 1); }
+
+  void load(const FieldParams& p, const Operands& o, double centre, int64_t first, int64_t count) {
+    rows = count;
+    if (o.codes || p.value_type == ValueType::kUint8) {
+      decode_block(p, o, first, rows, 0, dim, y, dim + 1, rows * dim);
+    } else {
+      subtract_origin(static_cast<const float*>(p.values) + first * dim);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      y[r * (dim + 1) + dim] = static_cast<float>(o.norms[first + r] - centre);
+    }
+  }
+
+  // What decode_block does with floats, whose origin is a float: the rounded difference is the
+  // same.
+  void subtract_origin(const float* values) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      float* __restrict row = y + r * (dim + 1);
+      prefetch(values + (rows + r) * dim, dim * 4);
+      for (int64_t c = 0; c < dim; ++c) row[c] = values[r * dim + c] - origin[c];
+    }
+  }
+
+  // out (rows, width) = the first `depth` columns times packed (depth, width), in a few sums from
+  // zero.
+  void multiply(const float* packed, int64_t depth, int64_t width, float* out) const {
+    const int64_t sums = std::max<int64_t>(1, (depth + kFusedDepth / 2) / kFusedDepth);
+    const int64_t step = (depth + sums - 1) / sums;
+    for (int64_t c = 0; c < depth; c += step) {
+      product<FloatProduct>(y + c, rows, dim + 1, 1, packed + c * width, width,
+                            std::min(step, depth - c), out, c > 0);
+    }
+  }
+
+  // out (dim, width) = Σ_r y_r weights_r of weights (rows, width).
+  void gather(const float* weights, int64_t width, float* out) const {
+    for (int64_t r = 0; r < rows; r += kGatherStep) {
+      product<FloatProduct>(y + r * (dim + 1), dim, 1, dim + 1, weights + r * width, width,
+                            std::min(kGatherStep, rows - r), out, r > 0);
+    }
+  }
+};
+
+// u is at most this, so that log1p_finite and exp_normal do, which are faster.
+constexpr float kMostU = 1e30f;
+
+// (k/2) log1p(u), or u for the Gaussian kernel, as scale · log + correction · log: the correction
+// makes up for the rounding of k/2 and, to first order, of the factor in u, which would move all
+// logits the same way.
+struct LogitScale {
+  bool gaussian;
+  float scale;
+
+  explicit LogitScale(double half_k)
+      : gaussian(half_k == INFINITY), scale(gaussian ? 1 : static_cast<float>(half_k)) {}
+
+  float correction(double half_k, double exact, float rounded) const {
+    return static_cast<float>((gaussian ? 1 : half_k) * (exact / rounded) - scale);
+  }
+  VecF logits(VecF u, VecF correction) const {
+    const VecF log = gaussian ? u : log1p_finite(u);
+    return -(log * scale) - log * correction;
+  }
+};
+
+// A query, in units of the operands where nothing else is said.
+struct FusedQuery {
+  RadialKernel kernel;
+  Bound bound;
+  double offset;   // squared distance / unit² − r
+  double error;    // of r at most
+  double least_s;  // s of the nearest below which the weights are not precise enough
+};
+
+// Work area of a thread.
+struct FusedArea {
+  Buffer<float> y, packed, r, out;
+  Buffer<double> totals;
+  explicit FusedArea(int64_t dim)
+      : y(FusedBlock::size(dim)),
+        packed((dim + 1) * kTileQueries),
+        r(kFusedRows * kTileQueries),
+        out(dim * kTileQueries),
+        totals(dim * kTileQueries) {}
+};
+
+// The queries of a pass over the references, and what does not depend on what is computed.
+struct FusedPass {
+  const FieldParams& p;
+  const Operands& o;
+  const Tiles& tiles;
+  RowReader reader{p};
+  int64_t ld = round_up(p.dim, kPad);
+  int64_t size = static_cast<int64_t>(tiles.rows.size());
+  double centre = norm_centre(p, o);
+  Parts parts{p, tiles.count()};
+  std::vector<float> origin{o.origin.get(), o.origin.get() + p.dim};
+  std::vector<FusedQuery> queries{static_cast<size_t>(size)};
+  std::vector<FusedArea> areas;
+  Buffer<double> others{(parts.count - 1) * size * ld};
+
+  FusedPass(const FieldParams& p, const Operands& o, const Tiles& tiles)
+      : p(p), o(o), tiles(tiles) {
+    double spread = 0;  // of the norms
+    for (int64_t j = 0; j < p.count; ++j) spread = std::max(spread, std::abs(o.norms[j] - centre));
+    for (int i = 0; i < p.num_threads; ++i) areas.emplace_back(p.dim);
+    parallel_for(p.num_threads, tiles.count(), [&](int64_t tile, int thread) {
+      double residuals[kTileQueries];
+      pack(tiles, tile, areas[thread].packed.get(), residuals);
+      for (int q = 0; q < tiles.size(tile); ++q) {
+        queries[tile * kTileQueries + q] = make_query(tiles.row(tile, q), residuals[q] / 2, spread);
+      }
+    });
+  }
+
+  FusedQuery make_query(int64_t b, double residual, double spread) const {
+    const QueryNorms norms = query_norms(p, o, b);
+    const double roundings = static_cast<double>(p.dim) + 2, root = ::sqrt(norms.squared);
+    FusedQuery query;
+    query.kernel = RadialKernel(p.half_k, p.t[b]);
+    query.bound = make_bound(p, o, norms, 2, residual, roundings);
+    query.offset = query.bound.offset + centre;
+    query.error = query.bound.slope * o.radius + query.bound.constant + 2 * kFloatRounding * spread;
+    const double slope = query.kernel.gaussian ? query.kernel.inverse_two_t2 : p.half_k;
+    const double error =
+        2 * (kFloatRounding * root + residual) * o.radius + kFloatRounding * spread;
+    const double least = slope * error * o.unit * o.unit / kFusedTolerance;
+    const bool fine = least <= 1 && slope < 1 / kLeastS;
+    query.least_s = !query.kernel.gaussian ? std::max(kLeastS, least) : fine ? 0 : INFINITY;
+    return query;
+  }
+
+  // Packs −2 x' and ones below, (dim + 1, width).
+  void pack(const Tiles& from, int64_t tile, float* packed, double* residuals) const {
+    const auto value = [&](int64_t i, int64_t c) { return -2 * shifted(p, o, from.rows[i], c); };
+    pack_floats(from, tile, p.dim, value, packed, residuals);
+    std::fill_n(packed + p.dim * from.width(tile), from.width(tile), 1.0f);
+  }
+
+  // Calls visit(block, r, first) for the blocks of a part, with r (rows, width) of a tile.
+  template <class Visit>
+  void for_blocks(const Tiles& from, int64_t tile, const Parts& shares, int64_t part,
+                  FusedArea& area, const Visit& visit) const {
+    double residuals[kTileQueries];
+    pack(from, tile, area.packed.get(), residuals);
+    FusedBlock block{area.y.get(), origin.data(), p.dim};
+    const int64_t last = std::min(p.count, (part + 1) * shares.rows);
+    for (int64_t first = part * shares.rows; first < last; first += kFusedRows) {
+      block.load(p, o, centre, first, std::min(last - first, kFusedRows));
+      block.multiply(area.packed.get(), p.dim + 1, from.width(tile), area.r.get());
+      visit(block, area.r.get(), first);
+    }
+  }
+
+  // A row of ld values of a part: in `out` (B, ld) for the first one.
+  double* row(int64_t part, int64_t i, double* out) const {
+    return part == 0 ? out + tiles.rows[i] * ld : others.get() + ((part - 1) * size + i) * ld;
+  }
+
+  // Finishes those of the queries `index` by direct differences, g (B, ld) or null, that have few
+  // references whose r is at most limit(i); the others are left uncertified.
+  template <class Limit, class Finish>
+  void finish_sparse(const std::vector<int64_t>& index, uint8_t* uncertified, const double* g,
+                     const Limit& limit, const Finish& finish) {
+    if (index.empty()) return;
+    Tiles rest;
+    for (const int64_t i : index) rest.rows.push_back(tiles.rows[i]);
+    const Parts shares(p, rest.count());
+    const int64_t count = static_cast<int64_t>(index.size());
+    std::vector<std::vector<int32_t>> lists(count * shares.count);
+    parallel_for(p.num_threads, rest.count() * shares.count, [&](int64_t task, int thread) {
+      const int64_t tile = task / shares.count, part = task % shares.count;
+      const int64_t start = tile * kTileQueries;
+      float limits[kTileQueries];
+      std::fill_n(limits, kTileQueries, -INFINITY);
+      for (int q = 0; q < rest.size(tile); ++q) limits[q] = limit(index[start + q]);
+      list_candidates(rest, tile, shares, part, limits, lists.data() + part * count + start,
+                      areas[thread]);
+    });
+    parallel_for(p.num_threads, count, [&](int64_t i, int) {
+      std::vector<int32_t>& all = lists[i];
+      for (int64_t part = 1; part < shares.count; ++part) {
+        const std::vector<int32_t>& more = lists[part * count + i];
+        all.insert(all.end(), more.begin(), more.end());
+      }
+      const int64_t found = static_cast<int64_t>(all.size());
+      uncertified[rest.rows[i]] = all.empty() || found > few_candidates(p);
+      if (uncertified[rest.rows[i]]) return;
+      SparseQuery query{rest.rows[i], &all, std::vector<Pair>(found)};
+      compute_pairs(reader, g, query, 0, found);
+      finish(p, reader, query);
+    });
+  }
+
+  void list_candidates(const Tiles& rest, int64_t tile, const Parts& shares, int64_t part,
+                       float* limits, std::vector<int32_t>* lists, FusedArea& area) const {
+    const int64_t width = rest.width(tile), few = few_candidates(p);
+    for_blocks(rest, tile, shares, part, area, [&](FusedBlock& block, float* r, int64_t first) {
+      for (int64_t v = 0; v < width; v += kFloatLanes) {
+        for (int64_t j = 0; j < block.rows; ++j) {
+          const VecFInt listed = load(r + j * width + v) <= load(limits + v);
+          for (unsigned mask = bits(listed); mask; mask &= mask - 1) {
+            const int64_t q = v + __builtin_ctz(mask);
+            lists[q].push_back(static_cast<int32_t>(first + j));
+            if (static_cast<int64_t>(lists[q].size()) > few) limits[q] = -INFINITY;
+          }
+        }
+      }
+    });
+  }
+};
+
+}  // namespace
+}  // namespace pfgm

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+// Gradients for x and t (exact/backward.cpp) for larger d and float32 queries, in the passes of
+// two_pass.h. In the second one, with g' = g / about the largest |g|,
+//
+//   c_j ∝ w_j (g'·y_j + K) s_a / s_j
+//   Σ_j c_j (x0_j − x) ∝ unit Σ_j c_j y_j + (origin − x) Σ_j c_j
+//
+// where K holds all of a_j that does not depend on j, in double.
+#include "two_pass.h"
+
+namespace pfgm {
+namespace {
+
+// The coefficients c_j of the queries of a second pass, in place of the products.
+struct Pull {
+  const SecondPass& pass;
+  const FieldParams& p = pass.p;
+  const Tiles& tiles = pass.tiles;
+  Buffer<float> cotangents{tiles.padded() * p.dim};  // g' packed, (dim, width) for each tile
+  // (padded,) K to twice the digits, for it nearly cancels g'·y; and the anchors' log weights.
+  std::vector<float> constants, corrections, masses;
+  Buffer<double> moments{pass.num_blocks * tiles.padded()};  // as pass.block_sums, of c u
+
+  explicit Pull(const SecondPass& pass)
+      : pass(pass),
+        constants(tiles.padded()),
+        corrections(tiles.padded()),
+        masses(tiles.padded()) {}
+
+  void run() const {
+    const Buffer<float> decoded(p.num_threads * kGatherRows * kColumnBlock);
+    const Buffer<float> projections(p.num_threads * kGatherRows * tiles.padded());
+    parallel_for(p.num_threads, pass.num_blocks, [&](int64_t block, int thread) {
+      const int64_t first = block * kGatherRows, rows = std::min(p.count - first, kGatherRows);
+      float* y = decoded.get() + thread * kGatherRows * kColumnBlock;
+      float* out = projections.get() + thread * kGatherRows * tiles.padded();
+      const auto tile_out = [&](int64_t tile) { return out + tile * kTileQueries * kGatherRows; };
+      multiply_floats(p, pass.o, tiles, first, rows, y, cotangents.get(), tile_out);
+      for (int64_t tile = 0; tile < tiles.count(); ++tile) {
+        coefficients(tile, block, tile_out(tile));
+      }
+    });
+  }
+
+  void coefficients(int64_t tile, int64_t block, const float* projections) const {
+    const int64_t width = tiles.width(tile), first = block * kGatherRows;
+    const int64_t last = std::min(p.count, first + kGatherRows);
+    bool any = false;
+    for (int64_t q = 0; q < width; q += kFloatLanes) {
+      const int64_t i = tile * kTileQueries + q;
+      const VecF cutoff = load(&pass.anchors.cutoff[i]);
+      const VecF constant = load(&constants[i]);
+      const VecF correction = load(&corrections[i]), mass = load(&masses[i]);
+      CompensatedSum sum, moment;
+      VecF mass_here = {};
+      for (int64_t j = first; j < last; ++j) {
+        float* products = pass.screen.tile_products(tile) + j * width + q;
+        const VecF u = pass.arguments(products, i);
+        const VecF logits = relative_logits(p, u);
+        const VecF weights = logits < cutoff ? VecF{} : exp(logits + mass);
+        const VecF a = load(projections + (j - first) * width + q) + constant + correction;
+        const VecF c = p.half_k == INFINITY ? weights * a : weights * a / (1.0f + u);
+        const VecF finite = weights == 0.0f ? VecF{} : c;
+        store(products, finite);
+        sum.add(finite);
+        moment.add(finite * u);
+        mass_here += weights;
+      }
+      pass.put(pass.block_sums, block, i, sum);
+      pass.put(moments, block, i, moment);
+      any |= bits(mass_here != 0.0f) != 0;
+    }
+    pass.active[tile * pass.num_blocks + block] = any;
+  }
+};
+
+struct Backward : TwoPass {
+  using TwoPass::TwoPass;
+
+  bool usable(int64_t b) const override {
+    return !RadialKernel(p.half_k, p.t[b]).singular(p.anchor_square[b]) && TwoPass::usable(b);
+  }
+
+  double depth(int64_t b) const override { return cutoff_depth(p) + p.anchor_log_weight[b]; }
+
+  double limit(const Bound& bound, int64_t b, double) const override {
+    return farthest_r(p, o, b, bound.offset, p.anchor_square[b], depth(b));
+  }
+
+  void finish_sparse(std::vector<SparseQuery>& queries) const override {
+    finish_all(reader, p.grad_displacement, queries,
+               [&](const SparseQuery& query) { finish_sparse_backward(p, reader, query); });
+  }
+
+  double anchor_square(int64_t b, int64_t) const override { return p.anchor_square[b]; }
+
+  // Float sums of y must resolve what the distances weigh: gradients are held to 1e-5.
+  bool resolved(double square) const override { return ::sqrt(square) >= resolved_distance(o, 64); }
+
+  void finish_dense(const SecondPass& pass) const override {
+    Pull pull(pass);
+    std::vector<double> scales(pass.tiles.rows.size());
+    parallel_for(p.num_threads, pass.tiles.count(),
+                 [&](int64_t tile, int) { pack(pull, tile, scales); });
+    pull.run();
+    const Buffer<double> sums = pass.gather();
+    pass.for_queries([&](int64_t i, int64_t b) {
+      finish(b, scales[i], pass.total(pass.block_sums, i), pass.total(pull.moments, i),
+             sums.get() + i * p.dim);
+    });
+  }
+
+  // g', K and what they are to be multiplied by, for the queries of a tile.
+  void pack(Pull& pull, int64_t tile, std::vector<double>& scales) const {
+    const int64_t ld = round_up(p.dim, kPad);
+    for (int q = 0; q < pull.tiles.size(tile); ++q) {
+      const int64_t b = pull.tiles.row(tile, q), i = tile * kTileQueries + q;
+      const double *g = p.grad_displacement + b * ld, *x = p.x + b * ld;
+      double largest = 0, shift = 0;
+      for (int64_t c = 0; c < p.dim; ++c) {
+        largest = std::max(largest, std::abs(g[c]));
+        shift += g[c] * (o.origin[c] - x[c]);
+      }
+      const double constant = shift - p.projection[b] + p.grad_log_mass[b];
+      const double scale = std::max(largest * o.unit, std::abs(constant) * 1e-6);
+      scales[i] = scale > 0 ? scale : 1;
+      pull.constants[i] = static_cast<float>(constant / scales[i]);
+      pull.corrections[i] = static_cast<float>(constant / scales[i] - pull.constants[i]);
+      pull.masses[i] = static_cast<float>(p.anchor_log_weight[b]);
+    }
+    double residuals[kTileQueries];
+    const auto value = [&](int64_t i, int64_t c) {
+      return p.grad_displacement[pull.tiles.rows[i] * ld + c] * o.unit / scales[i];
+    };
+    pack_floats(pull.tiles, tile, p.dim, value, pull.cotangents.get() + tile * kTileQueries * p.dim,
+                residuals);
+  }
+
+  void finish(int64_t b, double scale, double total, double moment, const double* sums) const {
+    const int64_t ld = round_up(p.dim, kPad);
+    const RadialKernel kernel(p.half_k, p.t[b]);
+    const double* x = p.x + b * ld;
+    const double slope = kernel.slope(p.anchor_square[b]);
+    double* dx = p.dx + b * ld;
+    std::fill(dx, dx + ld, 0.0);
+    for (int64_t c = 0; c < p.dim; ++c) {
+      dx[c] = 2 * slope * scale * (o.unit * sums[c] + total * (o.origin[c] - x[c]));
+    }
+    // For the Gaussian kernel s = s_a + 2t² u.
+    const double gaussian = p.anchor_square[b] * total + moment / kernel.inverse_two_t2;
+    p.dt[b] = slope * scale * (kernel.gaussian ? 2 / p.t[b] * gaussian : -2 * p.t[b] * total);
+  }
+};
+
+}  // namespace
+
+void PFGM_ISA::two_pass_backward_queries(const FieldParams& p, uint8_t* uncertified) {
+  Backward(p, uncertified).run();
+}
+
+}  // namespace pfgm

@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0
+// The second pass of the kernels for larger d, over queries that many references carry weight for:
+// weights of all references relative to an anchor, and their sums Σ_j w_j y_j by a second product.
+// Its screens hold r − base (screen_products.h).
+#pragma once
+
+#include "screen.h"
+#include "../common/sparse.h"
+
+namespace pfgm {
+namespace {
+
+constexpr int64_t kGatherRows = 256;     // references whose terms are summed in float from zero
+constexpr int64_t kCrowdRows = 16;       // the same of crowds, whose terms round alike
+constexpr int64_t kGatherColumns = 192;  // a multiple of all product_rows()
+constexpr int64_t kGatherStrip = 4;      // kGatherColumns that a task takes at most
+// Logits may be off by this much, root mean square. What remains of it in a sum in which no single
+// reference weighs more than 1/128 is an order of magnitude less, for the errors are independent.
+constexpr double kDenseTolerance = 5e-6;
+
+// Whether the products of a query are precise enough for the weights of all its references.
+inline bool certify(const Screen& screen, int64_t b, double anchor_square) {
+  const FieldParams& p = screen.p;
+  const Operands& o = screen.o;
+  const Bound& bound = screen.bounds[b];
+  if (o.crowds && bound.roundings > 0) return false;
+  const double slope = RadialKernel(p.half_k, p.t[b]).slope(anchor_square);
+  const double root_dim = ::sqrt(static_cast<double>(p.dim)), x_norm = ::sqrt(bound.squared);
+  // Products of the references that count, from their r, and how far their partial sums get. Few of
+  // the partial sums are that large: a quarter of it is still several times what is observed.
+  const double r = anchor_square / (o.unit * o.unit) - bound.offset;
+  const double product = (std::abs(r) + o.radius * o.radius) / 2 + x_norm * o.radius / root_dim;
+  const double rounding = ::sqrt(bound.roundings / 3) * kFloatRounding / 2 * product / 4;
+  // What is left out of the query points nowhere in particular.
+  const double error = 2 * (rounding + bound.residual * o.radius / root_dim);
+  return slope * error * o.unit * o.unit <= kDenseTolerance;
+}
+
+// Moves the columns of some queries from one screen into another.
+inline void compact(Screen& from, Screen& to) {
+  const int64_t count = from.p.count;
+  std::vector<const float*> sources;  // a query's products with the first references
+  std::vector<int64_t> strides;
+  size_t next = 0;
+  for (int64_t tile = 0; tile < from.tiles.count(); ++tile) {
+    for (int q = 0; q < from.tiles.size(tile) && next < to.tiles.rows.size(); ++q) {
+      if (from.tiles.row(tile, q) != to.tiles.rows[next]) continue;
+      sources.push_back(from.tile_products(tile) + q);
+      strides.push_back(from.tiles.width(tile));
+      ++next;
+    }
+  }
+  parallel_for(from.p.num_threads, to.num_blocks(), [&](int64_t block, int) {
+    for (int64_t j = block * kScreenRows; j < std::min(count, (block + 1) * kScreenRows); ++j) {
+      for (int64_t tile = 0; tile < to.tiles.count(); ++tile) {
+        float* row = to.tile_products(tile) + j * to.tiles.width(tile);
+        const int64_t first = tile * kTileQueries;
+        const int size = to.tiles.size(tile);
+        for (int q = 0; q < size; ++q) row[q] = sources[first + q][j * strides[first + q]];
+        for (int64_t q = size; q < to.tiles.width(tile); ++q) row[q] = 0;
+      }
+    }
+  });
+  from.products = Buffer<float>();
+  to.integers = from.integers;
+  for (const int64_t b : to.tiles.rows) to.bounds[b] = from.bounds[b];
+}
+
+inline VecF relative_logits(const FieldParams& p, VecF u) {
+  if (p.half_k == INFINITY) return -u;
+  // The rounding of k/2 itself would move all logits alike.
+  const float high = static_cast<float>(p.half_k);
+  const float low = static_cast<float>(p.half_k - high);
+  const VecF log = log1p(u);
+  return -(log * high) - log * low;
+}
+
+// What the weights of a query are relative to. Arrays over the queries of the tiles, padded to
+// whole vectors: r and squared distance of a reference near the nearest one, the latter exactly;
+// lanes with no query, or with one that another kernel computes, take no part.
+struct Anchors {
+  std::vector<double> squares, r;  // r = square / unit² − offset, or 0 where that is the base
+  std::vector<double> inverse;     // what turns r − r of the anchor into the argument of the logit
+  std::vector<float> cutoff;  // logits below this count for nothing: all where no part is taken
+
+  explicit Anchors(int64_t padded)
+      : squares(padded), r(padded), inverse(padded), cutoff(padded, INFINITY) {}
+
+  void set(const Screen& screen, int64_t i, double anchor_square, double depth) {
+    const int64_t b = screen.tiles.rows[i];
+    const RadialKernel kernel(screen.p.half_k, screen.p.t[b]);
+    const double scale = screen.o.unit * screen.o.unit;
+    squares[i] = anchor_square;
+    r[i] = anchor_square / scale - screen.bounds[b].offset;
+    inverse[i] =
+        kernel.gaussian ? scale * kernel.inverse_two_t2 : scale / (anchor_square + kernel.offset);
+    cutoff[i] = static_cast<float>(-depth);
+  }
+};
+
+// The second pass over the queries of a screen whose products are floats.
+struct SecondPass {
+  const Screen& screen;
+  const Anchors& anchors;
+  const FieldParams& p = screen.p;
+  const Operands& o = screen.o;
+  const Tiles& tiles = screen.tiles;
+  int64_t num_blocks = (p.count + kGatherRows - 1) / kGatherRows;
+  Buffer<uint8_t> active{tiles.count() * num_blocks};  // (tiles, blocks): whether any weight counts
+  Buffer<double> block_sums{num_blocks * tiles.padded()};  // (blocks, padded)
+
+  SecondPass(const Screen& screen, const Anchors& anchors) : screen(screen), anchors(anchors) {}
+
+  // Calls task(i, b) for the queries that take part.
+  template <class Task>
+  void for_queries(const Task& task) const {
+    parallel_for(p.num_threads, static_cast<int64_t>(tiles.rows.size()), [&](int64_t i, int) {
+      if (anchors.cutoff[i] < 0) task(i, tiles.rows[i]);
+    });
+  }
+
+  // The arguments u of the logits of a reference and kFloatLanes queries from i = 64 tile + q.
+  VecF arguments(const float* products, int64_t i) const {
+    const auto half = [&](int64_t lane) {
+      const Vec r = widen(products + lane);
+      return (r - load(&anchors.r[i + lane])) * load(&anchors.inverse[i + lane]);
+    };
+    return narrow(half(0), half(kLanes));
+  }
+
+  // Products become weights relative to the anchors, in place.
+  void weigh() const {
+    parallel_for(p.num_threads, tiles.count() * num_blocks, [&](int64_t task, int) {
+      const int64_t tile = task / num_blocks, block = task % num_blocks;
+      const int64_t width = tiles.width(tile), first = block * kGatherRows;
+      bool any = false;
+      for (int64_t q = 0; q < width; q += kFloatLanes) {
+        const int64_t i = tile * kTileQueries + q;
+        const VecF cutoff = load(&anchors.cutoff[i]);
+        CompensatedSum sum;
+        for (int64_t j = first; j < std::min(p.count, first + kGatherRows); ++j) {
+          float* products = screen.tile_products(tile) + j * width + q;
+          const VecF logits = relative_logits(p, arguments(products, i));
+          const VecF weights = logits < cutoff ? VecF{} : exp(logits);
+          store(products, weights);
+          sum.add(weights);
+        }
+        put(block_sums, block, i, sum);
+        any |= bits(sum.sum != 0.0f) != 0;
+      }
+      active[task] = any;
+    });
+  }
+
+  // Puts the sums over a block for kFloatLanes queries from i into sums (blocks, padded).
+  void put(const Buffer<double>& sums, int64_t block, int64_t i, const CompensatedSum& sum) const {
+    double* out = sums.get() + block * tiles.padded() + i;
+    const VecF total = sum.total();
+    for (int lane = 0; lane < kFloatLanes; ++lane) out[lane] = total[lane];
+  }
+
+  float& weight(int64_t i, int64_t j) const { return screen.product(i, j); }
+
+  // The total of sums (blocks, padded) for query i.
+  double total(const Buffer<double>& sums, int64_t i) const {
+    double sum = 0;
+    for (int64_t block = 0; block < num_blocks; ++block) sum += sums[block * tiles.padded() + i];
+    return sum;
+  }
+
+  // (queries, d) Σ_j w_j y_j with what stands in the place of the products as weights. A task takes
+  // a strip of columns, so that the weights of a block are read once for several kGatherColumns,
+  // and as many tiles as leave enough tasks for the threads, for they share what is decoded.
+  Buffer<double> gather() const {
+    Buffer<double> sums(static_cast<int64_t>(tiles.rows.size()) * p.dim);
+    const int64_t groups = (p.dim + kGatherColumns - 1) / kGatherColumns;
+    const int64_t tasks = 2 * p.num_threads;
+    const int64_t strip = std::clamp<int64_t>(groups / tasks, 1, kGatherStrip) * kGatherColumns;
+    const int64_t strips = (p.dim + strip - 1) / strip;
+    const int64_t spans = std::min((tasks + strips - 1) / strips, tiles.count());
+    const int64_t span = (tiles.count() + spans - 1) / spans;
+    const Buffer<float> decoded(p.num_threads * kGatherRows * kGatherColumns);
+    const Buffer<float> partial(p.num_threads * kGatherColumns * kTileQueries);
+    const Buffer<double> totals(p.num_threads * strip * span * kTileQueries);
+    parallel_for(p.num_threads, strips * spans, [&](int64_t task, int thread) {
+      const int64_t start = task / spans * strip, first_tile = task % spans * span;
+      gather_strip(start, std::min(p.dim, start + strip), first_tile,
+                   std::min(tiles.count(), first_tile + span),
+                   decoded.get() + thread * kGatherRows * kGatherColumns,
+                   partial.get() + thread * kGatherColumns * kTileQueries,
+                   totals.get() + thread * strip * span * kTileQueries, sums.get());
+    });
+    return sums;
+  }
+
+  // The sums of columns start to end for some tiles. y, out and totals are work areas.
+  void gather_strip(int64_t start, int64_t end, int64_t first_tile, int64_t last_tile, float* y,
+                    float* out, double* totals, double* sums) const {
+    const int64_t run = o.crowds ? kCrowdRows : kGatherRows;
+    const int64_t size = (end - start) * kTileQueries;  // of a tile's totals
+    std::fill_n(totals, size * (last_tile - first_tile), 0.0);
+    for (int64_t block = 0; block < num_blocks; ++block) {
+      const int64_t first = block * kGatherRows, rows = std::min(p.count - first, kGatherRows);
+      for (int64_t column = start; column < end; column += kGatherColumns) {
+        const int64_t columns = std::min(end - column, kGatherColumns);
+        const int64_t next = column + columns < end ? columns : rows * p.dim - (column - start);
+        bool decoded = false;
+        for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+          if (!active[tile * num_blocks + block]) continue;
+          if (!decoded) decode_block(p, o, first, rows, column, columns, y, columns, next);
+          decoded = true;
+          const int64_t width = tiles.width(tile);
+          const float* weights = screen.tile_products(tile) + first * width;
+          for (int64_t r = 0; r < rows; r += run) {
+            product<FloatProduct>(y + r * columns, columns, 1, columns, weights + r * width, width,
+                                  std::min(run, rows - r), out, r > 0);
+          }
+          double* to = totals + (tile - first_tile) * size + (column - start) * width;
+          for (int64_t i = 0; i < columns * width; i += kLanes) {
+            store(to + i, load(to + i) + widen(out + i));
+          }
+        }
+      }
+    }
+    for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+      const double* total = totals + (tile - first_tile) * size;
+      for (int q = 0; q < tiles.size(tile); ++q) {
+        double* row = sums + (tile * kTileQueries + q) * p.dim;
+        for (int64_t c = start; c < end; ++c) row[c] = total[(c - start) * tiles.width(tile) + q];
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace pfgm
