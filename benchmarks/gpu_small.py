@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.problems import synthetic_images
 from pfgm_kernels import ReferenceSet, poisson_displacement
 from pfgm_kernels.backends import BACKENDS
-from tests import oracle
+from tests.op import oracle
 
 SHAPES = [
     # B, N, d, 8-bit images

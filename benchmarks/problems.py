@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pfgm_kernels import ReferenceSet
 from pfgm_kernels.flow import perturb
-from tests import oracle
+from tests.op import oracle
 
 GAMMA = 5.0
 """Added to the norm of the field, and its factor is √d: the target that PFGM trains on."""

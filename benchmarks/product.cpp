@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The float product of the kernels by itself, in the order of screen_floats
-// (csrc/cpu/two_pass/screen_products.h): threads share out blocks of references, and some columns of a block
-// at a time meet all tiles of queries. What is left out is the decoding of references: they are
-// read where they are.
+// (csrc/cpu/two_pass/screen_products.h): threads share out blocks of references, and some columns
+// of a block at a time meet all tiles of queries. What is left out is the decoding of references:
+// they are read where they are.
 
 #include "../csrc/cpu/two_pass/screen.h"
 

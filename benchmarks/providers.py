@@ -17,7 +17,7 @@ from benchmarks.peers import Field, RefusedError
 from benchmarks.problems import GAMMA, Problem
 from pfgm_kernels import poisson_field
 from pfgm_kernels.backends import BACKENDS
-from tests import oracle
+from tests.op import oracle
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests the tests of the CUDA kernels: does one of them fail for each mistake put into a kernel?
 
-python tests/cuda/mutants.py [--jobs N] [--every-build] [--only WORD] [--table FILE] makes one mistake at
-a time by text: takes a barrier away, waits for one group of copies fewer, shifts the bound of a
-loop or a guard by one, permutes an index into a fragment. The mutant is built as tests/cuda/emulated.py
-builds and runs `checks`, up to the first build that finds the mistake: plainly in three schedules,
-with the search for races, under AddressSanitizer; for bounds the other way round. The table says
-which did. Changes that are no mistakes stand in HARMLESS and are not run.
+python tests/cuda/mutants.py [--jobs N] [--every-build] [--only WORD] [--table FILE] makes one
+mistake at a time by text: takes a barrier away, waits for one group of copies fewer, shifts the
+bound of a loop or a guard by one, permutes an index into a fragment. The mutant is built as
+emulated.py builds and runs `checks`, up to the first build that finds the mistake: plainly in three
+schedules, with the search for races, under AddressSanitizer; for bounds the other way round. The
+table says which did. Changes that are no mistakes stand in HARMLESS and are not run.
 """
 
 from __future__ import annotations
@@ -319,8 +319,8 @@ def table(results: dict[Mutant, dict[str, str | None]], harmless: list[Mutant]) 
     lines = [
         "# Which tests find mistakes in the CUDA kernels",
         "",
-        "`make mutants` writes this page, see the head of `tests/cuda/mutants.py`: the CUDA kernels,",
-        "emulated on the CPU, with one mistake at a time, and what found it.",
+        "`make mutants` writes this page, see the head of `tests/cuda/mutants.py`: the CUDA",
+        "kernels, emulated on the CPU, with one mistake at a time, and what found it.",
         "",
         f"{caught} of {len(results)} mistakes are found.",
         "",

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What do the Triton kernels become on each chip? No GPU is needed.
 
-python tests/triton/aot.py compiles them all and prints a table. The backend itself is called, with tensors
-that hold no data: what is compiled is what it launches, with the block sizes that it takes there.
+python tests/triton/aot.py compiles them all and prints a table. The backend itself is called,
+with tensors that hold no data: what is compiled is what it launches, with the block sizes that it
+takes there.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@
 #pragma once
 
 #include "../../field_math.h"
-#include "simd.h"
 #include "kernels.h"
+#include "simd.h"
 
 namespace pfgm {
 namespace {

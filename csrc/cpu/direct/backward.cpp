@@ -7,8 +7,8 @@
 //
 // For k = ∞: c_j = w_j (…) / (2t²), dt = (2/t) Σ_j c_j ‖x − x0_j‖². Cotangents are scaled to what
 // float holds, and every factor of the query is put back in double.
-#include "direct.h"
 #include "../common/kernels.h"
+#include "direct.h"
 
 namespace pfgm {
 namespace {

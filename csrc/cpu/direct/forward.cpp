@@ -8,8 +8,8 @@
 #include <algorithm>
 
 #include "../common/crowds.h"
-#include "direct_low.h"
 #include "../common/kernels.h"
+#include "direct_low.h"
 
 namespace pfgm {
 namespace {

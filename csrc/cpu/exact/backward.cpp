@@ -8,8 +8,8 @@
 // For k = ∞: c_j = w_j (a_j + g_m) / (2t²), dt = (2/t) Σ_j c_j ‖x − x0_j‖². The weights are
 // recomputed from the anchor's squared distance and its log weight.
 #include "../../field_math.h"
-#include "exact.h"
 #include "../common/kernels.h"
+#include "exact.h"
 
 namespace pfgm {
 namespace {

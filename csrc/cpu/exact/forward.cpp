@@ -6,8 +6,8 @@
 // Threads take tiles of queries; where these are too few, the references are shared out as well,
 // in parts whose states are combined at the end.
 #include "../../field_math.h"
-#include "exact.h"
 #include "../common/kernels.h"
+#include "exact.h"
 
 namespace pfgm {
 namespace {

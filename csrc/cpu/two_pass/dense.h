@@ -4,8 +4,8 @@
 // Its screens hold r − base (screen_products.h).
 #pragma once
 
-#include "screen.h"
 #include "../common/sparse.h"
+#include "screen.h"
 
 namespace pfgm {
 namespace {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checks the intrinsics on the GPU that runs it:
 //
-//   nvcc -std=c++17 -arch=native -o device_check tests/cuda/emulation/device_check.cu && ./device_check
+//   nvcc -std=c++17 -arch=native -o device_check tests/cuda/emulation/device_check.cu &&
+//   ./device_check
 #include "checks.cuh"
 
 int main() {
