@@ -12,14 +12,13 @@ Generative Models"; D as in Xu et al. 2023, "PFGM++"):
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pfgm_kernels import ops
+from pfgm_kernels.autograd import apply
 from pfgm_kernels.backends import choose
-from pfgm_kernels.references import DEFAULT_WORKSPACE, ReferenceSet, flatten_references
+from pfgm_kernels.references import DEFAULT_WORKSPACE, ReferenceSet, check_references
 
 
 def poisson_field(
@@ -66,11 +65,7 @@ def poisson_field(
         raise ValueError(f"gamma expects a finite number ≥ 0, got {gamma}")
     if not abs(scale) < math.inf:
         raise ValueError(f"scale expects a finite number, got {scale}")
-    v, _, t64, dtype = _displacement(x, t, x0, D, backend)
-    field = torch.cat([v, -t64[:, None]], 1)
-    norm = torch.linalg.vector_norm(field, dim=1, keepdim=True)
-    norm = norm.masked_fill(norm == 0, math.inf)  # the field is then 0, and its gradient
-    return (field * (scale / (norm + gamma))).to(dtype)
+    return _run(x, t, x0, D, backend, "field", gamma, scale)[0]
 
 
 def poisson_displacement(
@@ -97,20 +92,48 @@ def poisson_displacement(
     Returns:
         v (B, *event) in the promoted dtype of x and x0, log_mass (B,) float64.
     """
-    v, log_mass, _, dtype = _displacement(x, t, x0, D, backend)
-    return v.to(dtype).view(x.shape), log_mass
+    return _run(x, t, x0, D, backend, "displacement")
 
 
-def _displacement(
-    x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, D: float, backend: str | None
-) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
-    """v (B, d) and log_mass (B,) in float64, t (B,) float64, and the dtype of the result."""
+def posterior_mean(
+    x: Tensor,
+    t: Tensor | float,
+    x0: Tensor | ReferenceSet,
+    *,
+    D: float = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """The mean of the references given a query, E[x0 | x, t] = Σ_j w_j x0_j = x + v.
+
+    It is what a denoiser learns, and what PFGM++ and stable target fields train on. The weights w
+    are those of `poisson_displacement`. The sum x + v is formed in float64 and rounded once: where
+    the query is far from the references, v in float32 does not hold the digits of the mean.
+    Differentiable in x, t and a tensor x0, once.
+
+    Arguments and errors are those of `poisson_field`.
+
+    Returns:
+        (B, *event) in the promoted dtype of x and x0.
+    """
+    return _run(x, t, x0, D, backend, "mean")[0]
+
+
+def _run(
+    x: Tensor,
+    t: Tensor | float,
+    x0: Tensor | ReferenceSet,
+    D: float,
+    backend: str | None,
+    output: str,
+    gamma: float = 0.0,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The result (see `outputs`) and the log mass of the op, after a look at the arguments."""
     references = x0 if isinstance(x0, ReferenceSet) else None
-    values = references.values if references else flatten_references(x0)  # type: ignore[arg-type]
+    values = references.values if references else check_references(x0)  # type: ignore[arg-type]
     table = references.table if references else values.new_empty(0, dtype=torch.float32)
     workspace = references.workspace if references else DEFAULT_WORKSPACE
     event_shape = references.event_shape if references else x0.shape[1:]  # type: ignore[union-attr]
-    stored = references.dtype if references else values.dtype
 
     if not isinstance(x, Tensor):
         raise TypeError(f"x expects a tensor, got {type(x).__name__}")
@@ -126,33 +149,29 @@ def _displacement(
     D = _scalar("D", D)
     if not D >= 0:
         raise ValueError(f"D expects a real number ≥ 0, got {D}")
-    t64 = _expand_t(t, x, D)
+    t = _expand_t(t, x, D)
 
-    dtype = torch.promote_types(torch.promote_types(x.dtype, stored), torch.float32)
-    queries = x.reshape(x.shape[0], values.shape[1]).to(dtype)
     requires_grad = torch.is_grad_enabled() and (
-        queries.requires_grad or t64.requires_grad or values.requires_grad
+        x.requires_grad or t.requires_grad or values.requires_grad
     )
     if backend is None and references:
         backend = references.backend
-    name = choose(backend, x.device, values.shape[1], requires_grad)
+    d = math.prod(event_shape)
+    name = choose(backend, x.device, d, requires_grad)
     operands = references.operands.get(name, []) if references else []
-    k = values.shape[1] + D
-    args = (queries.contiguous(), t64, values, table, operands, k, workspace, name)
-    run = _FieldFunction.apply if requires_grad else torch.ops.pfgm.field_forward
-    v, log_mass, _, _ = run(*args)
-    return v, log_mass, t64, dtype
+    return apply(x, t, values, table, operands, d + D, output, gamma, scale, workspace, name)
 
 
 def _expand_t(t: Tensor | float, x: Tensor, D: float) -> Tensor:
-    """t as a contiguous float64 tensor (B,) on the device of x."""
+    """t as a floating-point tensor (B,) on the device of x."""
     if not isinstance(t, Tensor):
         number = _scalar("t", t)
         if abs(number) == math.inf:
             raise ValueError(f"t expects a finite number, got {number}")
         if number == 0 and abs(D) == math.inf:
             raise ValueError("t expects a number other than 0 where D is infinite, got 0")
-        return torch.full(x.shape[:1], number, dtype=torch.float64, device=x.device)
+        t = torch.zeros((), dtype=torch.float64, device=x.device) + number
+        return t.expand(x.shape[0])
     if t.dtype == torch.bool or t.is_complex():
         raise TypeError(f"t expects real numbers, got {t.dtype}")
     if t.dim() > 0 and t.device != x.device:
@@ -161,7 +180,9 @@ def _expand_t(t: Tensor | float, x: Tensor, D: float) -> Tensor:
         raise ValueError(
             f"t expects a number, a 0-dim tensor or shape ({x.shape[0]},), got {tuple(t.shape)}"
         )
-    return t.to(x.device, torch.float64).expand(x.shape[0]).contiguous()
+    if t.dim() == 0 or not t.is_floating_point():
+        t = t.to(x.device, torch.float64)
+    return t.expand(x.shape[0])
 
 
 def _scalar(name: str, value: object) -> float:
@@ -171,55 +192,3 @@ def _scalar(name: str, value: object) -> float:
     if value != value:
         raise ValueError(f"{name} expects a real number, got NaN")
     return value
-
-
-class _FieldFunction(torch.autograd.Function):
-    """The op with its closed-form backward pass (a_j, c_j as in `ops`)."""
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return torch.ops.pfgm.field_forward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, t, values, table, operands, *ctx.scalars = inputs
-        displacement, _, anchor, anchor_log_weight = output
-        ctx.mark_non_differentiable(anchor, anchor_log_weight)
-        saved = (displacement, anchor, anchor_log_weight)
-        ctx.save_for_backward(x, t, values, table, *saved, *operands)
-
-    @staticmethod
-    def backward(ctx: Any, grad_displacement: Tensor, grad_log_mass: Tensor, *_: Any) -> Any:
-        x, t, values, table, *saved = ctx.saved_tensors
-        saved, operands = saved[:3], saved[3:]
-        k, workspace, backend = ctx.scalars
-        cotangents = grad_displacement.contiguous(), grad_log_mass.contiguous()
-        values_grad = ctx.needs_input_grad[2]
-        # Where a second derivative is prepared for, the detour makes asking for it an error.
-        run = _FieldGradient.apply if torch.is_grad_enabled() else torch.ops.pfgm.field_backward
-        dx, dt, dvalues = run(
-            x, t, values, table, operands, k, *saved, *cotangents, values_grad, workspace, backend
-        )
-        return dx.to(x.dtype), dt, dvalues if values_grad else None, *[None] * 5
-
-    vmap = staticmethod(ops.no_vmap)
-
-
-class _FieldGradient(torch.autograd.Function):
-    """The backward pass, which cannot be differentiated again."""
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return torch.ops.pfgm.field_backward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(
-            "poisson_field is differentiable once, got a request for second derivatives"
-        )
-
-    vmap = staticmethod(ops.no_vmap)

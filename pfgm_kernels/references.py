@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels.backends import BACKENDS, choose
+from pfgm_kernels.chunks import flatten
 
 DEFAULT_WORKSPACE = 256 << 20
 
@@ -53,7 +54,7 @@ class ReferenceSet:
                 "ReferenceSet is constant and expects a tensor that does not require grad; "
                 "pass the tensor itself to the op, or x0.detach()"
             )
-        values = flatten_references(x0)
+        values = flatten(check_references(x0))
         # aminmax propagates NaN and needs no temporary of the size of x0.
         low, high = torch.aminmax(values)
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -95,7 +96,7 @@ class ReferenceSet:
         codes = torch.arange(256, dtype=torch.float64, device=images.device)
         table = (low + (high - low) * codes / 255).float()
         references = cls.__new__(cls)
-        references._set(_flatten(images), table, images.shape[1:], workspace, backend)
+        references._set(flatten(images), table, images.shape[1:], workspace, backend)
         return references
 
     def _set(
@@ -148,8 +149,8 @@ class ReferenceSet:
         )
 
 
-def flatten_references(x0: Tensor) -> Tensor:
-    """x0 (N, *event) as contiguous (N, d) float32 or float64 values, a view where possible."""
+def check_references(x0: Tensor) -> Tensor:
+    """x0 (N, *event) itself, if it is a floating-point tensor with something in it."""
     if not isinstance(x0, Tensor):
         raise TypeError(f"x0 expects a tensor or a ReferenceSet, got {type(x0).__name__}")
     if not x0.is_floating_point():
@@ -158,13 +159,9 @@ def flatten_references(x0: Tensor) -> Tensor:
             " (8-bit images: ReferenceSet.from_images)"
         )
     _check_shape(x0)
-    return _flatten(x0.float() if x0.dtype in (torch.float16, torch.bfloat16) else x0)
+    return x0
 
 
 def _check_shape(x0: Tensor) -> None:
     if x0.dim() < 1 or x0.numel() == 0:
         raise ValueError(f"x0 expects shape (N, *event) with N ≥ 1, got {tuple(x0.shape)}")
-
-
-def _flatten(x0: Tensor) -> Tensor:
-    return x0.reshape(x0.shape[0], -1).contiguous()

@@ -43,8 +43,15 @@ class Report(dict[str, str]):
 
 
 def report() -> Report:
-    """Each backend's name with "available" or the reason why it is not, and what the extension
-    was built with under "extension".
+    """Each backend's name with "available" (and what of forward mode it leaves to another) or the
+    reason why it is not, and what the extension was built with under "extension".
     """
-    states = {name: module.unsupported_reason() or "available" for name, module in BACKENDS.items()}
+    states = {name: _state(module) for name, module in BACKENDS.items()}
     return Report(states, extension=_native.description())
+
+
+def _state(module: ModuleType) -> str:
+    reason = module.unsupported_reason()
+    if reason is not None or module is eager:
+        return reason or "available"
+    return f"available (forward mode{' in x0' if hasattr(module, 'jvp') else ''} by eager)"

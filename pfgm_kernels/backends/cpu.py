@@ -13,6 +13,7 @@ from pfgm_kernels.backends import _native
 PAD = 8  # the kernels read rows padded to a multiple of this
 TILE = 64  # queries that they take at a time
 WORK_PER_THREAD = 1 << 20  # columns of pairs that take longer than a thread takes to wake up
+WORK = 1 << 32  # columns of pairs in a chunk, so that an interrupt is noticed within a second
 MAX_DIRECT_DIM = 24  # up to here they need nothing prepared
 
 
@@ -33,9 +34,9 @@ def chunk_shape(
     operands that are yet to be prepared leave of the workspace.
     """
     if d <= MAX_DIRECT_DIM:
-        return batch, count
+        return batch, max(1, min(count, WORK // (batch * (d + 8))))
     pairs = (workspace if prepared else workspace * 3 // 8) // (2 * 4)
-    count = max(1, min(count, pairs // TILE))
+    count = max(1, min(count, pairs // TILE, WORK // (min(batch, 2 * TILE) * d)))
     return max(TILE, pairs // count // TILE * TILE), count
 
 

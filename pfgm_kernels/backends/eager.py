@@ -10,6 +10,9 @@ from torch import Tensor
 
 from pfgm_kernels.backends._values import decode
 
+WORK = 1 << 30
+"""Columns of pairs in a chunk, so that an interrupt is noticed within about a second."""
+
 
 def unsupported_reason(
     device: torch.device | None = None, d: int | None = None, requires_grad: bool = False
@@ -22,14 +25,15 @@ def unsupported_reason(
 def chunk_shape(
     batch: int, count: int, d: int, workspace: int, prepared: bool, values_grad: bool
 ) -> tuple[int, int]:
-    """Queries and references per chunk that keep the float64 temporaries within `workspace`.
+    """Queries and references per chunk that keep the float64 temporaries within `workspace`, and a
+    chunk to about a second.
 
-    A reference costs two rows of d (and its decoding indices), a query five; a pair costs five
+    A reference costs two rows of d (and its decoding indices), a query five; a pair costs six
     matrix entries, in the backward pass.
     """
     rows = max(1, min(batch, workspace // 2 // (5 * 8 * d)))
-    per_reference = 8 * (3 * d + 5 * rows)
-    return rows, max(1, min(count, workspace // 2 // per_reference))
+    per_reference = 8 * (3 * d + 6 * rows)
+    return rows, max(1, min(count, workspace // 2 // per_reference, WORK // (rows * (d + 8))))
 
 
 def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
@@ -83,38 +87,113 @@ def backward(
     values_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """This chunk's share of the gradients: 2 Σ_j c_j (x0_j − x), dt and, if asked for, dx0."""
-    x, rows = x.double(), decode(values, table)
-    to_anchor = anchor_x0 - x
-    squares, nearest = _squared_distances(x, rows), to_anchor.square().sum(1)
-    weights = _relative_logits(squares, nearest, t, k).add_(anchor_log_weight[:, None]).exp_()
-
+    pairs = _Pairs(x, t, values, table, k, anchor_x0, anchor_log_weight)
     # a_j = g·(x0_j − x − v) = g·(x0_j − x0_a) − g·(v − (x0_a − x))
-    shift = anchor_x0[:1].sum(0)
-    rows = rows - shift
-    projection = (grad_displacement * (anchor_x0 - shift + (displacement - to_anchor))).sum(1)
-    coefficients = grad_displacement @ rows.T
-    coefficients += (grad_log_mass - projection)[:, None]
-    coefficients *= weights
+    pull = pairs.project(grad_displacement)
+    pull += (grad_log_mass - (grad_displacement * (displacement - pairs.to_anchor)).sum(1))[:, None]
+    coefficients = pairs.coefficients(pull)
     if math.isfinite(k):
-        offset = _offset(t, k)
-        singular = (nearest + offset == 0)[:, None]
-        weights.masked_fill_(singular, 0.0)
-        coefficients *= (k / 2) / (squares + offset[:, None])
-        coefficients.masked_fill_(singular, 0.0)
         dt = -2 * t * coefficients.sum(1)
     else:
-        coefficients /= (2 * t * t)[:, None]
-        dt = 2 / t * (coefficients * squares).sum(1)
-    # A reference on the query itself pulls on nothing, but its coefficient may be huge.
-    coefficients.masked_fill_(squares == 0, 0.0)
-    x_shifted = x - shift
-    total = coefficients.sum(1, keepdim=True)
-    dx = 2 * (coefficients @ rows - total * x_shifted)
+        dt = 2 / t * (coefficients * pairs.squares).sum(1)
+    dx = pairs.sum(coefficients)
     if not values_grad:
         return dx, dt, None
-    dvalues = weights.T @ grad_displacement + 2 * (coefficients.T @ x_shifted)
-    dvalues -= 2 * coefficients.sum(0)[:, None] * rows
+    # A reference on the query itself pulls on nothing, but its coefficient may be huge.
+    coefficients.masked_fill_(pairs.squares == 0, 0.0)
+    dvalues = pairs.weights.T @ grad_displacement + 2 * (coefficients.T @ pairs.x)
+    dvalues -= 2 * coefficients.sum(0)[:, None] * pairs.rows
     return dx, dt, dvalues
+
+
+def jvp(
+    x: Tensor,
+    t: Tensor,
+    values: Tensor,
+    table: Tensor,
+    operands: list[Tensor],
+    k: float,
+    displacement: Tensor,
+    anchor_x0: Tensor,
+    anchor_log_weight: Tensor,
+    x_tangent: Tensor,
+    t_tangent: Tensor,
+    values_tangent: Tensor | None = None,
+    anchor_tangent: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """This chunk's share of Σ_j w_j ((l̇_j − l̇_a)(x0_j − x) + ẋ0_j) and of Σ_j w_j (l̇_j − l̇_a).
+
+    With p_j = (x0_j − x)·(ẋ − ẋ0_j) and u_j the relative excess of s_j over s_a,
+
+        l̇_j − l̇_a = (k/s_j) (p_j − p_a − (p_a − t ṫ) u_j)
+
+    and for D = ∞ (p_j − p_a)/t² + (‖x − x0_j‖² − ‖x − x0_a‖²) ṫ/t³.
+    """
+    pairs = _Pairs(x, t, values, table, k, anchor_x0, anchor_log_weight)
+    pull, anchor_pull = pairs.project(x_tangent), (pairs.to_anchor * x_tangent).sum(1)
+    if values_tangent is not None and anchor_tangent is not None:
+        own = (pairs.to_anchor * anchor_tangent).sum(1)
+        pull += pairs.x @ values_tangent.T - (pairs.rows * values_tangent).sum(1) + own[:, None]
+        anchor_pull -= own
+    tilt = anchor_pull - t * t_tangent if math.isfinite(k) else -t_tangent / t
+    pull -= tilt[:, None] * pairs.excess()
+    coefficients = pairs.coefficients(pull)
+    slope, moved = 2 * coefficients.sum(1), pairs.sum(coefficients)
+    if values_tangent is not None:
+        moved += pairs.weights @ values_tangent
+    return moved, slope
+
+
+class _Pairs:
+    """Queries (n, d) and references (m, d) of a chunk, both less `shift`, a reference near the
+    queries, with the weights (n, m), recomputed from those of the anchors.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        t: Tensor,
+        values: Tensor,
+        table: Tensor,
+        k: float,
+        anchor_x0: Tensor,
+        anchor_log_weight: Tensor,
+    ) -> None:
+        x, rows = x.double(), decode(values, table)
+        self.t, self.k, self.to_anchor = t, k, anchor_x0 - x
+        self.squares, self.nearest = _squared_distances(x, rows), self.to_anchor.square().sum(1)
+        logits = _relative_logits(self.squares, self.nearest, t, k)
+        self.weights = logits.add_(anchor_log_weight[:, None]).exp_()
+        if math.isfinite(k):
+            self.singular = (self.nearest + _offset(t, k) == 0)[:, None]
+            self.weights.masked_fill_(self.singular, 0.0)
+        shift = anchor_x0[:1].sum(0)
+        self.rows, self.x, self.anchor_x0 = rows - shift, x - shift, anchor_x0 - shift
+
+    def project(self, g: Tensor) -> Tensor:
+        """g·(x0_j − x0_a) (n, m)."""
+        return g @ self.rows.T - (g * self.anchor_x0).sum(1, keepdim=True)
+
+    def excess(self) -> Tensor:
+        """(s_j − s_a)/s_a (n, m), or ‖x − x0_j‖² − ‖x − x0_a‖² for D = ∞."""
+        excess = self.squares - self.nearest[:, None]
+        if math.isfinite(self.k):
+            excess /= (self.nearest + _offset(self.t, self.k))[:, None]
+        return excess
+
+    def coefficients(self, pull: Tensor) -> Tensor:
+        """(k/2) w_j pull_j/s_j, or w_j pull_j/(2t²) for D = ∞ (n, m), in place of pull."""
+        pull *= self.weights
+        if not math.isfinite(self.k):
+            return pull.div_((2 * self.t * self.t)[:, None])
+        pull *= (self.k / 2) / (self.squares + _offset(self.t, self.k)[:, None])
+        return pull.masked_fill_(self.singular, 0.0)
+
+    def sum(self, coefficients: Tensor) -> Tensor:
+        """2 Σ_j c_j (x0_j − x) (n, d)."""
+        # A reference on the query itself pulls on nothing, but its coefficient may be huge.
+        apart = coefficients.masked_fill(self.squares == 0, 0.0)
+        return 2 * (apart @ self.rows - apart.sum(1, keepdim=True) * self.x)
 
 
 def _squared_distances(x: Tensor, rows: Tensor) -> Tensor:

@@ -40,17 +40,21 @@ def tensors(backend, d: int, dtype: torch.dtype = torch.float64) -> list[Tensor]
 def test_opcheck(backend, stored, d, k):
     x, t, x0 = tensors(backend, d, torch.float32)
     values, table = STORED[stored](x0)
-    if stored == "float64":
-        x = x.double()  # as the op is called: x has the dtype that x and x0 promote to
-    arguments = (x, t.double(), values, table.to(backend.device), [], k)
+    arguments = (x, t, values, table.to(backend.device), [], k)
     options = (1 << 20, backend.name)
-    torch.library.opcheck(torch.ops.pfgm.field_forward.default, (*arguments, *options))
-    v, log_mass, *anchor = torch.ops.pfgm.field_forward(*arguments, *options)
-    for values_grad in {False, stored != "uint8"}:
-        torch.library.opcheck(
-            torch.ops.pfgm.field_backward.default,
-            (*arguments, v, *anchor, v.clone(), log_mass.clone(), values_grad, *options),
-        )
+    for output in (("displacement", 0.0, 1.0), ("field", 5.0, 3.0), ("mean", 0.0, 1.0)):
+        check = torch.library.opcheck
+        check(torch.ops.pfgm.field_forward.default, (*arguments, *output, False, *options))
+        everything = (*arguments, *output, True, *options)
+        check(torch.ops.pfgm.field_forward.default, everything)
+        result, log_mass, *saved = torch.ops.pfgm.field_forward(*everything)
+        cotangents = (result.clone(), log_mass.clone() if len(log_mass) else None)
+        inputs = (*arguments, *output, *saved)
+        for values_grad in {False, stored != "uint8"}:
+            gradient = (*inputs, *cotangents, values_grad, *options)
+            check(torch.ops.pfgm.field_backward.default, gradient)
+        tangents = (x.clone(), t.clone(), values.clone() if stored != "uint8" else None)
+        check(torch.ops.pfgm.field_jvp.default, (*inputs, *tangents, *options))
 
 
 @pytest.mark.parametrize(

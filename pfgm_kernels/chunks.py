@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loops over chunks that every backend shares, forward, backward and in forward mode.
+
+Whatever the number of queries and references, a call takes its result, the workspace and at most
+32 MiB. A quarter of the workspace and 16 MiB hold rows of queries in float64; where references
+have to be copied (16-bit floats, strides) or get gradients, another quarter holds theirs; the rest
+is the backend's.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pfgm_kernels.backends import BACKENDS, eager
+from pfgm_kernels.backends._values import decode
+from pfgm_kernels.merge import mass_weights, merge
+from pfgm_kernels.outputs import Output
+
+SLACK = 16 << 20
+"""Bytes beyond the workspace for rows of queries, so that a small workspace is not slow."""
+QUERY_ROWS = 12
+"""Rows of float64 that a query takes at most, here and in a backend."""
+REFERENCE_ROWS = 3
+"""Rows of float64 that a reference takes which is copied or gets gradients."""
+
+Partial = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Inputs(NamedTuple):
+    """x (B, *event) and values (N, *event), or (N, d), of any floating dtype (values: or uint8
+    codes into table (256,)); t (B,); operands: see `ops`.
+    """
+
+    x: Tensor
+    t: Tensor
+    values: Tensor
+    table: Tensor
+    operands: list[Tensor]
+    k: float
+
+
+class Chunks:
+    """The chunks of a call, and its inputs chunk by chunk as backends take them."""
+
+    def __init__(
+        self, inputs: Inputs, workspace: int, module: ModuleType, values_grad: bool = False
+    ) -> None:
+        self.inputs, self.module, self.k = inputs, module, inputs.k
+        x, values = inputs.x, inputs.values
+        batch, count = x.shape[0], values.shape[0]
+        self.d = math.prod(values.shape[1:])
+        self.dtype = result_dtype(x, values, inputs.table)
+        copied = values_grad or not values.is_contiguous() or values.element_size() == 2
+        share = workspace // 4
+        self.workspace = workspace - share * (2 if copied else 1)
+        rows, references = module.chunk_shape(
+            batch, count, self.d, self.workspace, bool(inputs.operands), values_grad
+        )
+        rows = min(rows, max(1, (share + SLACK) // (8 * QUERY_ROWS * self.d)))
+        if copied:
+            references = min(references, max(1, share // (8 * REFERENCE_ROWS * self.d)))
+        self.queries, self.references = _slices(batch, rows), _slices(count, references)
+        self._last: tuple[slice, tuple[Tensor, Tensor, list[Tensor]]] | None = None
+
+    def rows(self, queries: slice) -> tuple[Tensor, Tensor]:
+        """x (n, d) in the dtype that backends compute with, and t (n,) float64."""
+        x = flatten(self.inputs.x[queries]).to(self.dtype)
+        return x, self.inputs.t[queries].double().contiguous()
+
+    def reference_rows(self, references: slice) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """values (n, d), table and operands: those of all references cut, or else prepared for a
+        chunk and kept for as long as it is the same.
+        """
+        if self._last is None or self._last[0] != references:
+            self._last = None
+            values = flatten(self.inputs.values[references])
+            table, operands = self.inputs.table, self.inputs.operands
+            if operands:
+                operands = self.module.operands_of(operands, references)
+            else:
+                operands = self.module.prepare(values, table, self.workspace * 5 // 8)
+            self._last = references, (values, table, operands)
+        return self._last[1]
+
+    def gather(self, rows: Tensor, index: Tensor) -> Tensor:
+        """rows (N, …)[index (n,)] as float64 (n, d)."""
+        return decode(flatten(rows[index]), self.inputs.table)
+
+    def forward(self, queries: slice) -> Partial:
+        """The four outputs of the backend for a chunk of queries and all references."""
+        x, t = self.rows(queries)
+        total: Partial | None = None
+        for references in self.references:
+            part = self.module.forward(x, t, *self.reference_rows(references), self.k)
+            part[2].add_(references.start)
+            total = part if total is None else _merge_partials(total, part)
+        assert total is not None
+        return total
+
+
+class Saved(NamedTuple):
+    """What the forward pass leaves: v − (x0_a − x) (B, d) in the dtype of the computation, which
+    holds more digits of a far query than v; the anchors a (B,) and the logs of their weights (B,).
+    """
+
+    residual: Tensor
+    anchor: Tensor
+    anchor_log_weight: Tensor
+
+
+class SavedRows:
+    """A chunk of queries with what the forward pass left of it."""
+
+    def __init__(self, chunks: Chunks, saved: Saved, queries: slice) -> None:
+        self.x, self.t = chunks.rows(queries)
+        self.index = saved.anchor[queries]
+        self.anchor_x0 = chunks.gather(chunks.inputs.values, self.index)
+        self.anchor_log_weight = saved.anchor_log_weight[queries]
+        self.v = self.anchor_x0 - self.x + saved.residual[queries]
+        self._finite = math.isfinite(chunks.k)
+
+    @cached_property
+    def singular(self) -> Tensor:
+        """The singular point (n,), t = 0 on a reference, which has zero derivatives."""
+        return (self.t == 0) & (self.anchor_x0 == self.x).all(1) & self._finite
+
+
+def field_forward(
+    inputs: Inputs, output: Output, save: bool, workspace: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    chunks = Chunks(inputs, workspace, BACKENDS[backend])
+    result = empty_result(inputs, output)
+    log_mass, residual, anchor, anchor_log_weight = empty_rows(inputs, output, save)
+    for queries in chunks.queries:
+        v, *rows = chunks.forward(queries)
+        x, t = chunks.rows(queries)
+        output.write(v, x, t, flatten(result[queries]))
+        if output.name == "displacement":
+            log_mass[queries] = rows[0]
+        if save:
+            anchor[queries], anchor_log_weight[queries] = rows[1:]
+            residual[queries] = v - (chunks.gather(inputs.values, rows[1]) - x)
+    return result, log_mass, residual, anchor, anchor_log_weight
+
+
+def field_backward(
+    inputs: Inputs,
+    output: Output,
+    saved: Saved,
+    g: Tensor | None,
+    g_log_mass: Tensor | None,
+    values_grad: bool,
+    workspace: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    chunks = Chunks(inputs, workspace, BACKENDS[backend], values_grad)
+    dx, dt, dvalues = empty_gradients(inputs, values_grad)
+    if values_grad and len(chunks.queries) > 1 < len(chunks.references):
+        # Sums over the queries and over the references: neither fit a chunk, so each has a sweep.
+        _sweep(chunks, output, saved, g, g_log_mass, chunks.references, (dx, dt, None))
+        for references in chunks.references:
+            _sweep(chunks, output, saved, g, g_log_mass, [references], (None, None, dvalues))
+    else:
+        wanted = dvalues if values_grad else None
+        _sweep(chunks, output, saved, g, g_log_mass, chunks.references, (dx, dt, wanted))
+    return dx, dt, dvalues
+
+
+def _sweep(
+    chunks: Chunks,
+    output: Output,
+    saved: Saved,
+    g: Tensor | None,
+    g_log_mass: Tensor | None,
+    references: list[slice],
+    wanted: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    """Gradients from all queries and some references, to what is wanted of dx, dt and dvalues.
+
+    dvalues needs one chunk of queries or of references.
+    """
+    dx_out, dt_out, dvalues_out = wanted
+    total: Tensor | None = None
+    for queries in chunks.queries:
+        rows = SavedRows(chunks, saved, queries)
+        g_rows = rows.x.new_zeros(output.shape(rows.x, chunks.d)) if g is None else g[queries]
+        g_v, dx, dt = output.pull(flatten(g_rows).double(), rows.v, rows.t)
+        g_m = torch.zeros_like(dt) if g_log_mass is None else g_log_mass[queries].contiguous()
+        for chunk in references:
+            part = chunks.module.backward(
+                rows.x,
+                rows.t,
+                *chunks.reference_rows(chunk),
+                chunks.k,
+                rows.v,
+                rows.anchor_x0,
+                rows.anchor_log_weight,
+                g_v,
+                g_m,
+                dvalues_out is not None,
+            )
+            dx += part[0]
+            dt += part[1]
+            if dvalues_out is not None and len(chunks.queries) == 1:
+                flatten(dvalues_out[chunk]).copy_(part[2])
+            elif dvalues_out is not None:
+                total = part[2].double() if total is None else total.add_(part[2])
+        if dx_out is not None and dt_out is not None:
+            flatten(dx_out[queries]).copy_(dx.masked_fill_(rows.singular[:, None], 0.0))
+            dt_out[queries] = dt
+    if dvalues_out is not None and total is not None:
+        flatten(dvalues_out[references[0]]).copy_(total)
+
+
+def field_jvp(
+    inputs: Inputs,
+    output: Output,
+    saved: Saved,
+    tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
+    workspace: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Tangents of the result and of the log mass for those of x, t and values.
+
+    With ẋ, ṫ, ẋ0 these, p_j = (x0_j − x)·(ẋ − ẋ0_j) and a the anchor:
+
+        l̇_j = k (p_j − t ṫ)/s_j                          (D = ∞: p_j/t² + ‖x − x0_j‖² ṫ/t³)
+        pull = Σ_j w_j ((l̇_j − l̇_a)(x0_j − x) + ẋ0_j),   slope = Σ_j w_j (l̇_j − l̇_a)
+        d log_mass = l̇_a + slope,   dv = pull − slope · v − ẋ
+    """
+    x_tangent, t_tangent, values_tangent = tangents
+    # References that move are left to the portable sums, and so are backends without their own.
+    module = BACKENDS[backend]
+    if values_tangent is not None or not hasattr(module, "jvp"):
+        module, inputs = eager, inputs._replace(operands=[])
+    chunks = Chunks(inputs, workspace, module, values_tangent is not None)
+    result, (log_mass, *_) = empty_result(inputs, output), empty_rows(inputs, output, False)
+    for queries in chunks.queries:
+        rows = SavedRows(chunks, saved, queries)
+        x_rows, t_rows = torch.zeros_like(rows.v), torch.zeros_like(rows.t)
+        if x_tangent is not None:
+            x_rows += flatten(x_tangent[queries])
+        if t_tangent is not None:
+            t_rows += t_tangent[queries]
+        anchor_tangent = torch.zeros_like(rows.v)
+        if values_tangent is not None:
+            anchor_tangent += flatten(values_tangent[rows.index])
+        pull, slope = torch.zeros_like(rows.v), torch.zeros_like(rows.t)
+        for references in chunks.references:
+            moving: tuple[Tensor, ...] = ()
+            if values_tangent is not None:
+                moving = (flatten(values_tangent[references]).double(), anchor_tangent)
+            part = module.jvp(
+                rows.x,
+                rows.t,
+                *chunks.reference_rows(references),
+                chunks.k,
+                rows.v,
+                rows.anchor_x0,
+                rows.anchor_log_weight,
+                x_rows,
+                t_rows,
+                *moving,
+            )
+            pull += part[0]
+            slope += part[1]
+        singular = rows.singular
+        pull -= slope[:, None] * rows.v
+        tangent = output.push(pull, x_rows, t_rows, rows.v, rows.t)
+        tangent = tangent.masked_fill(singular[:, None], 0.0)
+        flatten(result[queries]).copy_(tangent)
+        if output.name == "displacement":
+            slope += _anchor_slope(rows, x_rows - anchor_tangent, t_rows, chunks.k)
+            log_mass[queries] = slope.masked_fill_(singular, 0.0)
+    return result, log_mass
+
+
+def _anchor_slope(rows: SavedRows, tangent: Tensor, t_tangent: Tensor, k: float) -> Tensor:
+    """The tangent of the anchor's logit (n,) for that of x − x0_a (n, d) and t (n,)."""
+    to_anchor, t = rows.anchor_x0 - rows.x, rows.t
+    pull, square = (to_anchor * tangent).sum(1), to_anchor.square().sum(1)
+    if math.isfinite(k):
+        return k * (pull - t * t_tangent) / (square + t.square())
+    return (pull + square * t_tangent / t) / t.square()
+
+
+def result_dtype(x: Tensor, values: Tensor, table: Tensor) -> torch.dtype:
+    """That of the result, and of the queries as backends take them: float32 or float64."""
+    stored = table.dtype if values.dtype == torch.uint8 else values.dtype
+    return torch.promote_types(torch.promote_types(x.dtype, stored), torch.float32)
+
+
+def empty_result(inputs: Inputs, output: Output) -> Tensor:
+    x, values = inputs.x, inputs.values
+    dtype = result_dtype(x, values, inputs.table)
+    return x.new_empty(output.shape(x, math.prod(x.shape[1:])), dtype=dtype)
+
+
+def empty_rows(inputs: Inputs, output: Output, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log_mass, and what is saved (see `Saved`); of no rows where they are not wanted."""
+    x = inputs.x
+    batch, d = x.shape[0], math.prod(x.shape[1:])
+    saved = batch if save else 0
+    return (
+        x.new_empty(batch if output.name == "displacement" else 0, dtype=torch.float64),
+        x.new_empty((saved, d), dtype=result_dtype(x, inputs.values, inputs.table)),
+        x.new_empty(saved, dtype=torch.int64),
+        x.new_empty(saved, dtype=torch.float64),
+    )
+
+
+def empty_gradients(inputs: Inputs, values_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dt and dvalues, each like what it is the gradient of; dvalues has no rows if it is not
+    wanted."""
+    x, t, values = (
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor in (inputs.x, inputs.t, inputs.values if values_grad else inputs.values[:0])
+    )
+    return x, t, values
+
+
+def flatten(rows: Tensor) -> Tensor:
+    """(n, *event) as contiguous (n, d), 16-bit floats as float32; a view where it can be one."""
+    if rows.is_floating_point() and rows.element_size() < 4:
+        rows = rows.float()
+    return rows.reshape(rows.shape[0], math.prod(rows.shape[1:])).contiguous()
+
+
+def _merge_partials(a: Partial, b: Partial) -> Partial:
+    displacement, log_mass = merge([a[:2], b[:2]])
+    weights, _ = mass_weights(torch.stack([a[1], b[1]]))
+    anchor_log_weight, nearest = (torch.stack([a[3], b[3]]) + weights.log()).max(0)
+    return displacement, log_mass, torch.where(nearest == 0, a[2], b[2]), anchor_log_weight
+
+
+def _slices(total: int, size: int) -> list[slice]:
+    """Slices of at most `size` that cover `total`; one empty slice where there is nothing."""
+    starts = range(0, max(total, 1), max(size, 1))
+    return [slice(start, min(start + size, total)) for start in starts]
