@@ -160,6 +160,8 @@ def field_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     chunks = Chunks(inputs, workspace, BACKENDS[backend], values_grad)
+    if output.name != "displacement":
+        g_log_mass = None  # a traced graph has zeros for what has no rows
     dx, dt, dvalues = empty_gradients(inputs, values_grad)
     if values_grad and len(chunks.queries) > 1 < len(chunks.references):
         # Sums over the queries and over the references: neither fit a chunk, so each has a sweep.
