@@ -168,6 +168,76 @@ def differentiate(
     return Gradients(dx, dt, dx0, dx_terms, dt_terms, dx0_terms, dx_size)
 
 
+@dataclass(frozen=True)
+class Tangents:
+    """Tangents of v (B, d) and log_mass (B,) in float64.
+
+    The `terms` (B,) are the sums of the absolute values of what is summed, with s = ‖x − x0‖² + t²
+    and ‖ẋ − ẋ0_j‖ for ‖ẋ‖ where the references move:
+
+        dlog_mass_terms = Σ_j w_j L_j,  L_j = (k/s_j) (‖ẋ‖ ‖x − x0_j‖ + |t ṫ|)
+        dv_terms = Σ_j w_j ‖ẋ‖ + Σ_j w_j (L_j + dlog_mass_terms) ‖x − x0_j‖
+
+    and for D = ∞ L_j = (‖ẋ‖ ‖x − x0_j‖ + ‖x − x0_j‖² |ṫ/t|) / t². The terms of weights that need
+    not be summed count 1 / GRADIENT times. dv_size (B,) is dv_terms with |l̇_j − l̄| in the place
+    of L_j + dlog_mass_terms: a stricter scale, which leaves out what cancels within l̇_j − l̄.
+    """
+
+    dv: Tensor
+    dlog_mass: Tensor
+    dv_terms: Tensor
+    dlog_mass_terms: Tensor
+    dv_size: Tensor
+
+
+@one_thread()
+def jvp(
+    truth: Truth,
+    x: Tensor,
+    x0: Tensor,
+    x_dot: Tensor,
+    t_dot: Tensor,
+    x0_dot: Tensor | None = None,
+    D: float = 1,
+) -> Tangents:
+    """Tangents of v and log_mass for those of x (B, *event), t (B,) and x0 (N, *event):
+
+        ṡ_j = 2 (x − x0_j)·(ẋ − ẋ0_j) + 2 t ṫ,  l̇_j = −(k/2) ṡ_j / s_j,  l̄ = Σ_j w_j l̇_j
+        d log_mass = l̄,  dv = Σ_j w_j (ẋ0_j − ẋ) + Σ_j w_j (l̇_j − l̄) (x0_j − x)
+
+    and for D = ∞ l̇_j = −(x − x0_j)·(ẋ − ẋ0_j) / t² + ‖x − x0_j‖² ṫ / t³.
+    """
+    x, t, x0 = _flat(x, truth.t, x0)
+    x_dot, t_dot, x0_dot = _flat(x_dot, t_dot, torch.zeros_like(x0) if x0_dot is None else x0_dot)
+    weights, distances = truth.weights, truth.distances
+    dlogits, speeds, sizes = (torch.zeros_like(weights) for _ in range(3))
+    for b in range(len(x)):
+        s = distances[b].square() + (0 if math.isinf(D) else t[b] ** 2)
+        if s.min() == 0 and not math.isinf(D):  # the singular point: zero by convention
+            continue
+        slope = 1 / t[b] ** 2 if math.isinf(D) else (x.shape[1] + D) / s
+        stretch = -s * t_dot[b] / t[b] if math.isinf(D) else t[b] * t_dot[b]
+        for part, difference in _differences(x[b], x0):
+            speeds[b, part] = (x_dot[b] - x0_dot[part]).norm(dim=1)
+            dlogits[b, part] = (difference * (x_dot[b] - x0_dot[part])).sum(1)
+        dlogits[b] = slope * (dlogits[b] - stretch)
+        sizes[b] = slope * (speeds[b] * distances[b] + stretch.abs())
+    dlog_mass = (weights * dlogits).sum(1)
+    excess = dlogits - dlog_mass[:, None]
+    dv = torch.zeros_like(x)
+    for b in torch.nonzero(speeds.amax(1) + sizes.amax(1))[:, 0]:
+        for part, difference in _differences(x[b], x0):
+            dv[b] += weights[b, part] @ (x0_dot[part] - x_dot[b])
+            dv[b] += (weights[b, part] * excess[b, part]) @ difference
+    terms = truth.term_weights(GRADIENT)
+    dlog_mass_terms = (terms * sizes).sum(1)
+    dv_terms, dv_size = (
+        (terms * (speeds + size * distances)).sum(1)
+        for size in (sizes + dlog_mass_terms[:, None], excess.abs())
+    )
+    return Tangents(dv, dlog_mass, dv_terms, dlog_mass_terms, dv_size)
+
+
 def assert_displacement(v: Tensor, truth: Truth, tolerance: float) -> None:
     """v (B, *event) within the contract, on top of the rounding of its dtype.
 
@@ -207,6 +277,13 @@ def assert_gradients(
     if dx0 is not None:
         allowed = GRADIENT * truth.dx0_terms.norm(dim=1)
         _assert_rows(dx0.reshape(truth.dx0.shape), truth.dx0, allowed, "gradient of x0")
+
+
+def assert_tangents(truth: Tangents, dv: Tensor, dlog_mass: Tensor, tolerance: float) -> None:
+    """Each row within the tolerance times the sum of the absolute values of its terms."""
+    _assert_rows(dv.reshape(truth.dv.shape), truth.dv, tolerance * truth.dv_terms, "tangent of v")
+    allowed = tolerance * truth.dlog_mass_terms
+    _assert_rows(dlog_mass[:, None], truth.dlog_mass[:, None], allowed, "tangent of log_mass")
 
 
 def assert_gradient_of_x(truth: Gradients, dx: Tensor) -> None:
