@@ -15,7 +15,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from pfgm_kernels import ReferenceSet, poisson_displacement, poisson_field
+from pfgm_kernels import ReferenceSet, poisson_displacement, poisson_field, posterior_mean
 from pfgm_kernels.backends import BACKENDS, cpu
 
 settings.register_profile("default", max_examples=100, deadline=None, derandomize=True)
@@ -63,6 +63,12 @@ class Backend:
     ) -> Tensor:
         x, t, x0 = self._take(x, t, x0)
         return poisson_field(x, t, x0, backend=self.name, **options).cpu()
+
+    def mean(
+        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float
+    ) -> Tensor:
+        x, t, x0 = self._take(x, t, x0)
+        return posterior_mean(x, t, x0, backend=self.name, **options).cpu()
 
     def _take(self, *arguments):
         requires_grad = any(isinstance(a, Tensor) and a.requires_grad for a in arguments)

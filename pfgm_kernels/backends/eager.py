@@ -130,11 +130,9 @@ def jvp(
     and for D = ∞ (p_j − p_a)/t² + (‖x − x0_j‖² − ‖x − x0_a‖²) ṫ/t³.
     """
     pairs = _Pairs(x, t, values, table, k, anchor_x0, anchor_log_weight)
-    pull, anchor_pull = pairs.project(x_tangent), (pairs.to_anchor * x_tangent).sum(1)
-    if values_tangent is not None and anchor_tangent is not None:
-        own = (pairs.to_anchor * anchor_tangent).sum(1)
-        pull += pairs.x @ values_tangent.T - (pairs.rows * values_tangent).sum(1) + own[:, None]
-        anchor_pull -= own
+    pull = pairs.project(x_tangent, values_tangent, anchor_tangent)
+    relative = x_tangent if anchor_tangent is None else x_tangent - anchor_tangent
+    anchor_pull = (pairs.to_anchor * relative).sum(1)
     tilt = anchor_pull - t * t_tangent if math.isfinite(k) else -t_tangent / t
     pull -= tilt[:, None] * pairs.excess()
     coefficients = pairs.coefficients(pull)
@@ -170,9 +168,22 @@ class _Pairs:
         shift = anchor_x0[:1].sum(0)
         self.rows, self.x, self.anchor_x0 = rows - shift, x - shift, anchor_x0 - shift
 
-    def project(self, g: Tensor) -> Tensor:
-        """g·(x0_j − x0_a) (n, m)."""
-        return g @ self.rows.T - (g * self.anchor_x0).sum(1, keepdim=True)
+    def project(
+        self, g: Tensor, moving: Tensor | None = None, anchor_moving: Tensor | None = None
+    ) -> Tensor:
+        """g·(x0_j − x0_a) (n, m), or (g − ẋ0_j)·(x0_j − x) less the anchor's where they move.
+
+        What may be rounding alone is 0: then the anchor's is, whose s may be next to nothing.
+        """
+        rows, row_sizes = self.rows, self.rows.norm(dim=1)
+        projection = (g @ rows.T).sub_((g * self.anchor_x0).sum(1)[:, None])
+        noise = (row_sizes + self.anchor_x0.norm(dim=1)[:, None]) * g.norm(dim=1)[:, None]
+        if moving is not None and anchor_moving is not None:
+            projection += self.x @ moving.T - (rows * moving).sum(1)
+            projection += (self.to_anchor * anchor_moving).sum(1)[:, None]
+            noise += (row_sizes + self.x.norm(dim=1)[:, None]) * moving.norm(dim=1)
+        noise *= 8 * torch.finfo(noise.dtype).eps
+        return projection.masked_fill_(projection.abs() <= noise, 0.0)
 
     def excess(self) -> Tensor:
         """(s_j − s_a)/s_a (n, m), or ‖x − x0_j‖² − ‖x − x0_a‖² for D = ∞."""

@@ -34,12 +34,20 @@ def test_gradcheck(backend, event, D):
         lambda x, t, x0: backend.displacement(x, t, x0, D=D),
         arguments,
         fast_mode=(event, D) != ((2,), 1),
+        check_forward_ad=True,
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, t, x0: backend.mean(x, t, x0, D=D),
+        arguments,
+        fast_mode=True,
+        check_forward_ad=True,
     )
     for gamma in (0.0, 5.0):
         assert torch.autograd.gradcheck(
             lambda x, t, x0, gamma=gamma: backend.field(x, t, x0, D=D, gamma=gamma, scale=3.0),
             arguments,
             fast_mode=True,
+            check_forward_ad=True,
         )
 
 
@@ -63,27 +71,6 @@ def test_the_same_tensor_as_query_and_reference(backend):
     (gradient,) = torch.autograd.grad([v, log_mass], x, [g_v, g_m])
     parts = differentiate(solve(x, t, x), x, x, g_v, g_m)
     torch.testing.assert_close(gradient, parts.dx + parts.dx0, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("differentiated", ["x", "t", "x0"])
-def test_second_derivatives_are_refused(backend, differentiated):
-    arguments = inputs((3,))
-    index = ["x", "t", "x0"].index(differentiated)
-    for run in (backend.displacement, backend.field):
-        output = run(*arguments)
-        output = output if isinstance(output, Tensor) else output[0]
-        gradients = torch.autograd.grad(output.square().sum(), arguments, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiable once"):
-            gradients[index].sum().backward()
-
-
-def test_vmap_is_refused(backend):
-    x, _, x0 = inputs((3,))
-    for references in (x0, x0.detach()):  # with a graph and without
-        with pytest.raises(NotImplementedError, match="does not support vmap"):
-            torch.func.vmap(lambda row, to=references: backend.field(row[None], 1.0, to))(
-                x.detach()
-            )
 
 
 @pytest.mark.parametrize(("d", "count", "batch"), [(2, 1500, 130), (20, 700, 130), (100, 300, 130)])
