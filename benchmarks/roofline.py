@@ -278,7 +278,7 @@ def draw(path: Path) -> None:
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        raise SystemExit("the figure needs matplotlib: pip install pfgm_kernels[train]") from None
+        raise SystemExit("the figure needs matplotlib: pip install -e '.[train]'") from None
     B, N, _ = HEADLINE
     dimensions = [round(2 ** (step / 4)) for step in range(4, 4 * 15)]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")

@@ -2,11 +2,12 @@
 """The command line `pfgm`: report, train, sample and demo.
 
 Bad input ends with one sentence on the standard error and exit code 2; a run that was interrupted
-ends with exit code 130.
+ends with exit code 130, and one whose output nobody reads any more as SIGPIPE ends it.
 """
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,9 @@ try:
     import typer
     from typer.core import TyperGroup
 except ImportError as error:
-    raise SystemExit("pfgm needs typer: pip install 'pfgm_kernels[train]'") from error
+    raise SystemExit(
+        "pfgm needs typer: pip install -e '.[train]' in the project's folder"
+    ) from error
 
 INTERRUPTED = 130
 
@@ -61,18 +64,19 @@ def train(
     """Train the reference network; with --resume, what is not given stays as it was."""
     from pfgm_kernels.training import data as data_sets
     from pfgm_kernels.training import trainer
+    from pfgm_kernels.training.config import TrainConfig
 
     options = {"steps": steps, "seed": seed, "checkpoint_every": checkpoint_every}
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     if resume:
-        stored = trainer.TrainConfig.read(out)
+        stored = TrainConfig.read(out)
         config = replace(stored, data=data or stored.data, **given)
         points = data_sets.load(config.data)
     else:
         if data is None:
             raise ValueError(f"expected --data with one of {', '.join(data_sets.NAMES)}")
         points = data_sets.load(data)
-        config = trainer.TrainConfig.for_data(points, **given)
+        config = TrainConfig.for_data(points, **given)
     run = trainer.train(config, points, out, resume=resume)
     if not run.finished:
         raise typer.Exit(INTERRUPTED)
@@ -117,6 +121,9 @@ def demo(
 
 
 def main() -> None:
+    # Who closes a pipe early (`pfgm report | head -1`) ends us as any other command: quietly, by
+    # SIGPIPE, which a shell shows as 141. No socket is written to that the signal could hit.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     app()
 
 

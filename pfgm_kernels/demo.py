@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,13 +20,15 @@ from torch import Tensor
 
 import pfgm_kernels
 from pfgm_kernels import figures
+from pfgm_kernels.files import locked, write_bytes
 from pfgm_kernels.flow import Trajectory, perturb, sample, sample_prior
 from pfgm_kernels.memory import PeakMemory
 from pfgm_kernels.training import data as data_sets
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.evaluation import Evaluation, evaluate
 from pfgm_kernels.training.generate import generate
-from pfgm_kernels.training.trainer import TrainConfig, load_model, train
+from pfgm_kernels.training.config import TrainConfig
+from pfgm_kernels.training.trainer import load_model, train
 
 SAMPLES = 1000
 SOLVER, SOLVER_STEPS = "heun", 30
@@ -46,7 +47,16 @@ class Measurement:
 
 
 def run(out: Path) -> bool:
-    """Writes pictures and ``metrics.json`` to ``out``; False where training was interrupted."""
+    """Writes pictures and ``metrics.json`` to ``out``; False where training was interrupted.
+
+    What an earlier demo left there is replaced. Raises ValueError where another process is at work
+    in ``out``.
+    """
+    with locked(out):
+        return _run(out)
+
+
+def _run(out: Path) -> bool:
     console = Console()
     seconds: dict[str, float] = {}
     console.print("[bold]Backends[/bold]")
@@ -58,9 +68,7 @@ def run(out: Path) -> bool:
         console.print(_op_table(measurements))
     with _phase(console, seconds, "train", f"Training on {len(data.train)} digits"):
         folder = out / "run"
-        if (folder / "config.json").exists():  # an earlier demo's
-            shutil.rmtree(folder)
-        training = train(config, data, folder, console=console)
+        training = train(config, data, folder, replace=True, console=console)
     if not training.finished:
         return False
     with _phase(
@@ -85,7 +93,7 @@ def run(out: Path) -> bool:
     console.print(_summary(evaluation, result.nfe))
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     console.print(f"{spent}; in {out}:", highlight=False, soft_wrap=True)
-    for path in sorted(path for path in out.iterdir() if path.is_file()):
+    for path in sorted(path for path in out.glob("[!.]*") if path.is_file()):
         console.print(f"  {path.name}", highlight=False, soft_wrap=True)
     return True
 
@@ -218,7 +226,7 @@ def _write_metrics(
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    (out / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_bytes(out / "metrics.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
 @contextmanager

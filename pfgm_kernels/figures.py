@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfgm_kernels.files import write_bytes
 from pfgm_kernels.flow import Trajectory
 
 if TYPE_CHECKING:
@@ -150,8 +151,8 @@ def _show(axes: Axes, picture: np.ndarray) -> None:
 def _save(figure: Figure, path: Path) -> None:
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = BytesIO()
-    figure.savefig(buffer, dpi=DPI)
+    drawn, picture = BytesIO(), BytesIO()
+    figure.savefig(drawn, dpi=DPI)
     # A palette makes the file a third as large as full colour.
-    Image.open(buffer).convert("RGB").quantize(COLORS).save(path, optimize=True)
+    Image.open(drawn).convert("RGB").quantize(COLORS).save(picture, format="PNG", optimize=True)
+    write_bytes(path, picture.getvalue())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pfgm_kernels.field import poisson_field
 from pfgm_kernels.flow._checks import non_negative, positive
+from pfgm_kernels.flow._range import warn_of_another_range
 from pfgm_kernels.flow.perturb import check_noise, perturb
 from pfgm_kernels.references import ReferenceSet
 
@@ -68,6 +69,7 @@ class FieldLoss:
         d = math.prod(references.event_shape)
         self.scale = math.sqrt(d) if scale is None else positive("scale", scale)
         self.perturb = partial(perturb, sigma=sigma, tau=tau, M=M, restrict_M=restrict_M, D=D)
+        self._looked = False
 
     def __call__(
         self, network: Field, x0_batch: Tensor, generator: torch.Generator | None = None
@@ -75,13 +77,18 @@ class FieldLoss:
         """The loss of `network(x (B, *event), t (B,)) -> (B, d + 1)` around x0_batch (B, *event).
 
         Returns a 0-dim tensor, differentiable in the network's parameters. Raises TypeError or
-        ValueError where the batch or the network's output does not fit.
+        ValueError where the batch or the network's output does not fit. Warns where the first batch
+        is in another range than the references, as [0, 1] beside [-1, 1]; within a compiled or
+        captured call, which cannot look at values, nothing does.
         """
         x, t = self.perturb(x0_batch, generator=generator)
         with torch.no_grad():
             target = poisson_field(
                 x, t, self.references, D=self.D, gamma=self.gamma, scale=self.scale
             )
+        if not _blind(x) and not self._looked:
+            self._looked = True
+            warn_of_another_range(x0_batch, self.references)
         return _regression(network, x, t, target)
 
 
@@ -133,6 +140,13 @@ class UnnormalizedLoss:
         k = difference.shape[1] - 1 + self.D
         target = -difference * (-k / 2 * log_squared).exp()
         return _regression(network, x, t, target.to(x.dtype))
+
+
+def _blind(x: Tensor) -> bool:
+    """Whether values cannot be looked at: within a compiled or captured call."""
+    return torch.compiler.is_compiling() or (
+        x.is_cuda and torch.cuda.is_current_stream_capturing()
+    )
 
 
 def _regression(network: Field, x: Tensor, t: Tensor, target: Tensor) -> Tensor:

@@ -78,9 +78,9 @@ def sample(
     *,
     T: float,
     t_min: float = 1e-3,
-    solver: str = "rk45",
+    solver: str | None = None,
     steps: int = 100,
-    rtol: float = 1e-4,
+    rtol: float | None = None,
     atol: float | None = None,
     final_step: bool = True,
     substitution: Substitution | None = None,
@@ -102,9 +102,11 @@ def sample(
         x: (B, *event) float32 or float64, finite: the states at T, from `sample_prior`.
         T: > t_min, where to start, in the units of x.
         t_min: > 0, where the solver ends.
-        solver: "euler", "heun" or "rk45" (needs torchdiffeq).
+        solver: "euler", "heun" or "rk45" (needs torchdiffeq, of the extra `train`); None is rk45
+            where a tolerance is given, else heun.
         steps: of euler and heun.
-        rtol, atol: tolerances of rk45; atol, in the units of x, is rtol's number if None.
+        rtol, atol: tolerances of rk45; None is 1e-4 for rtol and, in the units of x, rtol's number
+            for atol.
         final_step: end with one Euler step from t_min to t = 0. With the exact field this is the
             step to the posterior mean. Without it a draw from the far tail of the prior stays
             t_min ‖x_T‖ / T short of its source.
@@ -137,9 +139,9 @@ def encode(
     *,
     T: float,
     t_min: float = 1e-3,
-    solver: str = "rk45",
+    solver: str | None = None,
     steps: int = 100,
-    rtol: float = 1e-4,
+    rtol: float | None = None,
     atol: float | None = None,
     substitution: Substitution | None = None,
     keep_path: bool = False,
@@ -197,12 +199,16 @@ class _Integration:
         self.times: list[float] = []
         self.states: list[Tensor] | None = [] if keep_path else None
 
-    def solve(self, solver: str, steps: int, rtol: float, atol: float | None) -> None:
+    def solve(
+        self, solver: str | None, steps: int, rtol: float | None, atol: float | None
+    ) -> None:
         """Advance x from start to stop."""
+        if solver is None:
+            solver = "heun" if rtol is None and atol is None else "rk45"
         if solver not in SOLVERS:
             raise ValueError(f"solver expects one of {', '.join(SOLVERS)}, got {solver!r}")
         if solver == "rk45":
-            rtol = positive("rtol", rtol)
+            rtol = 1e-4 if rtol is None else positive("rtol", rtol)
             self._rk45(rtol, rtol if atol is None else positive("atol", atol))
         else:
             step = self._euler if solver == "euler" else self._heun
@@ -268,7 +274,7 @@ class _Integration:
             from torchdiffeq import odeint
         except ImportError as error:
             raise ImportError(
-                "solver 'rk45' needs torchdiffeq: pip install 'pfgm_kernels[train]'"
+                "solver 'rk45' needs torchdiffeq: pip install -e '.[train]' in the project's folder"
             ) from error
         flow = _LogTimeFlow(self)
         span = torch.tensor([0.0, flow.end], dtype=torch.float64, device=self.x.device)

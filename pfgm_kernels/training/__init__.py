@@ -9,5 +9,6 @@ from importlib.util import find_spec
 for _module in ("matplotlib", "rich", "safetensors", "sklearn", "tensorboard", "torchdiffeq"):
     if find_spec(_module) is None:
         raise ImportError(
-            f"pfgm_kernels.training needs {_module}: pip install 'pfgm_kernels[train]'"
+            f"pfgm_kernels.training needs {_module}: "
+            "pip install -e '.[train]' in the project's folder"
         )

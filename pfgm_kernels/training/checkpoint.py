@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: safetensors files that are whole or not there at all.
 
-A file is written beside its final name, flushed to the disk and then renamed, so that a process
-killed at any moment leaves the old file or the new one. No pickle is ever written or read.
+A process killed at any moment leaves the old file or the new one. No pickle is ever written or
+read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-TEMPORARY = ".partial"
+from pfgm_kernels.files import TEMPORARY, write_bytes
+
 DIGITS = 64  # of a SHA-256 checksum
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Puts ``content`` at ``path`` in one step: readers see the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=TEMPORARY, delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+try:
+    VERSION = version("pfgm_kernels")
+except PackageNotFoundError:
+    VERSION = "not installed"
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -80,14 +65,33 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(text)
 
 
-def match(path: Path, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
+def match(
+    path: Path,
+    expected: Mapping[str, Tensor],
+    got: Mapping[str, Tensor],
+    written_by: str | None = None,
+) -> None:
     """Raises ValueError unless the tensors ``got`` from ``path`` fit the ``expected`` ones."""
     for name in sorted(expected.keys() | got.keys()):
         wanted, found = _describe(expected.get(name)), _describe(got.get(name))
         if wanted != found:
             raise ValueError(
-                f"checkpoint {path} is of another network: expected {name} {wanted}, got {found}"
+                f"checkpoint {path} is of another network: expected {name} {wanted}, got {found} "
+                f"(written by {_writer(written_by)}, this is {VERSION})"
             )
+
+
+def match_keys(path: Path, expected: Set[str], got: Set[str], written_by: str | None) -> None:
+    """Raises ValueError unless the keys ``got`` from ``path`` are the ``expected`` ones.
+
+    What a whole file holds, its writer meant: the error says which version that was, None where the
+    file does not tell.
+    """
+    if got != expected:
+        raise ValueError(
+            f"{path} was written by {_writer(written_by)}, this is {VERSION}: expected the keys "
+            f"{sorted(expected)}, missing {sorted(expected - got)}, unknown {sorted(got - expected)}"
+        )
 
 
 class Checkpoints:
@@ -153,6 +157,10 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _writer(version: str | None) -> str:
+    return f"pfgm_kernels {version or 'of an older version, which files did not name'}"
 
 
 def _describe(tensor: Tensor | None) -> str:

@@ -7,9 +7,10 @@ import torch
 from rich.console import Console
 
 from pfgm_kernels.flow import Trajectory, sample, sample_prior
+from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.network import FieldNetwork
 from pfgm_kernels.training.progress import progress_bar
-from pfgm_kernels.training.trainer import TrainConfig, threads
+from pfgm_kernels.training.trainer import threads
 
 
 def generate(

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-import json
 import math
+import shlex
+import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,109 +23,18 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from pfgm_kernels.files import LOCK, locked, naming
 from pfgm_kernels.flow import FieldLoss
 from pfgm_kernels.training import checkpoint
+from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.network import FieldNetwork
 from pfgm_kernels.training.progress import progress_bar
 
+MODEL = "model.safetensors"
 LOG_EVERY = 10
 # A resumed run may go further or save at other steps; in all else it is the run that it continues.
 MAY_CHANGE = ("steps", "checkpoint_every")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that a run was given; ``DIR/config.json`` holds it."""
-
-    data: str
-    event_shape: tuple[int, ...]
-    M: int
-    """Upper end of the exponent m in Eq. (11)."""
-    T: float
-    """Where sampling starts, in the units of x."""
-    steps: int = 2000
-    seed: int = 0
-    checkpoint_every: int = 500
-    sigma: float = 0.01
-    """Smallest noise of Eq. (11), in the units of x."""
-    tau: float = 0.03
-    restrict_M: bool = True  # noqa: N815  (the article's M)
-    gamma: float = 1.0
-    """Added to the norm in the target of Eq. (12), in the units of x."""
-    width: int = 256
-    depth: int = 4
-    batch_size: int = 256
-    learning_rate: float = 1e-3
-    warmup: int = 100
-    ema_decay: float = 0.998
-    clip_norm: float = 1.0
-    threads: int = 1
-    """Of the CPU. The network is too small to gain much from more, and their number changes the
-    order of sums: with it fixed, a run gives the same bits wherever it is resumed."""
-
-    def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "checkpoint_every",
-            "batch_size",
-            "warmup",
-            "width",
-            "depth",
-            "threads",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} expects an integer ≥ 1, got {getattr(self, name)}")
-
-    @classmethod
-    def for_data(cls, data: DataSet, **changes: Any) -> TrainConfig:
-        """The defaults for a data set, M and T by the published rule (Xu et al. 2022, appendix).
-
-        With the mean norm R of the data, M = 3/4 ln(R^2 / (2 sqrt(d) sigma^2)) / ln(1 + tau) and
-        T = sqrt(2 / pi) sigma (1 + tau)^M, the mean of t over queries with the exponent M.
-        """
-        sigma, tau = changes.get("sigma", cls.sigma), changes.get("tau", cls.tau)
-        d = math.prod(data.event_shape)
-        exponent = math.log(data.moments().norm ** 2 / (2 * math.sqrt(d) * sigma**2)) / math.log(
-            1 + tau
-        )
-        M = int(0.75 * exponent) + 1
-        T = math.sqrt(2 / math.pi) * sigma * (1 + tau) ** M
-        return cls(**{"data": data.name, "event_shape": data.event_shape, "M": M, "T": T} | changes)
-
-    def network(self, data: DataSet | None = None) -> FieldNetwork:
-        """A new network, its weights drawn by the seed, normalised for ``data`` if given."""
-        known: dict[str, Any] = {}
-        if data is not None:
-            moments = data.moments()
-            known = {"center": moments.center, "spread": moments.spread}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return FieldNetwork(
-                self.event_shape, width=self.width, depth=self.depth, gamma=self.gamma, **known
-            )
-
-    def write(self, folder: Path) -> None:
-        text = json.dumps(asdict(self), indent=2) + "\n"
-        checkpoint.write_bytes(folder / "config.json", text.encode())
-
-    @classmethod
-    def read(cls, folder: Path) -> TrainConfig:
-        """Raises FileNotFoundError or ValueError, naming a file that is missing or damaged."""
-        path = folder / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no run: expected {path}; it does not exist")
-        expected = {field.name for field in fields(cls)}
-        try:
-            values = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"damaged file {path}: expected JSON, got {error}") from error
-        if not isinstance(values, dict) or values.keys() != expected:
-            got = sorted(values) if isinstance(values, dict) else type(values).__name__
-            raise ValueError(
-                f"damaged file {path}: expected the keys {sorted(expected)}, got {got}"
-            )
-        return cls(**values | {"event_shape": tuple(values["event_shape"])})
 
 
 @dataclass(frozen=True)
@@ -180,19 +91,20 @@ class Training:
         """Every tensor by name, and the rest as JSON values."""
         optimizer, groups = checkpoint.flatten_optimizer(self.optimizer)
         tensors = self._weights() | _prefixed("optimizer.", optimizer)
-        tensors["generator"] = self.generator.get_state()
-        scheduler = self.scheduler.state_dict()
-        return tensors, {"step": self.step, "groups": groups, "scheduler": scheduler}
+        return tensors, {
+            "version": checkpoint.VERSION,
+            "step": self.step,
+            "groups": groups,
+            "scheduler": self.scheduler.state_dict(),
+        }
 
     def restore(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Puts back what ``state`` gave, read from ``path``."""
+        version = state.pop("version", None)
+        checkpoint.match_keys(path, {"step", "groups", "scheduler"}, state.keys(), version)
         optimizer = _without_prefix("optimizer.", tensors)
-        weights = {
-            name: value
-            for name, value in tensors.items()
-            if not name.startswith("optimizer.") and name != "generator"
-        }
-        checkpoint.match(path, self._weights(), weights)
+        weights = {name: tensors[name] for name in tensors if not name.startswith("optimizer.")}
+        checkpoint.match(path, self._weights(), weights, version)
         self.network.load_state_dict(_without_prefix("network.", weights))
         self.average.load_state_dict(_without_prefix("average.", weights))
         checkpoint.load_optimizer(self.optimizer, optimizer, state["groups"])
@@ -201,9 +113,11 @@ class Training:
         self.step = state["step"]
 
     def _weights(self) -> dict[str, Tensor]:
-        return _prefixed("network.", self.network.state_dict()) | _prefixed(
-            "average.", self.average.state_dict()
-        )
+        return {
+            **_prefixed("network.", self.network.state_dict()),
+            **_prefixed("average.", self.average.state_dict()),
+            "generator": self.generator.get_state(),
+        }
 
 
 def train(
@@ -212,17 +126,26 @@ def train(
     folder: Path,
     *,
     resume: bool = False,
+    replace: bool = False,
     console: Console | None = None,
 ) -> Run:
     """Trains in ``folder``, or continues there, until ``config.steps`` or a signal to stop.
 
     Checkpoints go to ``checkpoints/``, curves to ``tensorboard/``, the averaged weights of a
     finished run to ``model.safetensors``. Ctrl-C and SIGTERM end the current step, save a
-    checkpoint and return; a second signal ends at once. Raises ValueError where the folder holds
-    another run or, without ``resume``, any run.
+    checkpoint and return; a second signal ends at once. With ``replace`` a run in the folder is
+    removed first. Raises ValueError where the folder holds another run or, without either, any run,
+    and where another process trains there.
     """
-    console, began = console or Console(), time.monotonic()
-    _claim(folder, config, resume)
+    with locked(folder):
+        _claim(folder, config, resume, replace)
+        return _train(config, data, folder, resume, console or Console())
+
+
+def _train(
+    config: TrainConfig, data: DataSet, folder: Path, resume: bool, console: Console
+) -> Run:
+    began = time.monotonic()
     training = Training(config, data)
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
     if resume and (newest := checkpoints.newest()) is not None:
@@ -237,7 +160,8 @@ def train(
     finished = training.step == config.steps
     if finished:
         weights = training.average.module.state_dict()
-        checkpoint.write(folder / "model.safetensors", weights, {"step": training.step})
+        state = {"version": checkpoint.VERSION, "step": training.step}
+        checkpoint.write(folder / MODEL, weights, state)
     else:
         console.print(
             f"Stopped after step {training.step} of {config.steps}; a checkpoint is saved, "
@@ -287,19 +211,37 @@ def load_model(folder: Path) -> tuple[FieldNetwork, TrainConfig]:
     """
     config = TrainConfig.read(folder)
     network = config.network()
-    path = folder / "model.safetensors"
-    weights, _ = checkpoint.read(path)
-    checkpoint.match(path, network.state_dict(), weights)
+    path = folder / MODEL
+    finish = f"pfgm train --out {shlex.quote(str(folder))} --resume"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected the model {path}; it does not exist, the run is not finished: "
+            f"`{finish}` finishes it"
+        )
+    weights, state = checkpoint.read(path)
+    version = state.pop("version", None)
+    checkpoint.match_keys(path, {"step"}, state.keys(), version)
+    checkpoint.match(path, network.state_dict(), weights, version)
+    if state["step"] < config.steps:
+        warnings.warn(
+            f"{path} is of step {state['step']} of {config.steps}: `{finish}` finishes the run",
+            stacklevel=2,
+        )
     network.load_state_dict(weights)
     return network.eval(), config
 
 
-def _claim(folder: Path, config: TrainConfig, resume: bool) -> None:
-    """Raises ValueError unless ``config`` may train in ``folder``."""
+def _claim(folder: Path, config: TrainConfig, resume: bool, replace: bool) -> None:
+    """Raises ValueError unless ``config`` may train in ``folder``, emptied first to ``replace``."""
     taken = (folder / "config.json").exists() or (folder / "checkpoints").exists()
     if not taken:
         if resume:
             raise ValueError(f"nothing to resume: expected a run in {folder}, got no config.json")
+        return
+    if replace:
+        for path in folder.iterdir():
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         return
     if not resume:
         raise ValueError(f"{folder} already holds a run: continue it with --resume or name another")
@@ -351,13 +293,20 @@ def _curves(folder: Path, step: int) -> Iterator[Callable[[dict[str, float], int
     """Yields a function (values by name, step) that adds points to TensorBoard's curves."""
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(folder / "tensorboard", purge_step=step + 1) as writer:
+    path = folder / "tensorboard"
+    with naming(path):
+        writer = SummaryWriter(path, purge_step=step + 1)
 
-        def add(values: dict[str, float], step: int) -> None:
+    def add(values: dict[str, float], step: int) -> None:
+        with naming(path):
             for name, value in values.items():
                 writer.add_scalar(name, value, step)
 
+    try:
         yield add
+    finally:
+        with naming(path):
+            writer.close()
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -171,10 +171,11 @@ def test_encode_after_sample_returns_the_latent(count, d):
     assert ((latent - x).norm(dim=1) / x.norm(dim=1)).max() < 1e-3
 
 
+@pytest.mark.parametrize("solver", [None, "rk45"])
 @pytest.mark.parametrize("offset", [0.0, 1e-12, 1e-9])
-def test_encode_starts_from_a_data_point(offset):
+def test_encode_starts_from_a_data_point(offset, solver):
     x0 = sources(5, 2)
-    trajectory = encode(exact_field(x0), x0 + offset, T=40, t_min=1e-2)
+    trajectory = encode(exact_field(x0), x0 + offset, T=40, t_min=1e-2, solver=solver)
     assert torch.isfinite(trajectory.x).all()
     # On a source of several, the line goes straight up at first, then bends away from the others.
     assert trajectory.x.norm(dim=1).max() < 40 * 40
@@ -284,18 +285,35 @@ def test_rk45_gives_up_where_it_cannot_go_on(monkeypatch):
     x = torch.ones(2, 1, dtype=torch.float64)
     message = r"rk45 does not get forward at t = 3.67\d*, after \d+ steps.*larger rtol"
     with pytest.raises(RuntimeError, match=message):
-        sample(explosive, x, T=10)
+        sample(explosive, x, T=10, solver="rk45")
     monkeypatch.setattr("pfgm_kernels.flow.ode.MAX_ADAPTIVE_STEPS", 12)
     with pytest.raises(RuntimeError, match="after 13 steps"):
-        sample(explosive, x, T=10)
+        sample(explosive, x, T=10, solver="rk45")
 
 
-def test_without_torchdiffeq_only_rk45_is_missing(monkeypatch):
+@pytest.mark.parametrize("integrate", [sample, encode])
+def test_without_torchdiffeq_only_rk45_is_missing(monkeypatch, integrate):
+    """A base install has torch and numpy: what is not asked for by name needs no more."""
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     field, x = exact_field(sources(3, 2)), sources(3, 2)
-    assert sample(field, x, T=10, solver="heun").nfe == 201
-    with pytest.raises(ImportError, match=r"rk45.*needs torchdiffeq: pip install 'pfgm_kernels\["):
-        sample(field, x, T=10)
+    default = integrate(field, x, T=10)
+    assert torch.equal(default.x, integrate(field, x, T=10, solver="heun").x)
+    assert integrate(field, x, T=10, steps=7).nfe < default.nfe
+    assert integrate(field, x, T=10, solver="euler").nfe < default.nfe
+    message = r"rk45.* needs torchdiffeq: pip install -e '\.\[train\]'"
+    for options in ({"solver": "rk45"}, {"rtol": 1e-3}, {"atol": 1e-3}):
+        with pytest.raises(ImportError, match=message):
+            integrate(field, x, T=10, **options)
+
+
+def test_the_default_solver_reaches_the_data():
+    """And `encode` comes back from there."""
+    x0 = sources(7, 3)
+    x = sample_prior(32, (3,), T=40, max_radius=200, generator=seeded(), dtype=torch.float64)
+    assert (sample(exact_field(x0), x, T=40).x[:, None] - x0).norm(dim=2).min(1).values.max() < 1e-2
+    data = sample(exact_field(x0), x, T=40, t_min=0.1, final_step=False).x
+    latent = encode(exact_field(x0), data, T=40, t_min=0.1).x
+    assert ((latent - x).norm(dim=1) / x.norm(dim=1)).median() < 1e-2
 
 
 @pytest.mark.parametrize(

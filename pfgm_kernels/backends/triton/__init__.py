@@ -25,7 +25,7 @@ def unsupported_reason(
     device: torch.device | None = None, d: int | None = None, requires_grad: bool = False
 ) -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install 'pfgm_kernels[triton]')"
+        return "triton is not installed (pip install -e '.[triton]')"
     found = version("triton")
     if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
         return f"triton {found} is too old: it needs {'.'.join(map(str, OLDEST))} or later"
