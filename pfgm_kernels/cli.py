@@ -30,7 +30,10 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-            typer.echo(f"pfgm: {' '.join(str(error).split())}", err=True)
+            text = " ".join(str(error).split())
+            if isinstance(error, OSError) and error.errno and error.filename is None:
+                text += ": standard output"  # whatever else is written to names its file
+            typer.echo(f"pfgm: {text}", err=True)
             raise typer.Exit(2) from error
 
 

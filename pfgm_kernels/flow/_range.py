@@ -22,7 +22,6 @@ SHARE = 0.1
 """Of the references' values, left out by the points' extremes."""
 
 
-@torch.no_grad()
 def warn_of_another_range(points: Tensor, references: ReferenceSet) -> None:
     """Warns where points (B, *event) are not in the range of the references, as with [0, 255]
     beside [-1, 1]: training goes on all the same, toward a field that has nothing to learn.
@@ -36,8 +35,10 @@ def warn_of_another_range(points: Tensor, references: ReferenceSet) -> None:
     Looks at up to 512 of each and 4 million values, and reads the outcome on the host.
     """
     known = decode(_some(references.values), references.table)
-    x = _some(points.flatten(1)).double()
-    if len(known) < FEWEST or not (_far(x, known) or _outside(x, known)):
+    x = _some(points.detach().flatten(1)).double()
+    if len(known) < FEWEST or bool((known == known[0]).all()):
+        return
+    if not (_far(x, known) or _outside(x, known)):
         return
     (low, high), (known_low, known_high) = (
         [value.item() for value in values.aminmax()] for values in (x, known)
@@ -62,7 +63,7 @@ def _far(x: Tensor, known: Tensor) -> bool:
     center = known.mean(0)
     between = (2 * (known - center).square().sum(1).mean()).sqrt()
     nearest = torch.cdist(x - center, known - center).amin(1).median()
-    return bool((nearest > FAR * between) & (between > 0))
+    return bool(nearest > FAR * between)
 
 
 def _outside(x: Tensor, known: Tensor) -> bool:
@@ -76,4 +77,4 @@ def _outside(x: Tensor, known: Tensor) -> bool:
     beyond = (low < lows.quantile(0.01) - margin) | (high > highs.quantile(0.99) + margin)
     left_out = ((known < low).double().mean() > SHARE) & (low > lows.quantile(0.99) + inward)
     left_out |= ((known > high).double().mean() > SHARE) & (high < highs.quantile(0.01) - inward)
-    return bool((beyond | left_out) & (margin > 0))
+    return bool(beyond | left_out)

@@ -31,7 +31,7 @@ LAYERS = [
     ("autograd",),
     ("field",),
     ("",),
-    ("flow",),
+    ("flow", "files"),
     ("training", "figures", "memory"),
     ("demo",),
     ("cli",),

@@ -84,21 +84,6 @@ def test_another_network(path: Path) -> None:
         match(path, expected, nn.Linear(3, 4).double().state_dict())
 
 
-def test_failed_write_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = path.read_bytes()
-
-    def fail(*arguments: object) -> None:
-        raise OSError("no space left")
-
-    for step in ("fsync", "replace"):
-        with monkeypatch.context() as context:
-            context.setattr(checkpoint.os, step, fail)
-            with pytest.raises(OSError, match="no space left"):
-                write(path, {"weight": torch.ones(2)}, {})
-        assert path.read_bytes() == before
-        assert os.listdir(path.parent) == [path.name]
-
-
 def test_keeps_the_last_three(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     assert checkpoints.newest() is None

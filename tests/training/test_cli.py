@@ -147,10 +147,9 @@ def test_damaged_run_is_refused(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(weights[:1000])
     refused = f"damaged checkpoint {tmp_path / 'model.safetensors'}: expected a whole"
     assert_refused(pfgm(*options), refused, "got one of 1000 bytes")
-    (tmp_path / "config.json").write_text('{"data": "digits"}')
-    assert_refused(pfgm(*options), f"damaged file {tmp_path / 'config.json'}", "expected the keys")
-    (tmp_path / "config.json").write_text("{")
-    assert_refused(pfgm(*options), "expected JSON")
+    for text, expected in (("{", "expected JSON"), ("[1]", "expected an object of JSON, got list")):
+        (tmp_path / "config.json").write_text(text)
+        assert_refused(pfgm(*options), f"damaged file {tmp_path / 'config.json'}: {expected}")
 
 
 def test_wrong_usage_is_explained() -> None:

@@ -12,9 +12,10 @@ import torch
 
 from pfgm_kernels import demo, figures, poisson_field
 from pfgm_kernels.demo import check_op, exact_field, peak_extra_memory, published_field
+from pfgm_kernels.files import locked
 from pfgm_kernels.flow import perturb
 from pfgm_kernels.training import data
-from pfgm_kernels.training.trainer import TrainConfig
+from pfgm_kernels.training.config import TrainConfig
 
 
 def test_formulas_agree() -> None:
@@ -66,7 +67,14 @@ def test_demo_leaves_what_it_promises(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(demo, "QUERIES", 16)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("left by an earlier demo")
+    (tmp_path / "run" / "checkpoints" / "more").mkdir(parents=True)
+    with locked(tmp_path / "run"), pytest.raises(ValueError, match="run is in use"):
+        demo.run(tmp_path)
+    assert (tmp_path / "run" / "config.json").read_text() == "left by an earlier demo"
+    with locked(tmp_path), pytest.raises(ValueError, match=f"{tmp_path} is in use"):
+        demo.run(tmp_path)
     assert demo.run(tmp_path)
+    assert not (tmp_path / "run" / "checkpoints" / "more").exists()
     for name in ("samples.png", "loss.png", "trajectories.png"):
         assert 5_000 < (tmp_path / name).stat().st_size < 300_000
     metrics = json.loads((tmp_path / "metrics.json").read_text())

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from pfgm_kernels import poisson_displacement
+from pfgm_kernels import files, poisson_displacement
 from pfgm_kernels.cli import app
-from pfgm_kernels.training import checkpoint, data
-from pfgm_kernels.training.checkpoint import Checkpoints
+from pfgm_kernels.training import data
+from pfgm_kernels.training.checkpoint import VERSION, Checkpoints
+from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.network import FieldNetwork
-from pfgm_kernels.training.trainer import TrainConfig, Training, load_model, train
+from pfgm_kernels.training.trainer import Training, load_model, train
 
 TINY = {"width": 8, "depth": 1, "batch_size": 16, "warmup": 4, "checkpoint_every": 5}
 
@@ -128,7 +129,7 @@ def test_config_comes_back(moons: DataSet, tmp_path: Path) -> None:
     config = TrainConfig.for_data(moons, seed=7, **TINY)
     config.write(tmp_path)
     assert TrainConfig.read(tmp_path) == config
-    values = asdict(config) | {"event_shape": [2]}
+    values = asdict(config) | {"event_shape": [2], "version": VERSION}
     assert json.loads((tmp_path / "config.json").read_text()) == values
     with pytest.raises(ValueError, match="batch_size expects an integer ≥ 1, got 0"):
         replace(config, batch_size=0)
@@ -181,7 +182,8 @@ ENDLESS = """
 import sys
 from pathlib import Path
 from pfgm_kernels.training import data
-from pfgm_kernels.training.trainer import TrainConfig, train
+from pfgm_kernels.training.config import TrainConfig
+from pfgm_kernels.training.trainer import train
 moons = data.load("two_moons")
 options = {options} | {{"checkpoint_every": 1}}
 run = train(TrainConfig.for_data(moons, steps=10**6, **options), moons, Path({folder!r}))
@@ -270,8 +272,9 @@ def test_full_disk_loses_no_checkpoint(
             raise OSError(28, "No space left on device")
         replace_file(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", replace_twice)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(files.os, "replace", replace_twice)
+    message = rf"No space left on device: '{tmp_path}/checkpoints/step_00000015.safetensors'"
+    with pytest.raises(OSError, match=message):
         train(config, moons, tmp_path)
     assert newest(tmp_path)[1]["step"] == 10
     assert not list(tmp_path.rglob("*.partial"))
