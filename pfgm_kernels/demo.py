@@ -24,10 +24,10 @@ from pfgm_kernels.files import locked, write_bytes
 from pfgm_kernels.flow import Trajectory, perturb, sample, sample_prior
 from pfgm_kernels.memory import PeakMemory
 from pfgm_kernels.training import data as data_sets
+from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.evaluation import Evaluation, evaluate
 from pfgm_kernels.training.generate import generate
-from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.trainer import load_model, train
 
 SAMPLES = 1000

@@ -144,9 +144,7 @@ class UnnormalizedLoss:
 
 def _blind(x: Tensor) -> bool:
     """Whether values cannot be looked at: within a compiled or captured call."""
-    return torch.compiler.is_compiling() or (
-        x.is_cuda and torch.cuda.is_current_stream_capturing()
-    )
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _regression(network: Field, x: Tensor, t: Tensor, target: Tensor) -> Tensor:

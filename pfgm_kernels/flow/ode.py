@@ -199,9 +199,7 @@ class _Integration:
         self.times: list[float] = []
         self.states: list[Tensor] | None = [] if keep_path else None
 
-    def solve(
-        self, solver: str | None, steps: int, rtol: float | None, atol: float | None
-    ) -> None:
+    def solve(self, solver: str | None, steps: int, rtol: float | None, atol: float | None) -> None:
         """Advance x from start to stop."""
         if solver is None:
             solver = "heun" if rtol is None and atol is None else "rk45"

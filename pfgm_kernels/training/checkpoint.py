@@ -87,10 +87,11 @@ def match_keys(path: Path, expected: Set[str], got: Set[str], written_by: str | 
     What a whole file holds, its writer meant: the error says which version that was, None where the
     file does not tell.
     """
-    if got != expected:
+    missing, unknown = sorted(expected - got), sorted(got - expected)
+    if missing or unknown:
         raise ValueError(
             f"{path} was written by {_writer(written_by)}, this is {VERSION}: expected the keys "
-            f"{sorted(expected)}, missing {sorted(expected - got)}, unknown {sorted(got - expected)}"
+            f"{sorted(expected)}, missing {missing}, unknown {unknown}"
         )
 
 

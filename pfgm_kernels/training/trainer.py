@@ -142,9 +142,7 @@ def train(
         return _train(config, data, folder, resume, console or Console())
 
 
-def _train(
-    config: TrainConfig, data: DataSet, folder: Path, resume: bool, console: Console
-) -> Run:
+def _train(config: TrainConfig, data: DataSet, folder: Path, resume: bool, console: Console) -> Run:
     began = time.monotonic()
     training = Training(config, data)
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints")

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +55,30 @@ def test_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "pfgm_kernels.cli", "report"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout == f"{pfgm_kernels.report()}\n"
+
+
+@pytest.mark.parametrize("arguments", [["report"], ["train", "--help"], ["train"]])
+def test_a_closed_pipe_ends_it_quietly(tmp_path: Path, arguments: list[str]) -> None:
+    """By SIGPIPE, as any other command: a shell calls that 141."""
+    if arguments == ["train"]:
+        arguments = ["train", "--data", "two_moons", "--steps", "1", "--out", str(tmp_path)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "pfgm_kernels.cli", *arguments]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert result.returncode == -signal.SIGPIPE
+    assert result.stderr == b""
+
+
+def test_a_full_disk_behind_the_output_is_named() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "pfgm_kernels.cli", "report"]
+        result = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert result.returncode == 2
+    assert result.stderr == "pfgm: [Errno 28] No space left on device: standard output\n"
 
 
 def test_train_leaves_a_whole_run(digits: Path) -> None:
@@ -137,6 +163,11 @@ def test_sample_refuses(digits: Path, tmp_path: Path) -> None:
     wrong_name = pfgm("sample", "--model", digits, "--out", tmp_path / "samples.gif")
     assert_refused(wrong_name, "ends in .png")
     assert not list(tmp_path.iterdir())
+    for name in ("config.json", "checkpoints/step_00000003.safetensors"):  # as if it were stopped
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((digits / name).read_bytes())
+        unfinished = pfgm("sample", "--model", tmp_path, *out)
+        assert_refused(unfinished, f"`pfgm train --out {tmp_path} --resume` finishes it")
 
 
 def test_damaged_run_is_refused(digits: Path, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def write_run(folder: Path) -> None:
     ],
 )
 def test_no_room_names_the_file(tmp_path: Path, write, most: int, name: str) -> None:
-    """As a full disk does, a limit on the size of files fails a write, without a name of its own."""
+    """As a full disk does, a limit on the size of files fails a write without naming it."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
     try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 
 from pfgm_kernels import files, poisson_displacement
 from pfgm_kernels.cli import app
-from pfgm_kernels.training import data
+from pfgm_kernels.training import checkpoint, data
 from pfgm_kernels.training.checkpoint import VERSION, Checkpoints
 from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.data import DataSet
@@ -135,6 +136,63 @@ def test_config_comes_back(moons: DataSet, tmp_path: Path) -> None:
         replace(config, batch_size=0)
 
 
+def test_model_of_a_run_that_goes_on(moons: DataSet, tmp_path: Path) -> None:
+    """It is of a step before the last: the one that is there is used, and a warning says so."""
+    config = TrainConfig.for_data(moons, steps=3, **TINY)
+    train(config, moons, tmp_path / "a run")
+    replace(config, steps=9).write(tmp_path / "a run")
+    command = f"pfgm train --out '{tmp_path}/a run' --resume"
+    with pytest.warns(UserWarning, match=f"of step 3 of 9: `{command}` finishes the run"):
+        load_model(tmp_path / "a run")
+    (tmp_path / "a run" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=f"not finished: `{command}` finishes it"):
+        load_model(tmp_path / "a run")
+
+
+@pytest.mark.parametrize("version", ["0.0.9", "7.1", VERSION, None])
+def test_another_version_is_named(moons: DataSet, tmp_path: Path, version: str | None) -> None:
+    """Where a config, a checkpoint or a model holds a key more or less than this one writes."""
+    writer = version or "of an older version, which files did not name"
+    message = re.escape(f"was written by pfgm_kernels {writer}, this is {VERSION}: expected the ")
+    config = TrainConfig.for_data(moons, steps=2, **TINY)
+    train(config, moons, tmp_path)
+    path = tmp_path / "config.json"
+    text = path.read_text()
+    signed = {} if version is None else {"version": version}
+    values = {key: value for key, value in json.loads(text).items() if key != "version"} | signed
+    path.write_text(json.dumps(values))
+    assert TrainConfig.read(tmp_path) == config
+    without = {key: value for key, value in values.items() if key != "tau"}
+    for changed, what in (
+        (values | {"colour": 3}, r"missing \[\], unknown \['colour'\]"),
+        (without, r"missing \['tau'\], unknown \[\]"),
+    ):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"{path} {message}keys .*, {what}$"):
+            TrainConfig.read(tmp_path)
+    path.write_text(text)
+
+    for name in ("checkpoints/step_00000002.safetensors", "model.safetensors"):
+
+        def read_again(name: str = name) -> None:
+            if name == "model.safetensors":
+                load_model(tmp_path)
+            else:
+                train(config, moons, tmp_path, resume=True)
+
+        tensors, state = checkpoint.read(tmp_path / name)
+        state = {key: value for key, value in state.items() if key != "version"} | signed
+        checkpoint.write(tmp_path / name, tensors, state | {"momentum": 1})
+        with pytest.raises(ValueError, match=rf"{name} {message}.*unknown \['momentum'\]"):
+            read_again()
+        checkpoint.write(tmp_path / name, tensors | {"more": torch.zeros(2)}, state)
+        written_by = re.escape(f"(written by pfgm_kernels {writer}, this is {VERSION})")
+        with pytest.raises(ValueError, match=f"{name} is of another network: .*{written_by}"):
+            read_again()
+        checkpoint.write(tmp_path / name, tensors, state)
+        read_again()
+
+
 def test_another_run_is_refused(moons: DataSet, tmp_path: Path) -> None:
     config = TrainConfig.for_data(moons, steps=5, **TINY)
     with pytest.raises(ValueError, match="nothing to resume"):
@@ -212,6 +270,9 @@ def start_endless(folder: Path) -> subprocess.Popen[str]:
 def test_killed_at_any_moment(moons: DataSet, tmp_path: Path) -> None:
     """Killed while it does little but save: the newest checkpoint is whole and goes on exactly."""
     process = start_endless(tmp_path / "killed")
+    config = TrainConfig.read(tmp_path / "killed")
+    with pytest.raises(ValueError, match="killed is in use: "):
+        train(config, moons, tmp_path / "killed", resume=True)
     time.sleep(0.05)
     process.kill()
     process.communicate()
@@ -246,7 +307,9 @@ def test_interrupted(
     assert "Stopped after step 7 of 9; a checkpoint is saved, --resume continues" in result.stdout
     assert signal.getsignal(number) is before
     assert newest(tmp_path)[1]["step"] == 7
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors; it does not exist"):
+    finish = re.escape(f"`pfgm train --out {tmp_path} --resume` finishes it")
+    message = rf"model\.safetensors; it does not exist, the run is not finished: {finish}"
+    with pytest.raises(FileNotFoundError, match=message):
         load_model(tmp_path)
     assert CliRunner().invoke(app, [*arguments, "--resume"]).exit_code == 0
     assert newest(tmp_path)[1]["step"] == 9
