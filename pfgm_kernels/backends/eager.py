@@ -28,12 +28,13 @@ def chunk_shape(
     """Queries and references per chunk that keep the float64 temporaries within `workspace`, and a
     chunk to about a second.
 
-    A reference costs two rows of d (and its decoding indices), a query five; a pair costs six
-    matrix entries, in the backward pass.
+    A reference costs two rows of d (and its decoding indices), a pair six matrix entries, in the
+    backward pass.
     """
-    rows = max(1, min(batch, workspace // 2 // (5 * 8 * d)))
-    per_reference = 8 * (3 * d + 6 * rows)
-    return rows, max(1, min(count, workspace // 2 // per_reference, WORK // (rows * (d + 8))))
+    count = max(1, min(count, workspace // 2 // (3 * 8 * d)))
+    pairs = max(1, min(workspace // 2 // (6 * 8), WORK // (d + 8)))
+    rows = max(1, min(batch, pairs // min(count, 64)))
+    return rows, max(1, min(count, pairs // rows))
 
 
 def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:

@@ -1,53 +1,122 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a call's extra memory stay under 300 MiB at B = 128, N = 50,000, d = 3072?
+"""Does a call take its result, the workspace and 32 MiB, whatever the number of queries?
 
-Measured in a process of its own, over 8-bit references (which are not extra). The portable backend
-is too slow here for B and N at full size together: a chunk is 1,702 references, so it is
-measured at each in turn.
+Measured in a process of its own. The portable backend is too slow here for 128 queries and 50,000
+8-bit images at once, and is measured at each in turn.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 
 import emulated
 import pytest
 import torch
+from torch import Tensor
 
-from pfgm_kernels import memory
+from pfgm_kernels import (
+    ReferenceSet,
+    memory,
+    poisson_displacement,
+    poisson_field,
+    posterior_mean,
+)
 from pfgm_kernels.backends import cuda
 from pfgm_kernels.memory import PeakMemory
 
+MIB = 1 << 20
 LIMIT = 300  # MiB
 SIZES = {"eager": [(4, 50_000), (128, 2_000)]}
 
 
-def measure(backend: str, device: str, batch: int, count: int) -> None:
-    """Prints the extra memory of a known tensor, of a forward and of a backward pass."""
-    from pfgm_kernels import ReferenceSet, poisson_displacement
+MANY = {  # queries, references, d: of queries, of references, of pairs, of columns that are few
+    "images": (4096, 32, 3072),
+    "references": (16, 6000, 3072),
+    "pairs": (4096, 4096, 40),
+    "few columns": (500_000, 4, 3),
+}
 
+
+def warm_up(x: Tensor, t: Tensor, references: ReferenceSet) -> None:
+    """What is loaded once is not a call's."""
+    small = poisson_displacement(x[:2], t[:2], references)
+    torch.autograd.grad(small[0].sum() + small[1].sum(), [x, t])
+
+
+def measure_images(backend: str, device: str, batch: int, count: int) -> None:
+    """Prints the extra memory of a known tensor, of a forward and of a backward pass."""
     images = torch.randint(0, 256, (count, 3072), dtype=torch.uint8).to(device)
     x, t = torch.randn(batch, 3072).to(device).requires_grad_(), torch.rand(batch).to(device)
     t.requires_grad_()
-    small = poisson_displacement(
-        x[:2], t[:2], ReferenceSet.from_images(images[:64]), backend=backend
-    )
-    (small[0].sum() + small[1].sum()).backward()
-    references = ReferenceSet.from_images(images)
+    warm_up(x, t, ReferenceSet.from_images(images[:64], backend=backend))
+    references = ReferenceSet.from_images(images, backend=backend)
     with PeakMemory(device) as known:
         torch.ones(100 << 18, device=device)  # 100 MiB, released at once
     with PeakMemory(device) as forward:
-        v, log_mass = poisson_displacement(x, 30 * t, references, backend=backend)
+        v, log_mass = poisson_displacement(x, 30 * t, references)
     with PeakMemory(device) as backward:
         torch.autograd.grad([v.sum() + log_mass.sum()], [x, t])
     print(*[peak.extra_bytes for peak in (known, forward, backward)])
 
 
-def test_extra_memory(backend):
+def measure_many(backend: str, device: str, name: str) -> None:
+    """Prints what each call takes beyond its result, and beyond x, which is kept for gradients."""
+    batch, count, d = MANY[name]
+    x, x0 = torch.randn(batch, d).to(device), torch.randn(count, d).to(device)
+    t = (1 + torch.rand(batch)).to(device)
+    x0[0, 0] = 1e-3 * math.pi  # off any grid of 256 steps
+    references = ReferenceSet(x0, workspace=MIB, backend=backend)
+    warm_up(x.clone().requires_grad_(), t.clone().requires_grad_(), references)
+
+    def taken(run: Callable[[], Sequence[Tensor]], kept: int = 0) -> int:
+        with PeakMemory(device) as peak:
+            results = run()
+        assert peak.extra_bytes is not None
+        return peak.extra_bytes - kept - sum(tensor.nbytes for tensor in results)
+
+    figures = [
+        taken(lambda: [poisson_field(x, t, references)]),
+        taken(lambda: [posterior_mean(x, t, references)]),
+        taken(lambda: poisson_displacement(x, t, references)),
+    ]
+    rows = batch * (4 * d + 16)  # a residual, an anchor and its log weight
+    x.requires_grad_(), t.requires_grad_()
+    results = []
+    for run in (poisson_field, posterior_mean, lambda *a: poisson_displacement(*a)[0]):
+        figures.append(
+            taken(lambda run=run: results.append(run(x, t, references)) or results[-1:], rows)
+        )
+        g = torch.ones_like(results[-1])
+        figures.append(taken(lambda g=g: torch.autograd.grad(results[-1], [x, t], g)))
+    tangents = torch.ones_like(x), torch.ones_like(t)
+    figures.append(
+        taken(
+            lambda: torch.func.jvp(
+                lambda x, t: poisson_field(x, t, references), (x.detach(), t.detach()), tangents
+            ),
+            rows,
+        )
+    )
+    print(*figures)
+
+
+def run_apart(*arguments: object) -> list[float]:
+    """MiB that this file prints in a process of its own."""
+    command = [sys.executable, __file__, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=300, env=environment
+    )
+    return [int(part) / MIB for part in run.stdout.split()]
+
+
+def skip_where_memory_cannot_be_measured(backend) -> None:
     if backend.interpreted:
         pytest.skip("what the interpreter takes is not what a GPU does")
     reason = backend.reason(3072, requires_grad=True)
@@ -57,17 +126,25 @@ def test_extra_memory(backend):
         pass
     if meter.reason is not None:
         pytest.skip(meter.reason)
+
+
+def test_a_whole_data_set(backend):
+    skip_where_memory_cannot_be_measured(backend)
     for batch, count in SIZES.get(backend.name, [(128, 50_000)]):
-        arguments = [backend.name, backend.device.type, str(batch), str(count)]
-        command = [sys.executable, __file__, *arguments]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        run = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=300, env=environment
-        )
-        known, forward, backward = (int(part) / 2**20 for part in run.stdout.split())
+        arguments = "images", backend.name, backend.device.type, batch, count
+        known, forward, backward = run_apart(*arguments)
         assert 95 < known < 120  # the meter works
         assert 0 <= forward < LIMIT
         assert 0 <= backward < LIMIT
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_a_small_workspace(backend, name):
+    """Each output, its backward pass and a tangent, with a workspace of 1 MiB."""
+    skip_where_memory_cannot_be_measured(backend)
+    figures = run_apart("many", backend.name, backend.device.type, name)
+    assert len(figures) == 10
+    assert max(figures) <= 1 + 32, figures
 
 
 @pytest.mark.parametrize("workspace", [1 << 20, 1 << 24, 1 << 28])
@@ -106,4 +183,8 @@ def test_a_system_that_keeps_its_high_water_mark_gives_no_figure(monkeypatch, tm
 
 
 if __name__ == "__main__":
-    measure(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    what, backend_name, device_name, *sizes = sys.argv[1:]
+    if what == "images":
+        measure_images(backend_name, device_name, *map(int, sizes))
+    else:
+        measure_many(backend_name, device_name, *sizes)
