@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -108,6 +109,37 @@ def backward(
         dvalues = torch.empty_like(values)
         _native.launch("field_backward_references_cpu", **arguments, dvalues=dvalues)
     return dx[:, :d], dt, dvalues
+
+
+def jvp(
+    x: Tensor,
+    t: Tensor,
+    values: Tensor,
+    table: Tensor,
+    operands: list[Tensor],
+    k: float,
+    displacement: Tensor,
+    anchor_x0: Tensor,
+    anchor_log_weight: Tensor,
+    tangent_x: Tensor,
+    tangent_t: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What `backward` gives for 2 Σ_j c_j (x0_j − x) and, in the place of dt, 2 Σ_j c_j, with
+    tilted coefficients (csrc/cpu/common/pull.h).
+    """
+    to_anchor = anchor_x0 - x
+    projection, stretch = (tangent_x * to_anchor).sum(1), t * tangent_t
+    arguments = _common(x, t, values, table, operands, k) | {
+        "anchor_square": to_anchor.square().sum(1),
+        "anchor_log_weight": anchor_log_weight,
+        "grad_displacement": _padded(tangent_x),
+        "projection": projection,
+        "grad_log_mass": torch.zeros_like(t),
+        "tilt": -2 * stretch if math.isinf(k) else projection - stretch,
+    }
+    change, total = torch.empty_like(arguments["x"]), torch.empty_like(t)
+    _native.launch("field_backward_queries_cpu", **arguments, dx=change, dt=total)
+    return change[:, : x.shape[1]], total
 
 
 def _common(
