@@ -121,25 +121,35 @@ def jvp(
     displacement: Tensor,
     anchor_x0: Tensor,
     anchor_log_weight: Tensor,
-    tangent_x: Tensor,
-    tangent_t: Tensor,
+    x_tangent: Tensor,
+    t_tangent: Tensor,
+    centre: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What `backward` gives for 2 Σ_j c_j (x0_j − x) and, in the place of dt, 2 Σ_j c_j, with
-    tilted coefficients (csrc/cpu/common/pull.h).
+    """This chunk's share of Σ_j w_j (l̇_j − l̇)(x0_j − x) and Σ_j w_j (l̇_j − l̇), l̇_j being the
+    tangents of the logits and l̇ the `centre` (B,), or the anchor's tangent.
+
+    These are 2 Σ_j c_j (x0_j − x) and 2 Σ_j c_j of tilted coefficients (csrc/cpu/common/pull.h).
     """
-    to_anchor = anchor_x0 - x
-    projection, stretch = (tangent_x * to_anchor).sum(1), t * tangent_t
+    to_anchor, stretch = anchor_x0 - x, t * t_tangent
+    square, shift = to_anchor.square().sum(1), (x_tangent * to_anchor).sum(1)
+    if math.isinf(k):
+        tilt = -2 * stretch
+        if centre is not None:
+            shift = centre * t * t - square * t_tangent / t
+    else:
+        tilt = shift - stretch if centre is None else centre * (square + t * t) / k
+        shift = stretch + tilt
     arguments = _common(x, t, values, table, operands, k) | {
-        "anchor_square": to_anchor.square().sum(1),
+        "anchor_square": square,
         "anchor_log_weight": anchor_log_weight,
-        "grad_displacement": _padded(tangent_x),
-        "projection": projection,
+        "grad_displacement": _padded(x_tangent),
+        "projection": shift,
         "grad_log_mass": torch.zeros_like(t),
-        "tilt": -2 * stretch if math.isinf(k) else projection - stretch,
+        "tilt": tilt,
     }
-    change, total = torch.empty_like(arguments["x"]), torch.empty_like(t)
-    _native.launch("field_backward_queries_cpu", **arguments, dx=change, dt=total)
-    return change[:, : x.shape[1]], total
+    pull, slope = torch.empty_like(arguments["x"]), torch.empty_like(t)
+    _native.launch("field_backward_queries_cpu", **arguments, dx=pull, dt=slope)
+    return pull[:, : x.shape[1]], slope
 
 
 def _common(

@@ -6,8 +6,8 @@
 //   c_j = (k/2) w_j (g·(x0_j − x) − g·v + g_m) / s_j,  dx = 2 Σ_j c_j (x0_j − x),  dt = −2t Σ_j c_j
 //
 // For k = ∞: c_j = w_j (…) / (2t²), dt = (2/t) Σ_j c_j ‖x − x0_j‖². Cotangents are scaled to what
-// float holds, and every factor of the query is put back in double. In forward mode (common/pull.h)
-// the tilt by u, which is relative to the anchor, becomes one by the u that is relative to the scale.
+// float holds, and every factor of the query is put back in double. The tilt of forward mode
+// (common/pull.h) is by the u of the scale, which is that of the anchor but for a rounding.
 #include "../common/kernels.h"
 #include "../common/pull.h"
 #include "direct.h"
@@ -15,24 +15,11 @@
 namespace pfgm {
 namespace {
 
-// In forward mode a sum over references that are far off, beside a near one that yet weighs little,
-// cancels by this much at most: float's roundings are multiplied by it.
-constexpr double kMostCancellation = 8;
-
-// By how much Σ_j w_j (l̇_j − l̇_a) cancels where l̇_j ∝ 1/s_j, at most: |l̇_a| / Σ_j w_j |l̇_j|. The
-// mean of the (s_a/s_j)^(k/2), whose sum is 1/w_a, says how much farther the others are.
-inline double cancellation(const FieldParams& p, int64_t b) {
-  if (p.half_k == INFINITY) return 1;
-  const double weight = ::exp(p.anchor_log_weight[b]);
-  const double ratio = ::pow(weight * static_cast<double>(p.count), 1 / p.half_k);
-  return ratio / (1 + ratio * weight);
-}
-
 // A vector of queries and their sums over one part of the references.
 struct Queries {
   VecF x[kMaxDim], g[kMaxDim];
-  VecF shift_high, shift_low;  // g·v − g_m, in forward mode less what u is off by times the tilt
-  VecF tilt;
+  VecF shift_high, shift_low;  // g·v − g_m
+  VecF tilt;                   // κ
   Scale scale;
   alignas(64) double factor[kFloatLanes];  // of the sums
   alignas(64) double sum[kFloatLanes], sums[kMaxDim][kFloatLanes];
@@ -58,28 +45,24 @@ struct Queries {
       const double weight =
           ::exp(p.anchor_log_weight[b] -
                 kernel.relative_logit<ScalarMath>(p.anchor_square[b], scale.square[i]));
-      factor[i] = weight * kernel.slope(scale.square[i]) * take_cotangent(p, b, i, kernel);
-      if (p.tilt && cancellation(p, b) > kMostCancellation) certified[i] = false;
+      factor[i] = weight * kernel.slope(scale.square[i]) * take_cotangent(p, b, i, offset[i]);
       sum[i] = 0;
       for (int c = 0; c < p.dim; ++c) sums[c][i] = 0;
     }
   }
 
   // Fills lane `i` of x, g, shift and tilt; returns what the cotangents were divided by.
-  double take_cotangent(const FieldParams& p, int64_t b, int i, const RadialKernel& kernel) {
+  double take_cotangent(const FieldParams& p, int64_t b, int i, double offset) {
     const int64_t ld = round_up(p.dim, kPad);
     const double *row = p.x + b * ld, *cotangent = p.grad_displacement + b * ld;
     double square = 0;
     for (int c = 0; c < p.dim; ++c) square += cotangent[c] * cotangent[c];
-    const double anchor = p.anchor_square[b], kappa = TotalPull(p, b).tilt;
-    const double size = ::sqrt(square * (anchor + kernel.offset)) + ::fabs(p.projection[b]) +
+    const double kappa = TotalPull(p, b).tilt;
+    const double size = ::sqrt(square * (p.anchor_square[b] + offset)) + ::fabs(p.projection[b]) +
                         ::fabs(p.grad_log_mass[b]) + ::fabs(kappa);
     const double unit = size > 0 ? size : 1;
-    // The anchor's u is `ratio` times the scale's, and this at the squared distance of the scale.
-    const double scale_u = kernel.argument(scale.square[i], anchor);
-    const double ratio = kernel.gaussian ? kernel.inverse_two_t2 / scale.inverse[i] : 1 + scale_u;
-    tilt[i] = static_cast<float>(kappa * ratio / unit);
-    const double shift = (p.projection[b] - p.grad_log_mass[b] + kappa * scale_u) / unit;
+    const double shift = (p.projection[b] - p.grad_log_mass[b]) / unit;
+    tilt[i] = static_cast<float>(kappa / unit);
     shift_high[i] = static_cast<float>(shift);
     shift_low[i] = static_cast<float>(shift - shift_high[i]);
     for (int c = 0; c < p.dim; ++c) {
@@ -179,10 +162,10 @@ void PFGM_ISA::direct_backward_queries(const FieldParams& p, uint8_t* uncertifie
     const int64_t out = part * p.batch + start;
     dispatch(quotient.weighing, [&](auto weighing) {
       constexpr Weighing kWeighing = decltype(weighing)::value;
-      (p.tilt ? backward_tile<kWeighing, true> : backward_tile<kWeighing, false>)(
-          p, quotient, start, clamp_size(p.batch - start, kQueries), p.count * part / num_parts,
-          p.count * (part + 1) / num_parts, dx.get() + out * p.dim, dt.get() + out,
-          certified.get() + out);
+      const auto tile = p.tilt ? backward_tile<kWeighing, true> : backward_tile<kWeighing, false>;
+      tile(p, quotient, start, clamp_size(p.batch - start, kQueries), p.count * part / num_parts,
+           p.count * (part + 1) / num_parts, dx.get() + out * p.dim, dt.get() + out,
+           certified.get() + out);
     });
   });
   for (int64_t b = 0; b < p.batch; ++b) {

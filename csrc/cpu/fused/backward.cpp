@@ -6,8 +6,8 @@
 //   Σ_j c_j (x0_j − x) ∝ unit Σ_j c_j y_j + (origin − x) Σ_j c_j
 //
 // where K holds all of a_j that does not depend on j, in double. For the Gaussian kernel the weight
-// is exp(−u), and s_j = s_a + 2t² u_j. In forward mode (common/pull.h) the tilt by u is left to the
-// sum: (g'·y_j + K − κ' u_j), u being relative to the anchor as it is rounded.
+// is exp(−u), and s_j = s_a + 2t² u_j. In forward mode (common/pull.h) the c_j are of
+// (g'·y_j + K − κ' u_j).
 #include "fused.h"
 
 namespace pfgm {
@@ -242,8 +242,7 @@ struct FusedBackward : FusedPass {
     const RadialKernel& kernel = queries[i].kernel;
     const double moment = state.sums[q].moment / kernel.inverse_two_t2;
     PullSums& partial = partials[part * size + i];
-    partial.total =
-        factor * (TotalPull(p, b).moment ? state.level[q] * total + moment : total);
+    partial.total = factor * (TotalPull(p, b).moment ? state.level[q] * total + moment : total);
     for (const int32_t j : state.lists[q]) partial.total += add_pair(i, j, out);
   }
 

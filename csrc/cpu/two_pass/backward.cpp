@@ -20,7 +20,7 @@ struct Pull {
   Buffer<float> cotangents{tiles.padded() * p.dim};  // g' packed, (dim, width) for each tile
   // (padded,) K to twice the digits, for it nearly cancels g'·y; and the anchors' log weights.
   std::vector<float> constants, corrections, masses;
-  std::vector<float> tilts;  // (padded,) κ'
+  std::vector<float> tilts;                                  // (padded,) κ'
   Buffer<double> moments{pass.num_blocks * tiles.padded()};  // as pass.block_sums, of c u
 
   explicit Pull(const SecondPass& pass)
