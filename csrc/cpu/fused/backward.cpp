@@ -59,16 +59,13 @@ struct PullTile {
     shift[q] = static_cast<float>(p.anchor_square[b] / square - query.offset);
     level[q] = (double{shift[q]} + query.offset) * square;
     const RadialKernel& kernel = query.kernel;
-    const auto rate = [&](double nearest) {
-      return scale.gaussian ? kernel.inverse_two_t2 * square : square / (nearest + kernel.offset);
-    };
-    const double exact = rate(level[q]), kappa = TotalPull(p, b).tilt * value;
+    const double exact =
+        scale.gaussian ? kernel.inverse_two_t2 * square : square / (level[q] + kernel.offset);
     inverse[q] = static_cast<float>(exact);
     correction[q] = scale.correction(p.half_k + 1, exact, inverse[q]);
     limit[q] = most;
     heavy[q] = least;
-    tilt[q] = static_cast<float>(kappa * rate(p.anchor_square[b]) / inverse[q]);
-    k -= kappa * kernel.argument(level[q], p.anchor_square[b]);
+    tilt[q] = static_cast<float>(TotalPull(p, b).tilt * value);
     constant[q] = static_cast<float>(k);
     rest[q] = static_cast<float>(k - constant[q]);
     const double log_weight =
