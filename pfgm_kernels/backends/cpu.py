@@ -123,22 +123,17 @@ def jvp(
     anchor_log_weight: Tensor,
     x_tangent: Tensor,
     t_tangent: Tensor,
-    centre: Tensor | None = None,
+    centre: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """This chunk's share of Σ_j w_j (l̇_j − l̇)(x0_j − x) and Σ_j w_j (l̇_j − l̇), l̇_j being the
-    tangents of the logits and l̇ the `centre` (B,), or the anchor's tangent.
-
-    These are 2 Σ_j c_j (x0_j − x) and 2 Σ_j c_j of tilted coefficients (csrc/cpu/common/pull.h).
+    """This chunk's share of Σ_j w_j (l̇_j − l̇)(x0_j − x) and of Σ_j w_j (l̇_j − l̇), l̇ the centre:
+    2 Σ_j c_j (x0_j − x) and 2 Σ_j c_j with tilted coefficients (csrc/cpu/common/pull.h).
     """
-    to_anchor, stretch = anchor_x0 - x, t * t_tangent
-    square, shift = to_anchor.square().sum(1), (x_tangent * to_anchor).sum(1)
-    if math.isinf(k):
-        tilt = -2 * stretch
-        if centre is not None:
-            shift = centre * t * t - square * t_tangent / t
-    else:
-        tilt = shift - stretch if centre is None else centre * (square + t * t) / k
+    square, stretch = (anchor_x0 - x).square().sum(1), t * t_tangent
+    if math.isfinite(k):
+        tilt = centre * (square + t * t) / k
         shift = stretch + tilt
+    else:
+        tilt, shift = -2 * stretch, centre * t * t - square * t_tangent / t
     arguments = _common(x, t, values, table, operands, k) | {
         "anchor_square": square,
         "anchor_log_weight": anchor_log_weight,
