@@ -74,6 +74,7 @@ FieldParams parse(const py::kwargs& arguments) {
     PFGM_FIELD(grad_displacement)
     PFGM_FIELD(projection)
     PFGM_FIELD(grad_log_mass)
+    PFGM_FIELD(tilt)
     PFGM_FIELD(dx)
     PFGM_FIELD(dt)
     PFGM_FIELD(dvalues)

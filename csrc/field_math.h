@@ -80,11 +80,17 @@ struct RadialKernel {
     return !gaussian && square + offset == 0.0;
   }
 
+  // u, of which the relative logit is −(k/2) log1p(u); for the Gaussian kernel −u.
+  template <class Value>
+  PFGM_HOST_DEVICE Value argument(Value square, Value nearest) const {
+    return gaussian ? (square - nearest) * inverse_two_t2 : (square - nearest) / (nearest + offset);
+  }
+
   // Logit of a reference minus that of the nearest, which is not singular.
   template <class Math, class Value>
   PFGM_HOST_DEVICE Value relative_logit(Value square, Value nearest) const {
-    return gaussian ? (nearest - square) * inverse_two_t2
-                    : Math::log1p((square - nearest) / (nearest + offset)) * -half_k;
+    const Value u = argument(square, nearest);
+    return gaussian ? -u : Math::log1p(u) * -half_k;
   }
 
   // exp(relative_logit) for scalars. At the singular point the references that coincide with the

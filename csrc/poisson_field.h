@@ -47,8 +47,9 @@ struct FieldParams {
   const double* grad_displacement;  // (B, ld)
   const double* projection;         // (B,) grad_displacement · v
   const double* grad_log_mass;      // (B,)
+  const double* tilt;               // (B,) forward mode (cpu/common/pull.h), or null
   double* dx;                       // (B, ld) 2 Σ_j c_j (x0_j − x)
-  double* dt;                       // (B,)
+  double* dt;                       // (B,) with a tilt 2 Σ_j c_j
   void* dvalues;                    // (N, d) of value_type, or null
 
   int num_threads;

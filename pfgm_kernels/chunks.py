@@ -230,11 +230,11 @@ def field_jvp(
 ) -> tuple[Tensor, Tensor]:
     """Tangents of the result and of the log mass for those of x, t and values.
 
-    With ẋ, ṫ, ẋ0 these, p_j = (x0_j − x)·(ẋ − ẋ0_j) and a the anchor:
+    With ẋ, ṫ, ẋ0 these, p_j = (x0_j − x)·(ẋ − ẋ0_j) and l̇ any number (see `_centre`):
 
-        l̇_j = k (p_j − t ṫ)/s_j                          (D = ∞: p_j/t² + ‖x − x0_j‖² ṫ/t³)
-        pull = Σ_j w_j ((l̇_j − l̇_a)(x0_j − x) + ẋ0_j),   slope = Σ_j w_j (l̇_j − l̇_a)
-        d log_mass = l̇_a + slope,   dv = pull − slope · v − ẋ
+        l̇_j = k (p_j − t ṫ)/s_j                        (D = ∞: p_j/t² + ‖x − x0_j‖² ṫ/t³)
+        pull = Σ_j w_j ((l̇_j − l̇)(x0_j − x) + ẋ0_j),   slope = Σ_j w_j (l̇_j − l̇)
+        d log_mass = l̇ + slope,   dv = pull − slope · v − ẋ
     """
     x_tangent, t_tangent, values_tangent = tangents
     # References that move are left to the portable sums, and so are backends without their own.
@@ -253,6 +253,7 @@ def field_jvp(
         anchor_tangent = torch.zeros_like(rows.v)
         if values_tangent is not None:
             anchor_tangent += flatten(values_tangent[rows.index])
+        centre = _centre(rows, x_rows - anchor_tangent, t_rows, chunks.k, len(inputs.values))
         pull, slope = torch.zeros_like(rows.v), torch.zeros_like(rows.t)
         for references in chunks.references:
             moving: tuple[Tensor, ...] = ()
@@ -268,6 +269,7 @@ def field_jvp(
                 rows.anchor_log_weight,
                 x_rows,
                 t_rows,
+                centre,
                 *moving,
             )
             pull += part[0]
@@ -278,18 +280,26 @@ def field_jvp(
         tangent = tangent.masked_fill(singular[:, None], 0.0)
         flatten(result[queries]).copy_(tangent)
         if output.name == "displacement":
-            slope += _anchor_slope(rows, x_rows - anchor_tangent, t_rows, chunks.k)
-            log_mass[queries] = slope.masked_fill_(singular, 0.0)
+            log_mass[queries] = slope.add_(centre).masked_fill_(singular, 0.0)
     return result, log_mass
 
 
-def _anchor_slope(rows: SavedRows, tangent: Tensor, t_tangent: Tensor, k: float) -> Tensor:
-    """The tangent of the anchor's logit (n,) for that of x − x0_a (n, d) and t (n,)."""
+def _centre(rows: SavedRows, tangent: Tensor, t_tangent: Tensor, k: float, count: int) -> Tensor:
+    """What the tangents of the logits are relative to (n,), for that of x − x0_a (n, d) and t (n,).
+
+    The anchor's tangent: those of references that share the weight hardly differ from it. But zero
+    where very many that lie much farther have the weight, so that its share of the sums cancels.
+    """
     to_anchor, t = rows.anchor_x0 - rows.x, rows.t
     pull, square = (to_anchor * tangent).sum(1), to_anchor.square().sum(1)
-    if math.isfinite(k):
-        return k * (pull - t * t_tangent) / (square + t.square())
-    return (pull + square * t_tangent / t) / t.square()
+    if math.isinf(k):
+        return (pull + square * t_tangent / t) / t.square()
+    slope = k * (pull - t * t_tangent) / (square + t.square())
+    # The weights' mean beside the anchor's says how many times the anchor's s the others' are; the
+    # anchor's tangent is then `ratio` times theirs.
+    weight = rows.anchor_log_weight.exp()
+    ratio = (weight * count) ** (2 / k)
+    return torch.where(ratio > 4 * (1 + ratio * weight), 0.0, slope)
 
 
 def result_dtype(x: Tensor, values: Tensor, table: Tensor) -> torch.dtype:

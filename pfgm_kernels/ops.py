@@ -27,7 +27,7 @@ A backend is a module with
     forward(x, t, values, table, operands, k)    → v, log_mass, anchor, anchor_log_weight of a chunk
     backward(x, t, values, table, operands, k, v, anchor_x0, anchor_log_weight, g_v, g_m,
              values_grad)                        → 2 Σ_j c_j (x0_j − x), dt, dvalues or None
-    jvp(x, t, values, table, operands, k, v, anchor_x0, anchor_log_weight, ẋ, ṫ)
+    jvp(x, t, values, table, operands, k, v, anchor_x0, anchor_log_weight, ẋ, ṫ, l̇)
                                                  → pull, slope (see `chunks.field_jvp`)
 
 for x (n, d) float32 or float64, and float64 where the values are; t float64; values (m, d) float32,

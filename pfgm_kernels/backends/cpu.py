@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -108,6 +109,42 @@ def backward(
         dvalues = torch.empty_like(values)
         _native.launch("field_backward_references_cpu", **arguments, dvalues=dvalues)
     return dx[:, :d], dt, dvalues
+
+
+def jvp(
+    x: Tensor,
+    t: Tensor,
+    values: Tensor,
+    table: Tensor,
+    operands: list[Tensor],
+    k: float,
+    displacement: Tensor,
+    anchor_x0: Tensor,
+    anchor_log_weight: Tensor,
+    x_tangent: Tensor,
+    t_tangent: Tensor,
+    centre: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """This chunk's share of Σ_j w_j (l̇_j − l̇)(x0_j − x) and of Σ_j w_j (l̇_j − l̇), l̇ the centre:
+    2 Σ_j c_j (x0_j − x) and 2 Σ_j c_j with tilted coefficients (csrc/cpu/common/pull.h).
+    """
+    square, stretch = (anchor_x0 - x).square().sum(1), t * t_tangent
+    if math.isfinite(k):
+        tilt = centre * (square + t * t) / k
+        shift = stretch + tilt
+    else:
+        tilt, shift = -2 * stretch, centre * t * t - square * t_tangent / t
+    arguments = _common(x, t, values, table, operands, k) | {
+        "anchor_square": square,
+        "anchor_log_weight": anchor_log_weight,
+        "grad_displacement": _padded(x_tangent),
+        "projection": shift,
+        "grad_log_mass": torch.zeros_like(t),
+        "tilt": tilt,
+    }
+    pull, slope = torch.empty_like(arguments["x"]), torch.empty_like(t)
+    _native.launch("field_backward_queries_cpu", **arguments, dx=pull, dt=slope)
+    return pull[:, : x.shape[1]], slope
 
 
 def _common(

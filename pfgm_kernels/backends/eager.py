@@ -119,22 +119,29 @@ def jvp(
     anchor_log_weight: Tensor,
     x_tangent: Tensor,
     t_tangent: Tensor,
+    centre: Tensor,
     values_tangent: Tensor | None = None,
     anchor_tangent: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """This chunk's share of Σ_j w_j ((l̇_j − l̇_a)(x0_j − x) + ẋ0_j) and of Σ_j w_j (l̇_j − l̇_a).
+    """This chunk's share of Σ_j w_j ((l̇_j − l̇)(x0_j − x) + ẋ0_j) and of Σ_j w_j (l̇_j − l̇).
 
-    With p_j = (x0_j − x)·(ẋ − ẋ0_j) and u_j the relative excess of s_j over s_a,
+    With l̇ the centre, p_j = (x0_j − x)·(ẋ − ẋ0_j), u_j the relative excess of s_j over s_a and
+    κ = l̇ s_a/k (for the anchor's l̇_a it is p_a − t ṫ),
 
-        l̇_j − l̇_a = (k/s_j) (p_j − p_a − (p_a − t ṫ) u_j)
+        l̇_j − l̇ = (k/s_j) (p_j − p_a + (p_a − t ṫ − κ) − κ u_j)
 
-    and for D = ∞ (p_j − p_a)/t² + (‖x − x0_j‖² − ‖x − x0_a‖²) ṫ/t³.
+    and for D = ∞ (p_j − p_a)/t² + (‖x − x0_j‖² − ‖x − x0_a‖²) ṫ/t³ + l̇_a − l̇.
     """
     pairs = _Pairs(x, t, values, table, k, anchor_x0, anchor_log_weight)
     pull = pairs.project(x_tangent, values_tangent, anchor_tangent)
     relative = x_tangent if anchor_tangent is None else x_tangent - anchor_tangent
     anchor_pull = (pairs.to_anchor * relative).sum(1)
-    tilt = anchor_pull - t * t_tangent if math.isfinite(k) else -t_tangent / t
+    if math.isfinite(k):
+        tilt = centre * (pairs.nearest + t * t) / k
+        pull += (anchor_pull - t * t_tangent - tilt)[:, None]
+    else:
+        tilt = -t_tangent / t
+        pull += (anchor_pull + pairs.nearest * t_tangent / t - centre * t * t)[:, None]
     pull -= tilt[:, None] * pairs.excess()
     coefficients = pairs.coefficients(pull)
     slope, moved = 2 * coefficients.sum(1), pairs.sum(coefficients)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from cases import build, seeded, truth
@@ -46,18 +44,6 @@ NAMES = [
     "crowds d=300",
     "a cluster d=300",
 ]
-
-
-@pytest.fixture(scope="module", params=["portable", "avx2", "avx512", "avx512vnni"])
-def instruction_set(request: pytest.FixtureRequest, poison: None) -> Iterator[str]:
-    original = _C.build_info()["instruction set"]
-    try:
-        _C.use_instruction_set(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    assert _C.build_info()["instruction set"] == request.param
-    yield request.param
-    _C.use_instruction_set(original)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

@@ -286,6 +286,12 @@ def assert_tangents(truth: Tangents, dv: Tensor, dlog_mass: Tensor, tolerance: f
     _assert_rows(dlog_mass[:, None], truth.dlog_mass[:, None], allowed, "tangent of log_mass")
 
 
+def assert_tangent_of_v(truth: Tangents, dv: Tensor, tolerance: float) -> None:
+    """Each row within the tolerance times the stricter scale."""
+    allowed = tolerance * truth.dv_size
+    _assert_rows(dv.reshape(truth.dv.shape), truth.dv, allowed, "tangent of v, strictly")
+
+
 def assert_gradient_of_x(truth: Gradients, dx: Tensor) -> None:
     """Each row within 1e-5 of the stricter scale, for cases that plain float32 code gets wrong."""
     allowed = GRADIENT * truth.dx_size

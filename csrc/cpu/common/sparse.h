@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "pull.h"
 #include "queries.h"
 
 namespace pfgm {
@@ -183,18 +184,20 @@ inline void finish_sparse_backward(const FieldParams& p, const RowReader& reader
   const double* x = p.x + b * ld;
   double* dx = p.dx + b * ld;
   std::fill(dx, dx + ld, 0.0);
+  const TotalPull total(p, b);
   double sum = 0;
   for (size_t n = 0; n < query.pairs.size(); ++n) {
     const Pair& pair = query.pairs[n];
     const double logit = kernel.relative_logit<ScalarMath>(pair.distance, p.anchor_square[b]);
     const double weight = ::exp(logit + p.anchor_log_weight[b]);
     if (weight == 0) continue;
-    const double a = pair.projection - p.projection[b] + p.grad_log_mass[b];
+    const double u = kernel.argument(pair.distance, p.anchor_square[b]);
+    const double a = pair.projection - p.projection[b] + p.grad_log_mass[b] - total.tilt * u;
     const double c = weight * a * kernel.slope(pair.distance);
-    sum += kernel.gaussian ? c * pair.distance : c;
+    sum += total.moment ? c * pair.distance : c;
     add_row(reader, x, (*query.list)[n], 2 * c, dx);
   }
-  p.dt[b] = sum * (kernel.gaussian ? 2 / p.t[b] : -2 * p.t[b]);
+  p.dt[b] = sum * total.factor;
 }
 
 // Calls finish(query) for all queries once their pairs are known, with g (B, ld) or null. The pairs

@@ -6,8 +6,10 @@
 //   c_j = (k/2) w_j (g·(x0_j − x) − g·v + g_m) / s_j,  dx = 2 Σ_j c_j (x0_j − x),  dt = −2t Σ_j c_j
 //
 // For k = ∞: c_j = w_j (…) / (2t²), dt = (2/t) Σ_j c_j ‖x − x0_j‖². Cotangents are scaled to what
-// float holds, and every factor of the query is put back in double.
+// float holds, and every factor of the query is put back in double. The tilt of forward mode
+// (common/pull.h) is by the u of the scale, which is that of the anchor but for a rounding.
 #include "../common/kernels.h"
+#include "../common/pull.h"
 #include "direct.h"
 
 namespace pfgm {
@@ -17,6 +19,7 @@ namespace {
 struct Queries {
   VecF x[kMaxDim], g[kMaxDim];
   VecF shift_high, shift_low;  // g·v − g_m
+  VecF tilt;                   // κ
   Scale scale;
   alignas(64) double factor[kFloatLanes];  // of the sums
   alignas(64) double sum[kFloatLanes], sums[kMaxDim][kFloatLanes];
@@ -48,16 +51,18 @@ struct Queries {
     }
   }
 
-  // Fills lane `i` of x, g and shift; returns what the cotangents were divided by.
+  // Fills lane `i` of x, g, shift and tilt; returns what the cotangents were divided by.
   double take_cotangent(const FieldParams& p, int64_t b, int i, double offset) {
     const int64_t ld = round_up(p.dim, kPad);
     const double *row = p.x + b * ld, *cotangent = p.grad_displacement + b * ld;
     double square = 0;
     for (int c = 0; c < p.dim; ++c) square += cotangent[c] * cotangent[c];
+    const double kappa = TotalPull(p, b).tilt;
     const double size = ::sqrt(square * (p.anchor_square[b] + offset)) + ::fabs(p.projection[b]) +
-                        ::fabs(p.grad_log_mass[b]);
+                        ::fabs(p.grad_log_mass[b]) + ::fabs(kappa);
     const double unit = size > 0 ? size : 1;
     const double shift = (p.projection[b] - p.grad_log_mass[b]) / unit;
+    tilt[i] = static_cast<float>(kappa / unit);
     shift_high[i] = static_cast<float>(shift);
     shift_low[i] = static_cast<float>(shift - shift_high[i]);
     for (int c = 0; c < p.dim; ++c) {
@@ -95,11 +100,11 @@ struct Queries {
   }
 };
 
-template <Weighing kWeighing>
+template <Weighing kWeighing, bool kTilted>
 void add_block(const Weights& quotient, const DirectBlock& block, Queries& queries) {
   alignas(64) VecF v[kBlock], a[kBlock];
   queries.compare(block, v, a);
-  constexpr bool kGaussian = kWeighing == Weighing::kGaussian;
+  constexpr bool kGaussian = kWeighing == Weighing::kGaussian, kMoment = kGaussian && !kTilted;
   constexpr int kGroup = 4;  // for instruction-level parallelism
   VecF squares = {};         // Σ_j c_j ‖x − x0_j‖²
   for (int start = 0; start < block.padded; start += kRun) {
@@ -109,20 +114,21 @@ void add_block(const Weights& quotient, const DirectBlock& block, Queries& queri
       for (int i = 0; i < kGroup; ++i) weights[i] = v[r + i];
       quotient.weigh<kWeighing, kGroup>(queries.scale, weights);
       for (int i = 0; i < kGroup; ++i) {
-        const VecF c = weights[i] * ((a[r + i] - queries.shift_high) - queries.shift_low);
-        a[r + i] = r + i < block.count ? c : VecF{};
-        if constexpr (kGaussian) part += a[r + i] * v[r + i];
+        VecF pull = (a[r + i] - queries.shift_high) - queries.shift_low;
+        if constexpr (kTilted) pull -= queries.tilt * queries.scale.argument<kGaussian>(v[r + i]);
+        a[r + i] = r + i < block.count ? weights[i] * pull : VecF{};
+        if constexpr (kMoment) part += a[r + i] * v[r + i];
       }
     }
     squares += part;
   }
   double unused[kFloatLanes] = {};
-  gather(block, queries.x, a, kGaussian ? unused : queries.sum, queries.sums);
-  if constexpr (kGaussian) accumulate(queries.sum, squares);
+  gather(block, queries.x, a, kMoment ? unused : queries.sum, queries.sums);
+  if constexpr (kMoment) accumulate(queries.sum, squares);
 }
 
 // Sums over the references [begin, end): dx, dt and whether they are certified, (size, …) each.
-template <Weighing kWeighing>
+template <Weighing kWeighing, bool kTilted>
 void backward_tile(const FieldParams& p, const Weights& quotient, int64_t start, int size,
                    int64_t begin, int64_t end, double* dx, double* dt, bool* certified) {
   Queries queries[kTileVectors];
@@ -131,14 +137,14 @@ void backward_tile(const FieldParams& p, const Weights& quotient, int64_t start,
   DirectBlock block;
   for (int64_t first = begin; first < end; first += kBlock) {
     block.load(p, first, clamp_size(end - first, kBlock));
-    for (int i = 0; i < vectors; ++i) add_block<kWeighing>(quotient, block, queries[i]);
+    for (int i = 0; i < vectors; ++i) add_block<kWeighing, kTilted>(quotient, block, queries[i]);
   }
   for (int q = 0; q < size; ++q) {
     const Queries& vector = queries[q / kFloatLanes];
     const int lane = q % kFloatLanes;
-    const double factor = vector.factor[lane], t = p.t[start + q];
+    const double factor = vector.factor[lane];
     for (int c = 0; c < p.dim; ++c) dx[q * p.dim + c] = 2 * factor * vector.sums[c][lane];
-    dt[q] = factor * vector.sum[lane] * (p.half_k == INFINITY ? 2 / t : -2 * t);
+    dt[q] = factor * vector.sum[lane] * TotalPull(p, start + q).factor;
     certified[q] = vector.certified[lane] && vector.finite(lane, p.dim) && factor - factor == 0;
   }
 }
@@ -155,10 +161,11 @@ void PFGM_ISA::direct_backward_queries(const FieldParams& p, uint8_t* uncertifie
     const int64_t start = task % tiles * kQueries, part = task / tiles;
     const int64_t out = part * p.batch + start;
     dispatch(quotient.weighing, [&](auto weighing) {
-      backward_tile<decltype(weighing)::value>(
-          p, quotient, start, clamp_size(p.batch - start, kQueries), p.count * part / num_parts,
-          p.count * (part + 1) / num_parts, dx.get() + out * p.dim, dt.get() + out,
-          certified.get() + out);
+      constexpr Weighing kWeighing = decltype(weighing)::value;
+      const auto tile = p.tilt ? backward_tile<kWeighing, true> : backward_tile<kWeighing, false>;
+      tile(p, quotient, start, clamp_size(p.batch - start, kQueries), p.count * part / num_parts,
+           p.count * (part + 1) / num_parts, dx.get() + out * p.dim, dt.get() + out,
+           certified.get() + out);
     });
   });
   for (int64_t b = 0; b < p.batch; ++b) {

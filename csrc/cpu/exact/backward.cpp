@@ -6,9 +6,11 @@
 //   dx0_j = Σ_b (w_j g + 2 c_j (x − x0_j))
 //
 // For k = ∞: c_j = w_j (a_j + g_m) / (2t²), dt = (2/t) Σ_j c_j ‖x − x0_j‖². The weights are
-// recomputed from the anchor's squared distance and its log weight.
+// recomputed from the anchor's squared distance and its log weight. A tilt makes it forward mode
+// (common/pull.h).
 #include "../../field_math.h"
 #include "../common/kernels.h"
+#include "../common/pull.h"
 #include "exact.h"
 
 namespace pfgm {
@@ -16,14 +18,15 @@ namespace {
 
 struct Query {
   RadialKernel kernel;
-  double t, nearest, anchor_log_weight, projection, grad_log_mass, cutoff;
+  TotalPull total;
+  double nearest, anchor_log_weight, projection, grad_log_mass, cutoff;
   const double *x, *g;
   bool singular;  // on a reference at t = 0: zero gradients
 
   void start(const FieldParams& p, int64_t b) {
     const int64_t ld = round_up(p.dim, kPad);
     kernel = RadialKernel(p.half_k, p.t[b]);
-    t = p.t[b];
+    total = TotalPull(p, b);
     nearest = p.anchor_square[b];
     anchor_log_weight = p.anchor_log_weight[b];
     projection = p.projection[b];
@@ -54,14 +57,15 @@ struct Query {
     Vec sum = {};
     for (int r = 0; r < padded; r += kLanes) {
       const Vec w = load(weights + r), square = load(squares + r);
-      const Vec pull = w * (load(a + r) - projection + grad_log_mass);
+      const Vec u = total.tilt == 0 ? Vec{} : kernel.argument(square, broadcast(nearest));
+      const Vec pull = w * (load(a + r) - projection + grad_log_mass - total.tilt * u);
       const Vec c = kernel.gaussian ? pull * kernel.inverse_two_t2
                                     : pull * kernel.half_k / (square + kernel.offset);
       const Vec finite = w == 0.0 ? Vec{} : c;
       store(a + r, finite);
-      sum += kernel.gaussian ? finite * square : finite;
+      sum += total.moment ? finite * square : finite;
     }
-    return (kernel.gaussian ? 2 / t : -2 * t) * reduce_add(sum);
+    return total.factor * reduce_add(sum);
   }
 };
 

@@ -6,7 +6,8 @@
 //   Σ_j c_j (x0_j − x) ∝ unit Σ_j c_j y_j + (origin − x) Σ_j c_j
 //
 // where K holds all of a_j that does not depend on j, in double. For the Gaussian kernel the weight
-// is exp(−u), and s_j = s_a + 2t² u_j.
+// is exp(−u), and s_j = s_a + 2t² u_j. In forward mode (common/pull.h) the c_j are of
+// (g'·y_j + K − κ' u_j).
 #include "fused.h"
 
 namespace pfgm {
@@ -35,6 +36,7 @@ struct PullTile {
   float limit[kTileQueries], heavy[kTileQueries];  // largest r that counts, and of heavy references
   float constant[kTileQueries],
       rest[kTileQueries];       // K to twice the digits: it nearly cancels g'·y
+  float tilt[kTileQueries];     // κ'
   double factor[kTileQueries];  // takes what is summed to Σ c (x0 − x)
   double level[kTileQueries];   // squared distance at `shift`
   PullSums sums[kTileQueries];
@@ -43,7 +45,7 @@ struct PullTile {
   PullTile(const FusedPass& pass, int64_t tile)
       : pass(pass), p(pass.p), width(pass.tiles.width(tile)), scale(p.half_k + 1) {
     for (int q = 0; q < kTileQueries; ++q) {
-      shift[q] = inverse[q] = correction[q] = constant[q] = rest[q] = 0;
+      shift[q] = inverse[q] = correction[q] = constant[q] = rest[q] = tilt[q] = 0;
       limit[q] = heavy[q] = -INFINITY;
       factor[q] = level[q] = 0;
     }
@@ -63,6 +65,7 @@ struct PullTile {
     correction[q] = scale.correction(p.half_k + 1, exact, inverse[q]);
     limit[q] = most;
     heavy[q] = least;
+    tilt[q] = static_cast<float>(TotalPull(p, b).tilt * value);
     constant[q] = static_cast<float>(k);
     rest[q] = static_cast<float>(k - constant[q]);
     const double log_weight =
@@ -122,7 +125,7 @@ struct PullTile {
     for (int i = 0; i < kRows; ++i) weights[i] = near[i] ? exp_normal(weights[i]) : VecF{};
     for (int i = 0; i < kRows; ++i) {
       const VecF a = load(projections + at + i * width) + load(constant + v) + load(rest + v);
-      const VecF c = weights[i] * a;
+      const VecF c = weights[i] * (a - load(tilt + v) * u[i]);
       store(r + at + i * width, c);
       total.add(c);
       moment.add(c * u[i]);
@@ -185,7 +188,8 @@ struct FusedBackward : FusedPass {
       largest = std::max(largest, std::abs(g[c]));
       sum += g[c] * (o.origin[c] - x[c]);
     }
-    const double scale = std::max(largest * o.unit, std::abs(sum) * 1e-6);
+    const double constants = std::abs(sum) + std::abs(TotalPull(p, b).tilt);
+    const double scale = std::max(largest * o.unit, constants * 1e-6);
     *value = scale > 0 ? 1 / scale : 1;
     return sum * *value;
   }
@@ -235,7 +239,7 @@ struct FusedBackward : FusedPass {
     const RadialKernel& kernel = queries[i].kernel;
     const double moment = state.sums[q].moment / kernel.inverse_two_t2;
     PullSums& partial = partials[part * size + i];
-    partial.total = kernel.gaussian ? factor * (state.level[q] * total + moment) : factor * total;
+    partial.total = factor * (TotalPull(p, b).moment ? state.level[q] * total + moment : total);
     for (const int32_t j : state.lists[q]) partial.total += add_pair(i, j, out);
   }
 
@@ -245,10 +249,12 @@ struct FusedBackward : FusedPass {
     const RadialKernel& kernel = queries[i].kernel;
     const Pair pair = pair_sums(reader, p.x + b * ld, p.grad_displacement + b * ld, j);
     const double logit = kernel.relative_logit<ScalarMath>(pair.distance, p.anchor_square[b]);
-    const double a = pair.projection - p.projection[b] + p.grad_log_mass[b];
+    const double u = kernel.argument(pair.distance, p.anchor_square[b]);
+    const TotalPull all(p, b);
+    const double a = pair.projection - p.projection[b] + p.grad_log_mass[b] - all.tilt * u;
     const double c = ::exp(logit + p.anchor_log_weight[b]) * a * kernel.slope(pair.distance);
     add_row(reader, p.x + b * ld, j, 2 * c, out);
-    return kernel.gaussian ? c * pair.distance : c;
+    return all.moment ? c * pair.distance : c;
   }
 
   void combine(int64_t i) {
@@ -259,7 +265,7 @@ struct FusedBackward : FusedPass {
       const double* theirs = row(part, i, p.dx);
       for (int64_t c = 0; c < p.dim; ++c) dx[c] += theirs[c];
     }
-    p.dt[b] = total * (queries[i].kernel.gaussian ? 2 / p.t[b] : -2 * p.t[b]);
+    p.dt[b] = total * TotalPull(p, b).factor;
   }
 };
 

@@ -5,7 +5,8 @@
 //   c_j ∝ w_j (g'·y_j + K) s_a / s_j
 //   Σ_j c_j (x0_j − x) ∝ unit Σ_j c_j y_j + (origin − x) Σ_j c_j
 //
-// where K holds all of a_j that does not depend on j, in double.
+// where K holds all of a_j that does not depend on j, in double. In forward mode (common/pull.h) it
+// is g'·y_j + K − κ' u_j.
 #include "two_pass.h"
 
 namespace pfgm {
@@ -19,13 +20,15 @@ struct Pull {
   Buffer<float> cotangents{tiles.padded() * p.dim};  // g' packed, (dim, width) for each tile
   // (padded,) K to twice the digits, for it nearly cancels g'·y; and the anchors' log weights.
   std::vector<float> constants, corrections, masses;
+  std::vector<float> tilts;                                  // (padded,) κ'
   Buffer<double> moments{pass.num_blocks * tiles.padded()};  // as pass.block_sums, of c u
 
   explicit Pull(const SecondPass& pass)
       : pass(pass),
         constants(tiles.padded()),
         corrections(tiles.padded()),
-        masses(tiles.padded()) {}
+        masses(tiles.padded()),
+        tilts(tiles.padded()) {}
 
   void run() const {
     const Buffer<float> decoded(p.num_threads * kGatherRows * kColumnBlock);
@@ -51,6 +54,7 @@ struct Pull {
       const VecF cutoff = load(&pass.anchors.cutoff[i]);
       const VecF constant = load(&constants[i]);
       const VecF correction = load(&corrections[i]), mass = load(&masses[i]);
+      const VecF tilt = load(&tilts[i]);
       CompensatedSum sum, moment;
       VecF mass_here = {};
       for (int64_t j = first; j < last; ++j) {
@@ -59,7 +63,8 @@ struct Pull {
         const VecF logits = relative_logits(p, u);
         const VecF weights = logits < cutoff ? VecF{} : exp(logits + mass);
         const VecF a = load(projections + (j - first) * width + q) + constant + correction;
-        const VecF c = p.half_k == INFINITY ? weights * a : weights * a / (1.0f + u);
+        const VecF pull = weights * (a - tilt * u);
+        const VecF c = p.half_k == INFINITY ? pull : pull / (1.0f + u);
         const VecF finite = weights == 0.0f ? VecF{} : c;
         store(products, finite);
         sum.add(finite);
@@ -122,10 +127,12 @@ struct Backward : TwoPass {
         shift += g[c] * (o.origin[c] - x[c]);
       }
       const double constant = shift - p.projection[b] + p.grad_log_mass[b];
-      const double scale = std::max(largest * o.unit, std::abs(constant) * 1e-6);
+      const double tilt = TotalPull(p, b).tilt, constants = std::abs(constant) + std::abs(tilt);
+      const double scale = std::max(largest * o.unit, constants * 1e-6);
       scales[i] = scale > 0 ? scale : 1;
       pull.constants[i] = static_cast<float>(constant / scales[i]);
       pull.corrections[i] = static_cast<float>(constant / scales[i] - pull.constants[i]);
+      pull.tilts[i] = static_cast<float>(tilt / scales[i]);
       pull.masses[i] = static_cast<float>(p.anchor_log_weight[b]);
     }
     double residuals[kTileQueries];
@@ -147,8 +154,9 @@ struct Backward : TwoPass {
       dx[c] = 2 * slope * scale * (o.unit * sums[c] + total * (o.origin[c] - x[c]));
     }
     // For the Gaussian kernel s = s_a + 2t² u.
-    const double gaussian = p.anchor_square[b] * total + moment / kernel.inverse_two_t2;
-    p.dt[b] = slope * scale * (kernel.gaussian ? 2 / p.t[b] * gaussian : -2 * p.t[b] * total);
+    const double squares = p.anchor_square[b] * total + moment / kernel.inverse_two_t2;
+    const TotalPull all(p, b);
+    p.dt[b] = slope * scale * all.factor * (all.moment ? squares : total);
   }
 };
 

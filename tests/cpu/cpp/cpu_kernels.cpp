@@ -26,6 +26,7 @@ void expect(bool good, const std::string& name, const char* what, double error =
 
 struct Outputs {
   Array<double> displacement, log_mass, anchor_log_weight, dx, dt;
+  Array<double> pull, slope;  // forward mode
   Array<int64_t> anchor;
   Array<float> dfloats;
   Array<double> ddoubles;
@@ -36,6 +37,8 @@ struct Outputs {
         anchor_log_weight(p.batch, p.skewed),
         dx(p.batch * p.ld(), p.skewed),
         dt(p.batch, p.skewed),
+        pull(p.batch * p.ld(), p.skewed),
+        slope(p.batch, p.skewed),
         anchor(p.batch, p.skewed),
         dfloats(p.floats.size(), p.skewed),
         ddoubles(p.doubles.size(), p.skewed) {}
@@ -45,7 +48,8 @@ struct Outputs {
   bool same_bits(const Outputs& o) const {
     return displacement.same_bits(o.displacement) && log_mass.same_bits(o.log_mass) &&
            anchor_log_weight.same_bits(o.anchor_log_weight) && dx.same_bits(o.dx) &&
-           dt.same_bits(o.dt) && anchor.same_bits(o.anchor) && dfloats.same_bits(o.dfloats) &&
+           dt.same_bits(o.dt) && pull.same_bits(o.pull) && slope.same_bits(o.slope) &&
+           anchor.same_bits(o.anchor) && dfloats.same_bits(o.dfloats) &&
            ddoubles.same_bits(o.ddoubles);
   }
 };
@@ -64,6 +68,27 @@ FieldParams inputs(const Problem& p) {
   params.single = p.single;
   params.num_threads = p.num_threads;
   return params;
+}
+
+// Forward mode, x moving by g and t by g_m, with the parameters of the backward pass. Tangents of
+// logits are relative to that of the anchor.
+void push(const Problem& p, FieldParams params, const Outputs& outputs) {
+  Array<double> projection(p.batch, p.skewed), zeros(p.batch, p.skewed), tilt(p.batch, p.skewed);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    zeros[b] = projection[b] = 0;
+    for (int64_t c = 0; c < p.dim; ++c) {
+      const int64_t i = b * p.ld() + c;
+      projection[b] += p.g[i] * (p.value(outputs.anchor[b], c) - p.x[i]);
+    }
+    const double stretch = p.t[b] * p.g_m[b];
+    tilt[b] = std::isinf(p.D) ? -2 * stretch : projection[b] - stretch;
+  }
+  params.projection = projection.get();
+  params.grad_log_mass = zeros.get();
+  params.tilt = tilt.get();
+  params.dx = outputs.pull.get();
+  params.dt = outputs.slope.get();
+  pfgm::field_backward_queries_cpu(params);
 }
 
 // All kernels, called as pfgm_kernels/backends/cpu.py does.
@@ -106,6 +131,7 @@ Outputs compute(const Problem& p) {
   backward.dx = outputs.dx.get();
   backward.dt = outputs.dt.get();
   pfgm::field_backward_queries_cpu(backward);
+  push(p, backward, outputs);
   if (p.type == ValueType::kUint8) return outputs;
   backward.dx = backward.dt = nullptr;
   backward.dvalues = p.type == ValueType::kFloat32 ? static_cast<void*>(outputs.dfloats.get())
@@ -126,6 +152,24 @@ double row_error(const std::function<double(int64_t)>& actual, const double* exp
   return std::sqrt(square);
 }
 
+// The tangents of x + v and of the log mass, of those relative to the anchor's logit.
+void check_push(const Problem& p, const Truth& truth, const Outputs& out, int64_t b,
+                const std::function<void(const char*, double, double)>& check) {
+  std::vector<double> to_anchor(p.dim);
+  for (int64_t c = 0; c < p.dim; ++c)
+    to_anchor[c] = p.value(out.anchor[b], c) - p.x[b * p.ld() + c];
+  double size = 0;
+  const double anchor = Truth::logit_tangent(p, b, to_anchor.data(), &size);
+  const bool singular = truth.log_mass[b] == INFINITY;
+  const double slope = out.slope[b] + (singular ? 0 : anchor);
+  const auto pull = [&](int64_t c) {
+    return out.pull[b * p.ld() + c] - out.slope[b] * truth.v[b * p.dim + c];
+  };
+  const double most = tolerance(p);
+  check("pull", row_error(pull, &truth.pull[b * p.dim], p.dim), most * truth.pull_size[b]);
+  check("slope", std::fabs(slope - truth.slope[b]), most * truth.slope_size[b]);
+}
+
 void check_query(const Problem& p, const Truth& truth, const Outputs& out, int64_t b) {
   const std::string name = p.name() + " row " + std::to_string(b);
   const auto check = [&](const char* what, double error, double allowed) {
@@ -137,6 +181,7 @@ void check_query(const Problem& p, const Truth& truth, const Outputs& out, int64
   check("displacement", row_error(v, &truth.v[b * p.dim], p.dim), most * truth.v_size[b]);
   check("dx", row_error(dx, &truth.dx[b * p.dim], p.dim), most * truth.dx_size[b]);
   check("dt", std::fabs(out.dt[b] - truth.dt[b]), most * truth.dt_size[b]);
+  check_push(p, truth, out, b, check);
   const double units = 8 * 0x1p-52 * std::fabs(mass);  // all the digits that a large one has
   check("log mass", out.log_mass[b] == mass ? 0 : std::fabs(out.log_mass[b] - mass), 1e-6 + units);
   const double log_weight = truth.log_weights[b * p.count + out.anchor[b]];
@@ -247,7 +292,7 @@ void run_spoilt_queries(const Spec& spec, double bad) {
       check_query(problem, truth, out, b);
     } else {
       expect(is_nan(out.displacement, b, spec.ld(), spec.dim) && std::isnan(out.log_mass[b]) &&
-                 is_nan(out.dx, b, spec.ld(), spec.dim),
+                 is_nan(out.dx, b, spec.ld(), spec.dim) && is_nan(out.pull, b, spec.ld(), spec.dim),
              spec.name(), "a query that is not finite");
     }
   }

@@ -6,10 +6,14 @@
 //   a_j = g·(x0_j − x − v),  c_j = (k/2) w_j (a_j + g_m) / s_j
 //   dx = 2 Σ_j c_j (x0_j − x), beside the −g that the caller adds,  dt = −2 t Σ_j c_j
 //   dx0_j = Σ_b (w_j g + 2 c_j (x − x0_j))
+//   l̇_j = (k/s_j) (g·(x0_j − x) − t g_m), the logits' tangents where x moves by g and t by g_m
+//   slope = Σ_j w_j l̇_j,  pull = Σ_j w_j (l̇_j − slope) (x0_j − x), the tangent of x + v
 //
 // For k = ∞: logit_j = −‖x − x0_j‖²/(2t²), c_j = w_j (a_j + g_m)/(2t²), dt = (2/t) Σ_j c_j ‖x −
-// x0_j‖².
+// x0_j‖², l̇_j = g·(x0_j − x)/t² + ‖x − x0_j‖² g_m/t³.
 #pragma once
+
+#include <algorithm>
 
 #include "cpu_problem.h"
 
@@ -23,6 +27,8 @@ struct Truth {
   std::vector<double> dx, dx_size;          // (B, d), (B,)
   std::vector<double> dt, dt_size;          // (B,)
   std::vector<double> dx0, dx0_size;        // (N, d), (N,)
+  std::vector<double> slope, slope_size;    // (B,)
+  std::vector<double> pull, pull_size;      // (B, d), (B,)
 
   explicit Truth(const Problem& p)
       : v(p.batch * p.dim),
@@ -35,6 +41,10 @@ struct Truth {
         dt_size(p.batch),
         dx0(p.count * p.dim),
         dx0_size(p.count),
+        slope(p.batch),
+        slope_size(p.batch),
+        pull(p.batch * p.dim),
+        pull_size(p.batch),
         references_(p.count * p.dim),
         difference_(p.count * p.dim),
         squares_(p.count),
@@ -45,8 +55,23 @@ struct Truth {
     for (int64_t b = 0; b < p.batch; ++b) {
       weigh(p, b);
       differentiate(p, b);
+      push(p, b);
     }
     for (int64_t j = 0; j < p.count; ++j) dx0_size[j] = norm(&dx0_terms_[j * p.dim], p.dim);
+  }
+
+  // l̇ of a reference at x + difference; in size what becomes of it if nothing cancels.
+  static double logit_tangent(const Problem& p, int64_t b, const double* difference, double* size) {
+    const double t = p.t[b], t_dot = p.g_m[b], *x_dot = &p.g[b * p.ld()];
+    double square = 0, projection = 0;
+    for (int64_t c = 0; c < p.dim; ++c) {
+      square += difference[c] * difference[c];
+      projection += x_dot[c] * difference[c];
+    }
+    const double slope = gaussian(p) ? 1 / (t * t) : (p.dim + p.D) / (square + t * t);
+    const double stretch = gaussian(p) ? -square * t_dot / t : t * t_dot;
+    *size = slope * (norm(x_dot, p.dim) * std::sqrt(square) + std::fabs(stretch));
+    return slope * (projection - stretch);
   }
 
  private:
@@ -139,5 +164,24 @@ struct Truth {
       }
     }
     dx_size[b] = norm(dx_terms.data(), p.dim);
+  }
+
+  void push(const Problem& p, int64_t b) {
+    if (log_mass[b] == INFINITY) return;  // the singular point
+    std::vector<double> tangents(p.count), sizes(p.count), weights(p.count), counts(p.count);
+    for (int64_t j = 0; j < p.count; ++j) weights[j] = std::exp(log_weights[b * p.count + j]);
+    const double largest = *std::max_element(weights.begin(), weights.end());
+    for (int64_t j = 0; j < p.count; ++j) {
+      tangents[j] = logit_tangent(p, b, &difference_[j * p.dim], &sizes[j]);
+      counts[j] = size_of(weights[j], largest, p);
+      slope[b] += weights[j] * tangents[j];
+      slope_size[b] += counts[j] * sizes[j];
+    }
+    for (int64_t j = 0; j < p.count; ++j) {
+      const double* difference = &difference_[j * p.dim];
+      const double weight = weights[j] * (tangents[j] - slope[b]);
+      pull_size[b] += counts[j] * (sizes[j] + slope_size[b]) * std::sqrt(squares_[j]);
+      for (int64_t c = 0; c < p.dim; ++c) pull[b * p.dim + c] += weight * difference[c];
+    }
   }
 };
