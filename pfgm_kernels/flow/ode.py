@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pfgm_kernels.flow._checks import at_least_one, batch, positive
+from pfgm_kernels._checks import batch, integer, positive
 
 FieldFn = Callable[[Tensor, Tensor], Tensor]
 Record = Callable[[float, Tensor], None]
@@ -57,8 +57,8 @@ class Substitution:
     """> 0, the t below which the t-component is substituted (`Preset.t_substitution`)."""
 
     def __post_init__(self) -> None:
-        positive("gamma", self.gamma)
-        positive("below", self.below)
+        object.__setattr__(self, "gamma", positive("gamma", self.gamma))
+        object.__setattr__(self, "below", positive("below", self.below))
 
     def t_component(self, x: Tensor, t: float, field_x: Tensor) -> Tensor:
         """F_t (B,) of queries x (B, d) at t from F_x (B, d)."""
@@ -211,7 +211,7 @@ class _Integration:
         else:
             step = self._euler if solver == "euler" else self._heun
             ratio = self.stop / self.start
-            steps = at_least_one("steps", steps)
+            steps = integer("steps", steps)
             grid = [self.start * ratio ** (i / steps) for i in range(steps)]
             for t, t_next in pairwise([*grid, self.stop]):
                 self.record(t, self.x)
