@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGER = (torch.int8, torch.int16, torch.int32, torch.int64)
-INTEGER += (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+INTEGER = tuple(
+    getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)
+)
 REAL = FLOATING + INTEGER
 
 
@@ -78,10 +79,11 @@ def integer(name: str, value: object, least: int = 1) -> int:
     return value if isinstance(value, int) else int(value)
 
 
-def event_shape(value: object) -> tuple[int, ...]:
+def shape_of_event(value: object) -> tuple[int, ...]:
     """`value` as the shape of one event; a number stands for an event of one axis."""
-    several = isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0
-    return tuple(integer("event_shape", size) for size in (value if several else [value]))
+    if not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
+        value = [value]
+    return tuple(integer("event_shape", size) for size in value)
 
 
 def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], kind: str) -> Tensor:

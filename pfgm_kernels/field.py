@@ -169,7 +169,7 @@ def _expand_t(t: Tensor | float, x: Tensor, D: float) -> Tensor:
         height = number("t", t)
         if not holds(abs(height) < math.inf):
             raise ValueError(f"t expects a finite number, got {height}")
-        if not (holds(height != 0) or holds(D < math.inf)):
+        if not (holds(height != 0) or holds(math.inf > D)):
             raise ValueError("t expects a number other than 0 where D is infinite, got 0")
         # torch.full would have torch.compile trace every number anew.
         t = torch.zeros((), dtype=torch.float64, device=x.device) + height

@@ -43,8 +43,8 @@ def merge(partials: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     for v, log_mass in partials:
         if v.dim() < 1 or v.shape != shape or log_mass.shape != shape[:1]:
             raise ValueError(
-                f"merge expects displacements of one shape (B, *event) = {tuple(shape)} with log "
-                f"masses of shape (B,), got {tuple(v.shape)} and {tuple(log_mass.shape)}"
+                f"merge expects displacements (B, *event) of shape {tuple(shape)} with log masses "
+                f"of shape {tuple(shape[:1])}, got {tuple(v.shape)} and {tuple(log_mass.shape)}"
             )
         if v.device != device or log_mass.device != device:
             raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfgm_kernels._checks import floating, integer, number, tensor
+from pfgm_kernels._checks import INTEGER, floating, integer, number, tensor
 from pfgm_kernels.backends import BACKENDS, choose
 from pfgm_kernels.chunks import flatten
 
@@ -225,7 +225,7 @@ def check_references(x0: Tensor) -> Tensor:
     """x0 (N, *event) itself, if it is a floating-point tensor with something in it."""
     if not isinstance(x0, Tensor):
         raise TypeError(f"x0 expects a tensor or a ReferenceSet, got {type(x0).__name__}")
-    if x0.dtype == torch.uint8:
+    if x0.dtype in INTEGER:
         raise TypeError(
             f"x0 expects a floating-point tensor, got {x0.dtype}"
             " (8-bit images: ReferenceSet.from_images)"

@@ -269,7 +269,8 @@ class _Integration:
 
     def _rk45(self, rtol: float, atol: float) -> None:
         try:
-            from torchdiffeq import odeint
+            with torch.device("cpu"):  # it makes tensors while it is imported
+                from torchdiffeq import odeint
         except ImportError as error:
             raise ImportError(
                 "solver 'rk45' needs torchdiffeq: pip install -e '.[train]' in the project's folder"
@@ -278,7 +279,10 @@ class _Integration:
         span = torch.tensor([0.0, flow.end], dtype=torch.float64, device=self.x.device)
         # step_t: the last step stops at the end, instead of interpolating back to it.
         options = {"norm": _largest_rms, "step_t": span[1:]}
-        states = odeint(flow, self.x, span, rtol=rtol, atol=atol, method="dopri5", options=options)
+        with self.x.device:  # where it makes its own
+            states = odeint(
+                flow, self.x, span, rtol=rtol, atol=atol, method="dopri5", options=options
+            )
         self.x = states[-1]
 
 

@@ -61,9 +61,7 @@ def perturb(
     return x0 + scale * noise, (level * norm_t).to(x0.dtype)
 
 
-def check_noise(
-    sigma: float, tau: float, M: float, D: float
-) -> tuple[float, float, float, float]:
+def check_noise(sigma: float, tau: float, M: float, D: float) -> tuple[float, float, float, float]:
     """The four as floats; raises TypeError or ValueError unless `perturb` takes them."""
     sigma, tau, M = positive("sigma", sigma), positive("tau", tau), positive("M", M)
     return sigma, tau, M, positive("D", D, finite=False)

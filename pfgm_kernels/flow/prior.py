@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pfgm_kernels._checks import FLOATING, batch, holds, integer, positive
-from pfgm_kernels._checks import event_shape as shape_of_event
+from pfgm_kernels._checks import FLOATING, batch, holds, integer, positive, shape_of_event
 
 
 def chi(
@@ -21,7 +20,7 @@ def chi(
     The ones are the convention that t is r = σ√D for a finite D and σ itself for D = ∞, which
     makes T / chi the scale of the Gaussian that mixes to the prior, and σ · chi the t of Eq. (11).
     """
-    if not holds(D < math.inf):
+    if not holds(math.inf > D):
         return torch.ones(count, dtype=torch.float64, device=device)
     shape = torch.zeros(count, dtype=torch.float64, device=device) + D / 2
     return (2 * torch._standard_gamma(shape, generator=generator)).sqrt()
@@ -104,7 +103,7 @@ def log_prior(x: Tensor, *, T: float, D: float = 1) -> Tensor:
     # Constants as tensors: torch.compile would trace every number of math's functions anew.
     zero = torch.zeros((), dtype=torch.float64, device=x.device)
     log_volume = d * (zero + T).log()
-    if not holds(D < math.inf):
+    if not holds(math.inf > D):
         return -squared / 2 - log_volume - d / 2 * math.log(2 * math.pi)
     constant = (zero + (d + D) / 2).lgamma() - (zero + D / 2).lgamma() - d / 2 * math.log(math.pi)
     return constant - log_volume - (d + D) / 2 * squared.log1p()

@@ -139,7 +139,7 @@ def test_the_constant_at_the_size_of_cifar10():
         ({"T": 0.0}, ValueError, "T expects a finite number > 0, got 0"),
         ({"T": math.inf}, ValueError, "T expects a finite number > 0, got inf"),
         ({"T": 1.0, "D": 0}, ValueError, "D expects a number > 0, got 0"),
-        ({"T": 1.0, "D": math.nan}, ValueError, "D expects a number > 0, got nan"),
+        ({"T": 1.0, "D": math.nan}, ValueError, "D expects a real number, got NaN"),
         ({"T": "40"}, TypeError, "T expects a real number, got str"),
     ],
 )

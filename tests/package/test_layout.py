@@ -28,7 +28,7 @@ LAYERS = [
     ("backends", "merge", "outputs"),
     ("chunks",),
     ("ops", "references"),
-    ("autograd",),
+    ("autograd", "_traced"),
     ("field",),
     ("",),
     ("flow", "files"),
