@@ -180,6 +180,7 @@ class ReferenceSet:
         self, device: torch.device | str | int = "cuda", non_blocking: bool = False
     ) -> ReferenceSet:
         """`to` a GPU, by default the current one."""
+        device = torch.device("cuda", device) if isinstance(device, int) else device
         return self.to(device, non_blocking)
 
     def cpu(self) -> ReferenceSet:

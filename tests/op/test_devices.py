@@ -206,8 +206,8 @@ class Model(torch.nn.Module):
 def test_a_module_moves_its_references_along():
     references = ReferenceSet(torch.rand(7, 3), backend="eager")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = Model(references)
-        for move, device in (("cuda", "cuda"), ("half", "cuda"), ("cpu", "cpu")):
-            getattr(model, move)()
+        model = Model(references).requires_grad_(False)
+        for to, device in (("cuda", "cuda"), (torch.float16, "cuda"), ("cpu", "cpu")):
+            model.to(to)
             assert model.references.device.type == model.linear.weight.device.type == device
         assert model.to("cuda").references.dtype == torch.float32
