@@ -199,15 +199,13 @@ class Model(torch.nn.Module):
 
     def _apply(self, *args):
         super()._apply(*args)
-        self.references = self.references.to(self.linear.weight.device)
+        self.references = self.references.to(next(self.parameters()).device)
         return self
 
 
-def test_a_module_moves_its_references_along():
-    references = ReferenceSet(torch.rand(7, 3), backend="eager")
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = Model(references).requires_grad_(False)
-        for to, device in (("cuda", "cuda"), (torch.float16, "cuda"), ("cpu", "cpu")):
-            model.to(to)
-            assert model.references.device.type == model.linear.weight.device.type == device
-        assert model.to("cuda").references.dtype == torch.float32
+def test_a_module_moves_its_references_along(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ReferenceSet, "to", lambda self, device: asked.append(device.type) or self)
+    model = Model(ReferenceSet(torch.rand(7, 3)))
+    model.half().to("meta")
+    assert asked == ["cpu", "meta"]
