@@ -80,9 +80,7 @@ def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
         return []
     count, d = values.shape
     device = values.device
-    header, origin, mean = (
-        torch.empty(n, dtype=torch.float64, device=device) for n in (5, d, d)
-    )
+    header, origin, mean = (torch.empty(n, dtype=torch.float64, device=device) for n in (5, d, d))
     squares = torch.empty(count, dtype=torch.float32, device=device)
     shape = _num_parts(values.dtype, d), count, _width(d)
     parts = torch.empty(shape, dtype=torch.bfloat16, device=device)

@@ -152,7 +152,13 @@ def test_bad_scalars_are_named(options, error, message):
 
 @pytest.mark.parametrize(
     ("event", "shape"),
-    [(784, (784,)), (1, (1,)), ([2, 3], (2, 3)), (torch.Size([5]), (5,)), (np.array([2, 3]), (2, 3))],
+    [
+        (784, (784,)),
+        (1, (1,)),
+        ([2, 3], (2, 3)),
+        (torch.Size([5]), (5,)),
+        (np.array([2, 3]), (2, 3)),
+    ],
 )
 def test_a_number_is_an_event_of_one_axis(event, shape):
     x = sample_prior(4, event, T=40.0, generator=torch.Generator().manual_seed(1))

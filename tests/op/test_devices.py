@@ -141,7 +141,9 @@ def test_every_allocation_names_its_device(file):
 
 
 def test_the_search_finds_allocations():
-    source = "a = torch.empty(3)\nwith torch.device('cpu'):\n  b = torch.zeros(1)\ntorch.Generator()"
+    source = (
+        "a = torch.empty(3)\nwith torch.device('cpu'):\n  b = torch.zeros(1)\ntorch.Generator()"
+    )
     assert calls_without_device(source) == ["torch.empty(3)", "torch.Generator()"]
 
 

@@ -211,4 +211,4 @@ def test_the_bounds_of_numbers_hold_in_a_compiled_function(D):
     for n in (1.5, 2.5, 3.5):
         torch.testing.assert_close(run(n, D), poisson_field(X, n, X0, D=D))
     with pytest.raises(Exception, match=r"t expects|Observed exception"):
-        run(math.nan if D != math.inf else 0.0, D)
+        run(math.nan if math.inf != D else 0.0, D)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,7 +32,9 @@ def run(folder: Path) -> Tensor:
     options = {"seed": 3, "steps": 2, "console": quiet, "keep_path": True}
     result = generate(network, config, 12, solver="heun", **options)
     rough = generate(network, config, 2, solver="rk45", **options)
-    figures.draw_trajectories(result, moons.train[:50], rough, folder / "trajectories.png")
+    assert rough.path is not None
+    image = replace(rough, path=rough.path[..., None])
+    figures.draw_trajectories(result, moons.train[:50], image, folder / "trajectories.png")
     return torch.cat([result.x, rough.x])
 
 
