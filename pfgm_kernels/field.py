@@ -172,8 +172,8 @@ def _expand_t(t: Tensor | float, x: Tensor, D: float) -> Tensor:
         if not (holds(height != 0) or holds(math.inf > D)):
             raise ValueError("t expects a number other than 0 where D is infinite, got 0")
         # torch.full would have torch.compile trace every number anew.
-        t = torch.zeros((), dtype=torch.float64, device=x.device) + height
-        return t.expand(x.shape[0])
+        zero = torch.zeros((), dtype=torch.float64, device=x.device)
+        return (zero + height).expand(x.shape[0])
     tensor("t", t, REAL, "real numbers")
     if t.dim() > 0 and t.device != x.device:
         raise ValueError(f"t expects the device of x, {x.device}, got {t.device}")

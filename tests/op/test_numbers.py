@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pfgm_kernels import ReferenceSet, poisson_displacement, poisson_field
+from pfgm_kernels import ReferenceSet, poisson_displacement, poisson_field, posterior_mean
 from pfgm_kernels.flow import (
     FieldLoss,
     Substitution,
@@ -77,6 +77,7 @@ NUMBERS: dict[str, Callable[..., Tensor]] = {
     "t": lambda n: poisson_field(X, n, X0),
     "D": lambda n: poisson_field(X, 1.0, X0, D=n),
     "displacement": lambda n: poisson_displacement(X, n, SET, D=n)[1],
+    "mean": lambda n: posterior_mean(X, n, SET, D=n),
     "gamma": lambda n: poisson_field(X, 1.0, SET, gamma=n),
     "scale": lambda n: poisson_field(X, 1.0, X0, scale=n),
     "low": lambda n: ReferenceSet.from_images(PIXELS, n, 9).table,
@@ -158,6 +159,7 @@ COMPILED: dict[str, Callable[..., Tensor]] = {
     "field": everything,
     "of a set": lambda n: everything(n, SET),
     "t": lambda n: poisson_displacement(X, n, SET)[1],
+    "mean": lambda n: posterior_mean(X, n, X0, D=n),
     "perturb": lambda n: perturb(X0, sigma=n, tau=n, M=n, D=n)[0],
     "prior": lambda n: sample_prior(4, 3, T=n, D=n, max_radius=n),
     "log_prior": lambda n: log_prior(X, T=n, D=n),

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pfgm_kernels import ReferenceSet, merge, poisson_displacement, poisson_field, report
+from pfgm_kernels import (
+    ReferenceSet,
+    merge,
+    poisson_displacement,
+    poisson_field,
+    posterior_mean,
+    report,
+)
 from pfgm_kernels.backends import BACKENDS
 from pfgm_kernels.flow import FieldLoss, log_prior, perturb, sample
 
@@ -111,7 +118,9 @@ ROWS, PLANE = torch.ones(4), torch.ones(4, 3)
 TAKERS: dict[str, Callable[[Tensor], object]] = {
     "x": lambda y: poisson_field(y, 1.0, PLANE),
     "x of a set": lambda y: poisson_displacement(y, 1.0, ReferenceSet(PLANE)),
+    "x of a mean": lambda y: posterior_mean(y, 1.0, PLANE),
     "x0": lambda y: poisson_field(PLANE, 1.0, y),
+    "x0 of a mean": lambda y: posterior_mean(PLANE, 1.0, y),
     "x0 of a set": lambda y: ReferenceSet(y),
     "images": lambda y: ReferenceSet.from_images(y),
     "displacement": lambda y: merge([(PLANE, ROWS), (y, ROWS)]),
