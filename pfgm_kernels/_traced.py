@@ -16,7 +16,7 @@ from torch import Tensor
 from pfgm_kernels import ops
 
 
-def traceable(*numbers: float) -> tuple[float, ...] | tuple[Tensor, ...]:
+def traceable(*numbers: float) -> tuple[Any, ...]:
     """The numbers; as tensors where one is a symbol of a graph that is being traced."""
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
