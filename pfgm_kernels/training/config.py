@@ -116,4 +116,7 @@ class TrainConfig:
             raise ValueError(f"damaged file {path}: expected an object of JSON, got {got}")
         version = values.pop("version", None)
         checkpoint.match_keys(path, expected, values.keys(), version)
-        return cls(**values | {"event_shape": tuple(values["event_shape"])})
+        try:
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"damaged file {path}: {error}") from error

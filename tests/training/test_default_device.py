@@ -14,10 +14,11 @@ from torch import Tensor
 
 from pfgm_kernels import figures
 from pfgm_kernels.training import data
+from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.evaluation import evaluate
 from pfgm_kernels.training.generate import generate
 from pfgm_kernels.training.network import FieldNetwork
-from pfgm_kernels.training.trainer import TrainConfig, load_model, train
+from pfgm_kernels.training.trainer import load_model, train
 
 
 def run(folder: Path) -> Tensor:

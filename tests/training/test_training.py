@@ -141,6 +141,10 @@ def test_numbers_of_numpy(tmp_path: Path) -> None:
     )
     config.write(tmp_path)
     assert config == plain == TrainConfig.read(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"steps": 3', '"steps": "3"'))
+    with pytest.raises(ValueError, match=r"damaged file .*json: steps expects an integer, got str"):
+        TrainConfig.read(tmp_path)
     for name, value in (("steps", True), ("steps", 2.0), ("T", "2"), ("sigma", None), ("M", 1j)):
         with pytest.raises(TypeError, match=f"{name} expects (an integer|a real number), got"):
             replace(plain, **{name: value})
