@@ -18,7 +18,7 @@ CXX_SOURCES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -
 READY := .venv/.ready
 # The Triton kernels run on the CPU under Triton's interpreter, whose matrix products are numpy's;
 # every line of them in the tests that are traced, which take twice as long for it.
-OP_TESTS := $(patsubst %,tests/op/test_%.py,accuracy autograd compile images inputs low_dimension \
+OP_TESTS := $(patsubst %,tests/op/test_%.py,accuracy autograd compile devices images inputs low_dimension \
   merge nonfinite property references singular validation)
 TRACED_TESTS := tests/triton/test_triton.py tests/op/test_gradients.py
 INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \

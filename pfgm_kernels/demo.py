@@ -132,9 +132,9 @@ def check_op(data: DataSet, config: TrainConfig) -> list[Measurement]:
 
     Raises RuntimeError where the op misses float64 by more than 1e-6 of a row's norm.
     """
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator("cpu").manual_seed(SEED)
     x0, references = data.decode(data.train), data.references()
-    rows = torch.randint(len(x0), (QUERIES,), generator=generator)
+    rows = torch.randint(len(x0), (QUERIES,), generator=generator, device=generator.device)
     x, t = perturb(x0[rows], sigma=config.sigma, tau=config.tau, M=config.M, generator=generator)
     exact = exact_field(x, t, x0, config.gamma)
     scale = math.sqrt(x0[0].numel())
@@ -178,7 +178,8 @@ def _draw(
 ) -> None:
     """The pictures; of samples and of held-out digits, the first ten of each class."""
     assert data.held_out_labels is not None
-    samples = _first_of_each_class(result.x, torch.tensor(evaluation.classes))
+    classes = torch.tensor(evaluation.classes, device=result.x.device)
+    samples = _first_of_each_class(result.x, classes)
     real = _first_of_each_class(data.decode(data.held_out), data.held_out_labels)
     figures.draw_comparison(samples, real, out / "samples.png")
     figures.draw_loss(losses, out / "loss.png")
@@ -186,7 +187,7 @@ def _draw(
     references, T = points.references(), 8.0
     lines = sample(
         lambda x, t: pfgm_kernels.poisson_field(x, t, references),
-        sample_prior(450, (2,), T=T, generator=torch.Generator().manual_seed(SEED)),
+        sample_prior(450, (2,), T=T, generator=torch.Generator("cpu").manual_seed(SEED)),
         T=T,
         solver="heun",
         steps=120,
@@ -202,7 +203,7 @@ def _first_of_each_class(images: Tensor, classes: Tensor, count: int = 10) -> Te
     rows = []
     for label in range(10):
         row = images[classes == label][:count]
-        rows += [row, -torch.ones(count - len(row), *images.shape[1:])]
+        rows += [row, -images.new_ones(count - len(row), *images.shape[1:])]
     return torch.cat(rows)
 
 

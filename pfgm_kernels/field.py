@@ -16,6 +16,8 @@ import math
 import torch
 from torch import Tensor
 
+from pfgm_kernels._checks import REAL, floating, holds, non_negative, number, tensor
+from pfgm_kernels._traced import traceable
 from pfgm_kernels.autograd import apply
 from pfgm_kernels.backends import choose
 from pfgm_kernels.references import DEFAULT_WORKSPACE, ReferenceSet, check_references
@@ -60,10 +62,8 @@ def poisson_field(
         ValueError: shapes that do not fit, an empty x0, or a scalar out of its range.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
-    gamma, scale = _scalar("gamma", gamma), _scalar("scale", scale)
-    if not 0 <= gamma < math.inf:
-        raise ValueError(f"gamma expects a finite number ≥ 0, got {gamma}")
-    if not abs(scale) < math.inf:
+    gamma, scale = non_negative("gamma", gamma), number("scale", scale)
+    if not holds(abs(scale) < math.inf):
         raise ValueError(f"scale expects a finite number, got {scale}")
     return _run(x, t, x0, D, backend, "field", gamma, scale)[0]
 
@@ -130,15 +130,15 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     """The result (see `outputs`) and the log mass of the op, after a look at the arguments."""
     references = x0 if isinstance(x0, ReferenceSet) else None
-    values = references.values if references else check_references(x0)  # type: ignore[arg-type]
-    table = references.table if references else values.new_empty(0, dtype=torch.float32)
+    if references:
+        values, table = references.stored()
+    else:
+        values = check_references(x0)  # type: ignore[arg-type]
+        table = values.new_empty(0, dtype=torch.float32)
     workspace = references.workspace if references else DEFAULT_WORKSPACE
     event_shape = references.event_shape if references else x0.shape[1:]  # type: ignore[union-attr]
 
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x expects a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"x expects a floating-point tensor, got {x.dtype}")
+    floating("x", x)
     if x.dim() < 1 or x.shape[1:] != event_shape:
         raise ValueError(
             f"x expects shape (B, *event) with event {tuple(event_shape)} as in x0, "
@@ -146,8 +146,8 @@ def _run(
         )
     if x.device != values.device:
         raise ValueError(f"x and x0 expect one device, got {x.device} and {values.device}")
-    D = _scalar("D", D)
-    if not D >= 0:
+    D = number("D", D)
+    if not holds(D >= 0):
         raise ValueError(f"D expects a real number ≥ 0, got {D}")
     t = _expand_t(t, x, D)
 
@@ -158,22 +158,23 @@ def _run(
         backend = references.backend
     d = math.prod(event_shape)
     name = choose(backend, x.device, d, requires_grad)
-    operands = references.operands.get(name, []) if references else []
-    return apply(x, t, values, table, operands, d + D, output, gamma, scale, workspace, name)
+    operands = references.operands_for(name) if references else []
+    k, gamma, scale = traceable(d + D, gamma, scale)
+    return apply(x, t, values, table, operands, k, output, gamma, scale, workspace, name)
 
 
 def _expand_t(t: Tensor | float, x: Tensor, D: float) -> Tensor:
     """t as a floating-point tensor (B,) on the device of x."""
     if not isinstance(t, Tensor):
-        number = _scalar("t", t)
-        if abs(number) == math.inf:
-            raise ValueError(f"t expects a finite number, got {number}")
-        if number == 0 and abs(D) == math.inf:
+        height = number("t", t)
+        if not holds(abs(height) < math.inf):
+            raise ValueError(f"t expects a finite number, got {height}")
+        if not (holds(height != 0) or holds(math.inf > D)):
             raise ValueError("t expects a number other than 0 where D is infinite, got 0")
-        t = torch.zeros((), dtype=torch.float64, device=x.device) + number
-        return t.expand(x.shape[0])
-    if t.dtype == torch.bool or t.is_complex():
-        raise TypeError(f"t expects real numbers, got {t.dtype}")
+        # torch.full would have torch.compile trace every number anew.
+        zero = torch.zeros((), dtype=torch.float64, device=x.device)
+        return (zero + height).expand(x.shape[0])
+    tensor("t", t, REAL, "real numbers")
     if t.dim() > 0 and t.device != x.device:
         raise ValueError(f"t expects the device of x, {x.device}, got {t.device}")
     if t.shape not in (torch.Size([]), x.shape[:1]):
@@ -183,12 +184,3 @@ def _expand_t(t: Tensor | float, x: Tensor, D: float) -> Tensor:
     if t.dim() == 0 or not t.is_floating_point():
         t = t.to(x.device, torch.float64)
     return t.expand(x.shape[0])
-
-
-def _scalar(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} expects a real number, got {type(value).__name__}")
-    # Comparisons, not math.isnan: torch.compile traces numbers that change as symbols.
-    if value != value:
-        raise ValueError(f"{name} expects a real number, got NaN")
-    return value

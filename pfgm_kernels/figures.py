@@ -98,7 +98,7 @@ def _field_lines(figure: Figure, path: Tensor, times: list[float], points: Tenso
     from mpl_toolkits.mplot3d.art3d import Line3DCollection  # type: ignore[import-untyped]
 
     reach = 2.2 * float(points.abs().max())
-    t = torch.tensor(times, dtype=path.dtype)[:, None, None].expand(-1, path.shape[1], 1)
+    t = path.new_tensor(times)[:, None, None].expand(-1, path.shape[1], 1)
     states = torch.cat([path, t], dim=2)
     segments = torch.stack([states[:-1], states[1:]], dim=2).flatten(0, 1)
     segments = segments[(segments.abs() <= reach).all(dim=2).all(dim=1)]

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from pfgm_kernels._checks import floating
 
-def merge(partials: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+
+def merge(partials: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Combine displacements over disjoint reference sets into that over their union.
 
     log_mass = logsumexp_p(log_mass_p),  v = Σ_p softmax_p(log_mass_p) v_p   (in float64)
@@ -25,16 +27,28 @@ def merge(partials: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         v (B, *event) in the promoted dtype of the partial displacements, log_mass (B,) float64.
 
     Raises:
-        ValueError: no partial, or partials whose shapes differ.
+        TypeError: not pairs of dense floating-point tensors.
+        ValueError: no partial, partials whose shapes or devices differ, or on the device meta.
     """
+    partials = list(partials)
     if not partials:
         raise ValueError("merge expects at least one (displacement, log_mass) pair, got none")
-    shape = partials[0][0].shape
+    for pair in partials:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            got = type(pair).__name__
+            raise TypeError(f"merge expects (displacement, log_mass) pairs, got {got}")
+        floating("displacement", pair[0])
+        floating("log_mass", pair[1])
+    shape, device = partials[0][0].shape, partials[0][0].device
     for v, log_mass in partials:
-        if v.shape != shape or log_mass.shape != shape[:1]:
+        if v.dim() < 1 or v.shape != shape or log_mass.shape != shape[:1]:
             raise ValueError(
-                f"merge expects displacements of shape {tuple(shape)} with log masses of shape "
-                f"{tuple(shape[:1])}, got {tuple(v.shape)} and {tuple(log_mass.shape)}"
+                f"merge expects displacements (B, *event) of shape {tuple(shape)} with log masses "
+                f"of shape {tuple(shape[:1])}, got {tuple(v.shape)} and {tuple(log_mass.shape)}"
+            )
+        if v.device != device or log_mass.device != device:
+            raise ValueError(
+                f"merge expects all on one device, {device}, got {v.device} and {log_mass.device}"
             )
     weights, log_mass = mass_weights(torch.stack([m for _, m in partials]))
     displacement = torch.zeros((), dtype=torch.float64, device=log_mass.device)

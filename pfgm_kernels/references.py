@@ -4,14 +4,20 @@
 from __future__ import annotations
 
 import math
+import threading
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pfgm_kernels._checks import INTEGER, floating, integer, number, tensor
 from pfgm_kernels.backends import BACKENDS, choose
 from pfgm_kernels.chunks import flatten
 
-DEFAULT_WORKSPACE = 256 << 20
+DEFAULT_WORKSPACE, LEAST_WORKSPACE = 256 << 20, 1 << 20
+EDITED = "ReferenceSet expects its references as they were prepared, but x0 was edited since"
+
+_preparing = threading.Lock()
 
 
 class ReferenceSet:
@@ -20,18 +26,25 @@ class ReferenceSet:
     Holds a view of `x0`, not a copy (except where float16 or bfloat16 must become float32, or
     where `x0` is not contiguous), and what the backend computes from it once: on a CPU norms, and
     where float32 values turn out to be 8-bit images a copy in 8 bits; for Triton the parts that
-    tensor cores multiply. `nbytes` counts everything.
+    tensor cores multiply. What another backend needs is prepared, and kept too, at the first call
+    that asks for that one. `nbytes` counts everything.
+
+    The references are as they were when the set was made: a call that finds `x0` edited raises.
+    That is seen by the version that PyTorch counts, for edits through any tensor that shares the
+    memory, but not for what is written through `.data`, by NumPy or by another process, nor to
+    tensors made in inference mode; a function compiled for a GPU does not look.
 
     Args:
-        x0: (N, *event), floating point, finite, N ≥ 1.
-        workspace: bytes of temporaries that one call of the op may take, whatever B and N.
+        x0: (N, *event) float16, bfloat16, float32 or float64, dense, finite, N ≥ 1.
+        workspace: bytes of temporaries that one call of the op may take, whatever B and N; ≥ 2²⁰.
         backend: the one that the op will run on where it is not asked for another; by default the
             first that can.
 
     Raises:
-        TypeError: `x0` is not a floating-point tensor.
-        ValueError: `x0` is empty, holds NaN or Inf, or requires grad (a ReferenceSet is constant:
-            pass the tensor itself to the op instead); `backend` is not a backend's name.
+        TypeError: an argument of the wrong type, dtype or layout.
+        ValueError: `x0` is empty, holds NaN or Inf, holds nothing (device meta), or requires grad
+            (a ReferenceSet is constant: pass the tensor itself to the op instead); `workspace` is
+            too small; `backend` is not a backend's name.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
 
@@ -44,7 +57,7 @@ class ReferenceSet:
     backend: str | None
     """As asked for."""
     operands: dict[str, list[Tensor]]
-    """What the backend that will run prepared of the references, by its name."""
+    """What each backend that ran, or will run, prepared of the references, by its name."""
 
     def __init__(
         self, x0: Tensor, *, workspace: int = DEFAULT_WORKSPACE, backend: str | None = None
@@ -83,16 +96,15 @@ class ReferenceSet:
             workspace, backend: as for the constructor.
 
         Raises:
-            TypeError: `images` is not a uint8 tensor.
-            ValueError: no image, or not low < high with both finite; not a backend's name.
+            TypeError: `images` is not a dense uint8 tensor; another argument of the wrong type.
+            ValueError: no image, or not low < high with both finite; else as for the constructor.
             RuntimeError: as for the constructor.
         """
-        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"from_images expects a uint8 tensor (N, *event), got {got}")
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        tensor("images", images, (torch.uint8,), "a uint8 tensor (N, *event)")
+        low, high = number("low", low), number("high", high)
+        if not -math.inf < low < high < math.inf:
             raise ValueError(f"from_images expects finite low < high, got {low} and {high}")
-        _check_shape(images)
+        _check_shape("images", images)
         codes = torch.arange(256, dtype=torch.float64, device=images.device)
         table = (low + (high - low) * codes / 255).float()
         references = cls.__new__(cls)
@@ -107,21 +119,73 @@ class ReferenceSet:
         workspace: int,
         backend: str | None,
     ) -> None:
-        if not isinstance(workspace, int) or workspace < 1 << 20:
-            raise ValueError(f"workspace expects a number of bytes ≥ {1 << 20}, got {workspace!r}")
+        self.workspace = integer("workspace", workspace, LEAST_WORKSPACE)
         self.values, self.table = values, table
-        self.event_shape, self.workspace, self.backend = event_shape, workspace, backend
-        name = choose(backend, values.device, values.shape[1], requires_grad=False)
-        self.operands = {name: BACKENDS[name].prepare(values, table, values.nbytes)}
+        self.event_shape, self.backend = event_shape, backend
+        self._version = _version(values)
+        self.operands = {}
+        self._prepare(choose(backend, values.device, values.shape[1], requires_grad=False))
 
-    def to(self, device: torch.device | str) -> ReferenceSet:
-        """The same set on another device (itself where it is there already)."""
-        if torch.empty(0, device=device).device == self.device:
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """`values` and `table`.
+
+        Raises:
+            RuntimeError: the values were edited since they were prepared.
+        """
+        if torch.compiler.is_compiling():
+            # Versions are known when the graph runs. CUDA graphs run on copies, an exported
+            # program elsewhere: nothing was remembered of those.
+            if self.device.type == "cpu" and not torch.compiler.is_exporting():
+                version = -1 if self._version is None else self._version
+                return self.values, torch.ops.pfgm.stored_table(self.values, self.table, version)
+        elif _version(self.values) != self._version:
+            raise RuntimeError(EDITED)
+        return self.values, self.table
+
+    def operands_for(self, backend: str) -> list[Tensor]:
+        """What a backend prepared of the references: now, where this is the first call for it."""
+        if torch.compiler.is_compiling() or backend not in self.operands:
+            self._prepare(backend)
+        return self.operands[backend]
+
+    def _prepare(self, backend: str) -> None:
+        with _preparing:
+            if backend not in self.operands:
+                values, table = self.values, self.table
+                operands = BACKENDS[backend].prepare(values, table, values.nbytes)
+                self.operands = self.operands | {backend: operands}  # others may read the old one
+
+    # A compiled function prepares while it is traced. This is torch.compiler.assume_constant_result
+    # without its import of the compiler.
+    _prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> ReferenceSet:
+        """The same set on another device (itself where it is there already), with its workspace
+        and its backend, which prepares the references there.
+
+        non_blocking: copy from pinned memory to a GPU without waiting, as `Tensor.to` does.
+        """
+        device = torch.empty(0, device=device).device
+        if device == self.device:
             return self
+        if device.type == "meta":
+            raise ValueError("ReferenceSet expects a device that holds data, got meta")
+        non_blocking &= device.type != "cpu"  # the CPU would prepare what has not arrived
+        values, table = (each.to(device, non_blocking=non_blocking) for each in self.stored())
         moved = type(self).__new__(type(self))
-        values, table = self.values.to(device), self.table.to(device)
         moved._set(values, table, self.event_shape, self.workspace, self.backend)
         return moved
+
+    def cuda(
+        self, device: torch.device | str | int = "cuda", non_blocking: bool = False
+    ) -> ReferenceSet:
+        """`to` a GPU, by default the current one."""
+        device = torch.device("cuda", device) if isinstance(device, int) else device
+        return self.to(device, non_blocking)
+
+    def cpu(self) -> ReferenceSet:
+        """`to` the CPU."""
+        return self.to("cpu")
 
     @property
     def device(self) -> torch.device:
@@ -135,8 +199,17 @@ class ReferenceSet:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that the set keeps alive."""
-        prepared = [tensor for tensors in self.operands.values() for tensor in tensors]
-        return sum(tensor.nbytes for tensor in (self.values, self.table, *prepared))
+        prepared = [each for operands in self.operands.values() for each in operands]
+        return sum(each.nbytes for each in (self.values, self.table, *prepared))
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.stored()
+        return vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and what is read from a file count versions anew."""
+        vars(self).update(state)
+        self._version = _version(self.values)
 
     def __len__(self) -> int:
         return self.values.shape[0]
@@ -153,15 +226,40 @@ def check_references(x0: Tensor) -> Tensor:
     """x0 (N, *event) itself, if it is a floating-point tensor with something in it."""
     if not isinstance(x0, Tensor):
         raise TypeError(f"x0 expects a tensor or a ReferenceSet, got {type(x0).__name__}")
-    if not x0.is_floating_point():
+    if x0.dtype in INTEGER:
         raise TypeError(
             f"x0 expects a floating-point tensor, got {x0.dtype}"
             " (8-bit images: ReferenceSet.from_images)"
         )
-    _check_shape(x0)
+    floating("x0", x0)
+    _check_shape("x0", x0)
     return x0
 
 
-def _check_shape(x0: Tensor) -> None:
+def _check_shape(name: str, x0: Tensor) -> None:
     if x0.dim() < 1 or x0.numel() == 0:
-        raise ValueError(f"x0 expects shape (N, *event) with N ≥ 1, got {tuple(x0.shape)}")
+        raise ValueError(f"{name} expects shape (N, *event) with N ≥ 1, got {tuple(x0.shape)}")
+
+
+def _version(values: Tensor) -> int | None:
+    """How often autograd saw the memory written to; None where it does not count."""
+    return None if values.is_inference() else values._version
+
+
+# What a traced call has of a set, looked at whenever its graph runs: the table, as a copy, since
+# an op returns nothing of its arguments.
+torch.library.define(
+    "pfgm::stored_table", "(Tensor values, Tensor table, SymInt version) -> Tensor"
+)
+
+
+@torch.library.register_fake("pfgm::stored_table")
+def _(values: Tensor, table: Tensor, version: int) -> Tensor:
+    return torch.empty_like(table)
+
+
+@torch.library.impl("pfgm::stored_table", "CompositeExplicitAutograd")
+def _stored_table(values: Tensor, table: Tensor, version: int) -> Tensor:
+    if version >= 0 and values._version != version:
+        raise RuntimeError(EDITED)
+    return table.clone()

@@ -48,10 +48,10 @@ def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
     count, d = values.shape
     if values.dtype == torch.float64 or d <= MAX_DIRECT_DIM:
         return []
-    norms = torch.empty(count, dtype=torch.float64)
-    grid = torch.empty(4 + d, dtype=torch.float64)
+    norms = torch.empty(count, dtype=torch.float64, device=values.device)
+    grid = torch.empty(4 + d, dtype=torch.float64, device=values.device)
     encode = values.dtype == torch.float32 and values.numel() <= workspace
-    codes = [torch.empty(values.shape, dtype=torch.uint8)] if encode else []
+    codes = [torch.empty_like(values, dtype=torch.uint8)] if encode else []
     _native.launch("prepare_references_cpu", **_references(values, table, [norms, grid, *codes]))
     return [norms, grid, *(codes if grid[1] >= 0 else [])]
 
@@ -68,7 +68,7 @@ def forward(
     arguments = _common(x, t, values, table, operands, k)
     displacement = torch.empty_like(arguments["x"])
     log_mass, anchor_log_weight = displacement.new_empty(batch), displacement.new_empty(batch)
-    anchor = torch.empty(batch, dtype=torch.int64)
+    anchor = torch.empty(batch, dtype=torch.int64, device=x.device)
     _native.launch(
         "field_forward_cpu",
         **arguments,

@@ -79,11 +79,11 @@ def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
     if values.dtype == torch.float64 or values.shape[1] <= MAX_DIRECT_DIM:
         return []
     count, d = values.shape
-    number = {"dtype": torch.float64, "device": values.device}
-    header, origin, mean = (torch.empty(n, **number) for n in (5, d, d))  # type: ignore[call-overload]
-    squares = torch.empty(count, device=values.device)
+    device = values.device
+    header, origin, mean = (torch.empty(n, dtype=torch.float64, device=device) for n in (5, d, d))
+    squares = torch.empty(count, dtype=torch.float32, device=device)
     shape = _num_parts(values.dtype, d), count, _width(d)
-    parts = torch.empty(shape, dtype=torch.bfloat16, device=values.device)
+    parts = torch.empty(shape, dtype=torch.bfloat16, device=device)
     operands = [header, origin, mean, squares, parts]
     _launch("prepare_references_cuda", **_references(values, table, operands))
     return operands

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pfgm_kernels._checks import non_negative, positive
 from pfgm_kernels.field import poisson_field
-from pfgm_kernels.flow._checks import non_negative, positive
 from pfgm_kernels.flow._range import warn_of_another_range
 from pfgm_kernels.flow.perturb import check_noise, perturb
 from pfgm_kernels.references import ReferenceSet
@@ -62,13 +62,12 @@ class FieldLoss:
     ) -> None:
         if not isinstance(references, ReferenceSet):
             references = ReferenceSet(references)
-        check_noise(sigma, tau, M, D)
+        sigma, tau, M, self.D = check_noise(sigma, tau, M, D)
         self.references = references
-        self.D = D
         self.gamma = non_negative("gamma", gamma)
         d = math.prod(references.event_shape)
         self.scale = math.sqrt(d) if scale is None else positive("scale", scale)
-        self.perturb = partial(perturb, sigma=sigma, tau=tau, M=M, restrict_M=restrict_M, D=D)
+        self.perturb = partial(perturb, sigma=sigma, tau=tau, M=M, restrict_M=restrict_M, D=self.D)
         self._looked = False
 
     def __call__(
@@ -122,9 +121,8 @@ class UnnormalizedLoss:
         M: float = 291,
         restrict_M: bool = True,
     ) -> None:
-        self.D = positive("D", D)
-        check_noise(sigma, tau, M, D)
-        self.perturb = partial(perturb, sigma=sigma, tau=tau, M=M, restrict_M=restrict_M, D=D)
+        sigma, tau, M, self.D = check_noise(sigma, tau, M, positive("D", D))
+        self.perturb = partial(perturb, sigma=sigma, tau=tau, M=M, restrict_M=restrict_M, D=self.D)
 
     def __call__(
         self, network: Field, x0_batch: Tensor, generator: torch.Generator | None = None

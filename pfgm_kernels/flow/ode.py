@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pfgm_kernels.flow._checks import at_least_one, batch, positive
+from pfgm_kernels._checks import batch, integer, positive
 
 FieldFn = Callable[[Tensor, Tensor], Tensor]
 Record = Callable[[float, Tensor], None]
@@ -57,8 +57,8 @@ class Substitution:
     """> 0, the t below which the t-component is substituted (`Preset.t_substitution`)."""
 
     def __post_init__(self) -> None:
-        positive("gamma", self.gamma)
-        positive("below", self.below)
+        object.__setattr__(self, "gamma", positive("gamma", self.gamma))
+        object.__setattr__(self, "below", positive("below", self.below))
 
     def t_component(self, x: Tensor, t: float, field_x: Tensor) -> Tensor:
         """F_t (B,) of queries x (B, d) at t from F_x (B, d)."""
@@ -211,7 +211,7 @@ class _Integration:
         else:
             step = self._euler if solver == "euler" else self._heun
             ratio = self.stop / self.start
-            steps = at_least_one("steps", steps)
+            steps = integer("steps", steps)
             grid = [self.start * ratio ** (i / steps) for i in range(steps)]
             for t, t_next in pairwise([*grid, self.stop]):
                 self.record(t, self.x)
@@ -269,7 +269,8 @@ class _Integration:
 
     def _rk45(self, rtol: float, atol: float) -> None:
         try:
-            from torchdiffeq import odeint
+            with torch.device("cpu"):  # it makes tensors while it is imported
+                from torchdiffeq import odeint
         except ImportError as error:
             raise ImportError(
                 "solver 'rk45' needs torchdiffeq: pip install -e '.[train]' in the project's folder"
@@ -278,7 +279,10 @@ class _Integration:
         span = torch.tensor([0.0, flow.end], dtype=torch.float64, device=self.x.device)
         # step_t: the last step stops at the end, instead of interpolating back to it.
         options = {"norm": _largest_rms, "step_t": span[1:]}
-        states = odeint(flow, self.x, span, rtol=rtol, atol=atol, method="dopri5", options=options)
+        with self.x.device:  # where it makes its own
+            states = odeint(
+                flow, self.x, span, rtol=rtol, atol=atol, method="dopri5", options=options
+            )
         self.x = states[-1]
 
 

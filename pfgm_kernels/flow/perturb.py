@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pfgm_kernels.flow._checks import batch, positive
+from pfgm_kernels._checks import batch, positive
 from pfgm_kernels.flow.prior import chi
 
 
@@ -47,23 +47,21 @@ def perturb(
         TypeError, ValueError: an argument of the wrong type or out of its range.
     """
     x0 = batch("x0", x0)
-    check_noise(sigma, tau, M, D)
+    sigma, tau, M, D = check_noise(sigma, tau, M, D)
     count, device = x0.shape[0], x0.device
     norm_t = chi(count, D, generator, device)
-    m = M * torch.rand(count, dtype=torch.float64, device=device, generator=generator)
+    m = M * torch.empty_like(norm_t).uniform_(generator=generator)
     if restrict_M:
-        m = torch.where(norm_t < 0.5, m * (int(0.7 * M) / M), m)
-    level = sigma * (1 + tau) ** m
+        m = torch.where(norm_t < 0.5, m * ((torch.zeros_like(m) + 0.7 * M).floor() / M), m)
+    level = sigma * (torch.zeros_like(m) + (1 + tau)) ** m
     # The norm and the direction of a Gaussian vector are independent, so ‖ε_x‖ u is itself
     # N(0, σ² I): one normal draw stands for both.
-    noise = torch.randn(x0.shape, dtype=x0.dtype, device=device, generator=generator)
+    noise = torch.empty(x0.shape, dtype=x0.dtype, device=device).normal_(generator=generator)
     scale = level.to(x0.dtype).view(-1, *[1] * (x0.dim() - 1))
     return x0 + scale * noise, (level * norm_t).to(x0.dtype)
 
 
-def check_noise(sigma: float, tau: float, M: float, D: float) -> None:
-    """Raises TypeError or ValueError unless all four are valid arguments of `perturb`."""
-    positive("sigma", sigma)
-    positive("tau", tau)
-    positive("M", M)
-    positive("D", D, finite=False)
+def check_noise(sigma: float, tau: float, M: float, D: float) -> tuple[float, float, float, float]:
+    """The four as floats; raises TypeError or ValueError unless `perturb` takes them."""
+    sigma, tau, M = positive("sigma", sigma), positive("tau", tau), positive("M", M)
+    return sigma, tau, M, positive("D", D, finite=False)

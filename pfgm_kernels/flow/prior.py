@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pfgm_kernels.flow._checks import at_least_one, batch, positive
+from pfgm_kernels._checks import FLOATING, batch, holds, integer, positive, shape_of_event
 
 
 def chi(
@@ -20,15 +20,15 @@ def chi(
     The ones are the convention that t is r = σ√D for a finite D and σ itself for D = ∞, which
     makes T / chi the scale of the Gaussian that mixes to the prior, and σ · chi the t of Eq. (11).
     """
-    if math.isinf(D):
+    if not holds(math.inf > D):
         return torch.ones(count, dtype=torch.float64, device=device)
-    shape = torch.full((count,), D / 2, dtype=torch.float64, device=device)
+    shape = torch.zeros(count, dtype=torch.float64, device=device) + D / 2
     return (2 * torch._standard_gamma(shape, generator=generator)).sqrt()
 
 
 def sample_prior(
     count: int,
-    event_shape: Sequence[int],
+    event_shape: int | Sequence[int],
     *,
     T: float,
     D: float = 1,
@@ -46,12 +46,13 @@ def sample_prior(
 
     Args:
         count: number of draws.
-        event_shape: shape of one draw, d values in all.
+        event_shape: shape of one draw, d values in all; a number is an event of one axis.
         T: > 0, the distance of the plane from the data's, in the units of x.
         D: > 0, dimensions added to the data's d; for `math.inf` the prior is N(0, T² I).
         max_radius: radii above it are clipped to it (as Xu et al. 2022 do); None clips nothing.
         generator: source of randomness, on `device`.
-        dtype, device: of the result.
+        dtype: of the result, floating point of 16 to 64 bits.
+        device: of the result; None for that of `generator`, or else torch's default device.
 
     Returns:
         (count, *event_shape).
@@ -59,11 +60,15 @@ def sample_prior(
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of its range.
     """
-    count, T = at_least_one("count", count), positive("T", T)
+    count, T = integer("count", count), positive("T", T)
     D = positive("D", D, finite=False)
-    event_shape = [at_least_one("event_shape", size) for size in event_shape]
+    event_shape = shape_of_event(event_shape)
+    if dtype not in FLOATING:
+        raise TypeError(f"dtype expects a floating-point type of 16 to 64 bits, got {dtype}")
+    if device is None and generator is not None:
+        device = generator.device
     d = math.prod(event_shape)
-    z = torch.randn(count, d, dtype=torch.float64, device=device, generator=generator)
+    z = torch.empty(count, d, dtype=torch.float64, device=device).normal_(generator=generator)
     factor = T / chi(count, D, generator, device)
     if max_radius is not None:
         factor = factor.minimum(positive("max_radius", max_radius) / z.norm(dim=1))
@@ -95,7 +100,10 @@ def log_prior(x: Tensor, *, T: float, D: float = 1) -> Tensor:
     scaled = x.flatten(1).double() / T
     d = scaled.shape[1]
     squared = scaled.square().sum(1)
-    if math.isinf(D):
-        return -squared / 2 - d * math.log(T) - d / 2 * math.log(2 * math.pi)
-    constant = math.lgamma((d + D) / 2) - math.lgamma(D / 2) - d / 2 * math.log(math.pi)
-    return constant - d * math.log(T) - (d + D) / 2 * squared.log1p()
+    # Constants as tensors: torch.compile would trace every number of math's functions anew.
+    zero = torch.zeros((), dtype=torch.float64, device=x.device)
+    log_volume = d * (zero + T).log()
+    if not holds(math.inf > D):
+        return -squared / 2 - log_volume - d / 2 * math.log(2 * math.pi)
+    constant = (zero + (d + D) / 2).lgamma() - (zero + D / 2).lgamma() - d / 2 * math.log(math.pi)
+    return constant - log_volume - (d + D) / 2 * squared.log1p()

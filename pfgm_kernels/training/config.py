@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 
+from pfgm_kernels._checks import integer, non_negative, positive, shape_of_event
 from pfgm_kernels.files import write_bytes
 from pfgm_kernels.training import checkpoint
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.network import FieldNetwork
+
+LEAST_SEED = -(1 << 63)
 
 
 @dataclass(frozen=True)
@@ -48,17 +51,18 @@ class TrainConfig:
     order of sums: with it fixed, a run gives the same bits wherever it is resumed."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "checkpoint_every",
-            "batch_size",
-            "warmup",
-            "width",
-            "depth",
-            "threads",
+        checked: dict[str, Any] = {
+            "event_shape": shape_of_event(self.event_shape),
+            "seed": integer("seed", self.seed, LEAST_SEED),
+        }
+        for check, names in (
+            (integer, "steps checkpoint_every batch_size warmup width depth threads M"),
+            (positive, "T sigma tau learning_rate clip_norm"),
+            (non_negative, "gamma ema_decay"),
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} expects an integer ≥ 1, got {getattr(self, name)}")
+            checked |= {name: check(name, getattr(self, name)) for name in names.split()}
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def for_data(cls, data: DataSet, **changes: Any) -> TrainConfig:
@@ -67,14 +71,16 @@ class TrainConfig:
         With the mean norm R of the data, M = 3/4 ln(R^2 / (2 sqrt(d) sigma^2)) / ln(1 + tau) and
         T = sqrt(2 / pi) sigma (1 + tau)^M, the mean of t over queries with the exponent M.
         """
-        sigma, tau = changes.get("sigma", cls.sigma), changes.get("tau", cls.tau)
+        sigma = positive("sigma", changes.get("sigma", cls.sigma))
+        tau = positive("tau", changes.get("tau", cls.tau))
         d = math.prod(data.event_shape)
         exponent = math.log(data.moments().norm ** 2 / (2 * math.sqrt(d) * sigma**2)) / math.log(
             1 + tau
         )
         M = int(0.75 * exponent) + 1
         T = math.sqrt(2 / math.pi) * sigma * (1 + tau) ** M
-        return cls(**{"data": data.name, "event_shape": data.event_shape, "M": M, "T": T} | changes)
+        known: dict[str, Any] = {"data": data.name, "event_shape": data.event_shape, "M": M, "T": T}
+        return cls(**known | changes)
 
     def network(self, data: DataSet | None = None) -> FieldNetwork:
         """A new network, its weights drawn by the seed, normalised for ``data`` if given."""
@@ -82,7 +88,7 @@ class TrainConfig:
         if data is not None:
             moments = data.moments()
             known = {"center": moments.center, "spread": moments.spread}
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(self.seed)
             return FieldNetwork(
                 self.event_shape, width=self.width, depth=self.depth, gamma=self.gamma, **known
@@ -110,4 +116,7 @@ class TrainConfig:
             raise ValueError(f"damaged file {path}: expected an object of JSON, got {got}")
         version = values.pop("version", None)
         checkpoint.match_keys(path, expected, values.keys(), version)
-        return cls(**values | {"event_shape": tuple(values["event_shape"])})
+        try:
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"damaged file {path}: {error}") from error

@@ -79,7 +79,7 @@ class DataSet:
 
     def moments(self) -> Moments:
         """Of the training part, 1,000 points at a time: decoded, CIFAR-10 takes over 600 MB."""
-        total = torch.zeros(self.event_shape, dtype=torch.float64)
+        total = torch.zeros(self.event_shape, dtype=torch.float64, device=self.train.device)
         square = norm = 0.0
         for part in self.train.split(1000):
             points = self.decode(part).double()
@@ -235,7 +235,7 @@ def read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
             f"{len(labels)} labels of {min(labels, default=None)} ... {max(labels, default=None)}",
         )
     images = np.frombuffer(pixels, np.uint8).reshape(CIFAR_ROWS, 3, 32, 32)
-    return torch.from_numpy(images.copy()), torch.tensor(labels)
+    return torch.from_numpy(images.copy()), torch.from_numpy(np.array(labels))
 
 
 def _folder(*names: str) -> Path:

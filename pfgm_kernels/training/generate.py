@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 from rich.console import Console
 
+from pfgm_kernels._checks import integer
 from pfgm_kernels.flow import Trajectory, sample, sample_prior
-from pfgm_kernels.training.config import TrainConfig
+from pfgm_kernels.training.config import LEAST_SEED, TrainConfig
 from pfgm_kernels.training.network import FieldNetwork
 from pfgm_kernels.training.progress import progress_bar
 from pfgm_kernels.training.trainer import threads
@@ -28,7 +29,7 @@ def generate(
 
     Shows the progress on ``console``. Raises ValueError for a count, solver or steps out of range.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(integer("seed", seed, LEAST_SEED))
     x = sample_prior(count, config.event_shape, T=config.T, generator=generator)
     with threads(config.threads), progress_bar(console, "Sampling", 1.0) as update:
         return sample(

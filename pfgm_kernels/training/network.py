@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
+
+from pfgm_kernels._checks import non_negative, positive, shape_of_event
 
 FREQUENCIES = 16
 T_FLOOR = 1e-5
@@ -27,7 +31,7 @@ class FieldNetwork(nn.Module):
 
     def __init__(
         self,
-        event_shape: tuple[int, ...],
+        event_shape: int | Sequence[int],
         *,
         width: int,
         depth: int,
@@ -37,17 +41,19 @@ class FieldNetwork(nn.Module):
         spread: float = 1.0,
     ) -> None:
         super().__init__()
-        d = math.prod(event_shape)
-        self.gamma = gamma
-        self.scale = math.sqrt(d) if scale is None else scale
+        d = math.prod(shape_of_event(event_shape))
+        self.gamma = non_negative("gamma", gamma)
+        self.scale = math.sqrt(d) if scale is None else positive("scale", scale)
         self.center: Tensor
         self.spread: Tensor
-        self.register_buffer("center", torch.zeros(d) if center is None else center.flatten())
-        self.register_buffer("spread", torch.tensor(spread))
-        self.condition = _Condition(width=64)
-        self.first = nn.Linear(d, width)
-        self.blocks = nn.ModuleList(_Block(width, condition=64) for _ in range(depth))
-        self.last = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, d))
+        # As torch's modules do: on the default device, unless the centre says where.
+        with nullcontext() if center is None else center.device:
+            self.register_buffer("center", torch.zeros(d) if center is None else center.flatten())
+            self.register_buffer("spread", torch.tensor(spread))
+            self.condition = _Condition(width=64)
+            self.first = nn.Linear(d, width)
+            self.blocks = nn.ModuleList(_Block(width, condition=64) for _ in range(depth))
+            self.last = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, d))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         offset = x.flatten(1) - self.center
@@ -69,8 +75,10 @@ class _Condition(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.frequencies: Tensor
-        self.register_buffer("frequencies", torch.logspace(-2, 3, FREQUENCIES, base=2))
         self.linear = nn.Linear(4 * FREQUENCIES, width)
+        device = self.linear.weight.device
+        frequencies = torch.logspace(-2, 3, FREQUENCIES, base=2, device=device)
+        self.register_buffer("frequencies", frequencies)
 
     def forward(self, log: Tensor) -> Tensor:
         angles = (log[:, :, None] * self.frequencies).flatten(1)

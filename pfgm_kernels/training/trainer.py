@@ -63,19 +63,20 @@ class Training:
         )
         self.network = config.network(data)
         self.average = AveragedModel(
-            self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
+            self.network, torch.device("cpu"), multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
         )
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=config.learning_rate, fused=True
         )
         self.scheduler = LinearLR(self.optimizer, 1 / config.warmup, total_iters=config.warmup)
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.generator = torch.Generator("cpu").manual_seed(config.seed)
         self.step = 0
 
     def advance(self) -> tuple[float, float]:
         """One step; the loss and the norm of its gradient."""
         train = self.data.train
-        rows = torch.randint(len(train), (self.config.batch_size,), generator=self.generator)
+        size, generator = (self.config.batch_size,), self.generator
+        rows = torch.randint(len(train), size, generator=generator, device=generator.device)
         batch = self.data.decode(train[rows])
         loss = self.loss(self.network, batch, generator=self.generator)
         self.optimizer.zero_grad()

@@ -139,7 +139,7 @@ def test_the_constant_at_the_size_of_cifar10():
         ({"T": 0.0}, ValueError, "T expects a finite number > 0, got 0"),
         ({"T": math.inf}, ValueError, "T expects a finite number > 0, got inf"),
         ({"T": 1.0, "D": 0}, ValueError, "D expects a number > 0, got 0"),
-        ({"T": 1.0, "D": math.nan}, ValueError, "D expects a number > 0, got nan"),
+        ({"T": 1.0, "D": math.nan}, ValueError, "D expects a real number, got NaN"),
         ({"T": "40"}, TypeError, "T expects a real number, got str"),
     ],
 )
@@ -150,7 +150,31 @@ def test_bad_scalars_are_named(options, error, message):
         log_prior(torch.zeros(2, 3), **options)
 
 
+@pytest.mark.parametrize(
+    ("event", "shape"),
+    [
+        (784, (784,)),
+        (1, (1,)),
+        ([2, 3], (2, 3)),
+        (torch.Size([5]), (5,)),
+        (np.array([2, 3]), (2, 3)),
+    ],
+)
+def test_a_number_is_an_event_of_one_axis(event, shape):
+    x = sample_prior(4, event, T=40.0, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(
+        x, sample_prior(4, shape, T=40.0, generator=torch.Generator().manual_seed(1))
+    )
+    assert x.shape == (4, *shape)
+
+
 def test_bad_shapes_are_named():
+    with pytest.raises(TypeError, match="event_shape expects an integer, got NoneType"):
+        sample_prior(1, None, T=1)
+    with pytest.raises(TypeError, match="event_shape expects an integer, got str"):
+        sample_prior(1, "34", T=1)
+    with pytest.raises(TypeError, match=r"dtype expects a floating-point type .*complex64"):
+        sample_prior(1, 3, T=1, dtype=torch.complex64)
     with pytest.raises(ValueError, match="count expects an integer ≥ 1, got 0"):
         sample_prior(0, (3,), T=1)
     with pytest.raises(TypeError, match="count expects an integer, got float"):

@@ -22,13 +22,13 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports run from higher layers to lower ones; within a layer, between modules of one package only.
 LAYERS = [
-    ("_C",),
+    ("_C", "_checks"),
     ("backends._native", "backends._values"),
     ("backends.eager", "backends.cpu", "backends.triton", "backends.cuda"),
     ("backends", "merge", "outputs"),
     ("chunks",),
     ("ops", "references"),
-    ("autograd",),
+    ("autograd", "_traced"),
     ("field",),
     ("",),
     ("flow", "files"),

@@ -14,6 +14,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -124,6 +125,32 @@ def test_published_rule() -> None:
     config = TrainConfig.for_data(DataSet("grey", points, points, None, None))
     assert config.M == 287
     assert pytest.approx(38.57, abs=0.005) == config.T
+
+
+def test_numbers_of_numpy(tmp_path: Path) -> None:
+    plain = TrainConfig("digits", (8, 8), M=7, T=2.0, steps=3, sigma=0.5, seed=4, gamma=0.25)
+    config = TrainConfig(
+        "digits",
+        np.array([8, 8]),
+        M=np.int64(7),
+        T=np.float32(2),
+        steps=torch.tensor(3),
+        sigma=np.array(0.5),
+        seed=np.uint8(4),
+        gamma=np.float16(0.25),
+    )
+    config.write(tmp_path)
+    assert config == plain == TrainConfig.read(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"steps": 3', '"steps": "3"'))
+    with pytest.raises(ValueError, match=r"damaged file .*json: steps expects an integer, got str"):
+        TrainConfig.read(tmp_path)
+    for name, value in (("steps", True), ("steps", 2.0), ("T", "2"), ("sigma", None), ("M", 1j)):
+        with pytest.raises(TypeError, match=f"{name} expects (an integer|a real number), got"):
+            replace(plain, **{name: value})
+    for name, value in (("threads", 0), ("T", -1), ("gamma", math.inf), ("learning_rate", 0)):
+        with pytest.raises(ValueError, match=f"{name} expects .*{value}"):
+            replace(plain, **{name: value})
 
 
 def test_config_comes_back(moons: DataSet, tmp_path: Path) -> None:

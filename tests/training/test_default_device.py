@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does training give the same bits whatever torch's default device is?"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from pfgm_kernels import figures
+from pfgm_kernels.training import data
+from pfgm_kernels.training.config import TrainConfig
+from pfgm_kernels.training.evaluation import evaluate
+from pfgm_kernels.training.generate import generate
+from pfgm_kernels.training.network import FieldNetwork
+from pfgm_kernels.training.trainer import load_model, train
+
+
+def run(folder: Path) -> Tensor:
+    """Trains, resumes and draws."""
+    moons = data.load("two_moons")
+    config = TrainConfig.for_data(moons, steps=4, width=8, depth=1, batch_size=8, threads=1)
+    quiet = Console(quiet=True)
+    train(config, moons, folder, console=quiet)
+    longer = TrainConfig.for_data(moons, steps=6, width=8, depth=1, batch_size=8, threads=1)
+    train(longer, moons, folder, resume=True, console=quiet)
+    network, config = load_model(folder)
+    options = {"seed": 3, "steps": 2, "console": quiet, "keep_path": True}
+    result = generate(network, config, 12, solver="heun", **options)
+    rough = generate(network, config, 2, solver="rk45", **options)
+    assert rough.path is not None
+    image = replace(rough, path=rough.path[..., None])
+    figures.draw_trajectories(result, moons.train[:50], image, folder / "trajectories.png")
+    return torch.cat([result.x, rough.x])
+
+
+def test_a_run(tmp_path: Path) -> None:
+    expected = run(tmp_path / "plain")
+    with torch.device("meta"):
+        found = run(tmp_path / "meta")
+    assert torch.equal(found, expected)
+
+
+def test_data_and_evaluation() -> None:
+    digits = data.load("digits")
+    with torch.device("meta"):
+        again = data.load("digits")
+        judged = evaluate(again.decode(again.held_out[:50]), again)
+        moments = again.moments()
+        center = torch.zeros(2, device="cpu")
+        network = FieldNetwork((2,), width=8, depth=1, gamma=1.0, center=center)
+    assert torch.equal(again.train, digits.train)
+    assert judged.sample_top_probability > 0.9
+    assert torch.equal(moments.center, digits.moments().center)
+    assert {p.device.type for p in (*network.parameters(), *network.buffers())} == {"cpu"}
+
+
+def test_a_solver_that_is_imported_under_another_device() -> None:
+    """torchdiffeq makes tensors while it is imported."""
+    code = (
+        "import torch\n"
+        "from pfgm_kernels.flow import sample\n"
+        "field = lambda x, t: torch.cat([-x, -t[:, None]], 1)\n"
+        "x = torch.ones(3, 2)\n"
+        "with torch.device('meta'): first = sample(field, x, T=2.0).x\n"
+        "assert torch.equal(first, sample(field, x, T=2.0).x)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
