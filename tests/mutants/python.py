@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from mutants.runner import Found, Mutant, read, run_pytest
@@ -22,6 +21,9 @@ class Worker:
         self.tree = tree
 
     def __call__(self, mutant: Mutant | None) -> Found:
-        wanted = [mutant] if mutant else mutants()
-        arguments = dict.fromkeys(part for m in wanted for part in shlex.split(m.tests))
-        return {"found by": run_pytest(self.tree, list(arguments))}
+        if mutant:
+            arguments = mutant.tests.split()
+        else:  # every test that any mutant is given
+            parts = " ".join(m.tests for m in mutants()).split()
+            arguments = [part for part in dict.fromkeys(parts) if not part.startswith("--")]
+        return {"found by": run_pytest(self.tree, arguments)}

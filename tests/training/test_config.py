@@ -82,7 +82,7 @@ def test_the_published_rule_takes_the_noise_that_is_given(moons: DataSet) -> Non
     config = TrainConfig.for_data(moons, sigma=0.05, tau=0.1)
     norm = moons.moments().norm
     exponent = math.log(norm**2 / (2 * math.sqrt(2) * 0.05**2)) / math.log(1.1)
-    assert config.M == math.floor(0.75 * exponent) + 1
+    assert math.floor(0.75 * exponent) + 1 == config.M
     assert pytest.approx(math.sqrt(2 / math.pi) * 0.05 * 1.1**config.M) == config.T
 
 

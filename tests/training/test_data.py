@@ -80,7 +80,9 @@ def test_each_digit_keeps_its_label() -> None:
 
     original, digits = load_digits(), data.load("digits")
     pixels = np.rint(original.images * (255 / 16)).astype(np.uint8)
-    expected = Counter((image.tobytes(), label) for image, label in zip(pixels, original.target))
+    expected = Counter(
+        (image.tobytes(), label) for image, label in zip(pixels, original.target, strict=True)
+    )
     found: Counter[tuple[bytes, int]] = Counter()
     for images, labels in (
         (digits.train, digits.train_labels),
@@ -88,7 +90,7 @@ def test_each_digit_keeps_its_label() -> None:
     ):
         assert labels is not None
         assert labels.dtype == torch.int64
-        found.update((i.numpy().tobytes(), n) for i, n in zip(images, labels.tolist()))
+        found.update((i.numpy().tobytes(), n) for i, n in zip(images, labels.tolist(), strict=True))
         shares = labels.bincount() / len(labels)
         whole = torch.from_numpy(original.target).bincount() / 1797
         assert ((shares - whole).abs() * len(labels) < 1).all()
