@@ -90,6 +90,12 @@ def test_rk45_is_of_fifth_order():
     assert 7 < many / few < 13  # 10 for the fifth, 46 for the third
 
 
+def test_the_error_of_a_sample_is_a_mean_over_its_event():
+    """So that a larger event of the same numbers is no harder."""
+    options = {"T": 2.0, "t_min": 0.5, "solver": "rk45", "rtol": 1e-6}
+    assert sample(bent, X.repeat(1, 100), **options).nfe == sample(bent, X, **options).nfe
+
+
 def test_the_last_step_ends_at_the_end():
     """It is not one beyond the end, from which the state would be interpolated."""
     asked = []
