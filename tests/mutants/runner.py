@@ -133,7 +133,7 @@ def read(path: Path) -> list[Mutant]:
 
 
 class _First:
-    """A plugin of pytest that notes the first failure."""
+    """A plugin of pytest that notes the first failure, without its parameters."""
 
     found = ""
 
@@ -145,7 +145,7 @@ class _First:
 
     def _note(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         if report.failed and not self.found:
-            self.found = report.nodeid.removeprefix("tests/")
+            self.found = report.nodeid.removeprefix("tests/").partition("[")[0]
 
 
 def run_pytest(
