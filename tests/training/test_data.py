@@ -176,6 +176,9 @@ def test_folder_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.delenv("PFGM_DATA", raising=False)
     with pytest.raises(ValueError, match="PFGM_DATA"):
         data.load("mnist")
+    monkeypatch.setenv("PFGM_DATA", "")  # set to nothing is not set
+    with pytest.raises(ValueError, match="PFGM_DATA"):
+        data.load("mnist")
     monkeypatch.setenv("PFGM_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="cifar10/ or cifar-10-batches-py/"):
         data.load("cifar10")
