@@ -225,17 +225,16 @@ class Worker:
         pipe = subprocess.PIPE
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
-    def __call__(self, mutant: Mutant | None) -> Found:
+    def __call__(self, mutant: Mutant) -> Found:
         found: dict[str, str | None] = dict.fromkeys(emulated.KINDS)
-        changed, names, kinds = set(), ["kernels"], list(emulated.KINDS)
-        if mutant is not None:
-            file = Path(mutant.file).name
-            changed = self._users(file)
-            if file == "intrinsics.cuh":
-                changed.add("programs.cu")
-                names.insert(0, "programs")
-            if mutant.what == "bound":
-                kinds.reverse()
+        file = Path(mutant.file).name
+        changed, names = self._users(file), ["kernels"]
+        if file == "intrinsics.cuh":
+            changed.add("programs.cu")
+            names.insert(0, "programs")
+        kinds = list(emulated.KINDS)
+        if mutant.what == "bound":
+            kinds.reverse()
         for kind in kinds:
             try:
                 for name in names:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from mutants.runner import Found, Mutant, read, run_pytest
@@ -20,10 +21,5 @@ class Worker:
     def __init__(self, tree: Path) -> None:
         self.tree = tree
 
-    def __call__(self, mutant: Mutant | None) -> Found:
-        if mutant:
-            arguments = mutant.tests.split()
-        else:  # every test that any mutant is given
-            parts = " ".join(m.tests for m in mutants()).split()
-            arguments = [part for part in dict.fromkeys(parts) if not part.startswith("--")]
-        return {"found by": run_pytest(self.tree, arguments)}
+    def __call__(self, mutant: Mutant) -> Found:
+        return {"found by": run_pytest(self.tree, shlex.split(mutant.tests))}

@@ -7,8 +7,8 @@ A set of mistakes is a module with
     ABOUT         what the table shows, a sentence or two
     COLUMNS       what may find a mistake, the last columns of the table
     mutants()     → all Mutants of the set, changes that are no mistakes among them
-    Worker(tree)  → called with a Mutant that was put into the tree, or with None for the tree as it
-                    is, returns by column what was found: "" for nothing, None for not asked
+    Worker(tree)  → called with a Mutant that was put into the tree, returns by column what its
+                    tests find there: "" for nothing, None for not asked
 """
 
 from __future__ import annotations
@@ -190,35 +190,36 @@ def _run_pytest(
     os._exit(0)
 
 
-def run(suite: ModuleType, mutants: Sequence[Mutant], jobs: int, whole: bool) -> list[Found]:
-    """What finds each of the mutants; `jobs` at a time, each in a copy of its own. Where the set is
-    whole, nothing may be found in the copy as it is.
+def run(suite: ModuleType, mutants: Sequence[Mutant], jobs: int) -> list[Found]:
+    """What finds each of the mutants; `jobs` at a time, each in a copy of the project of its own.
+
+    First their tests, each once, have to find nothing in the project as it is.
     """
-    with tempfile.TemporaryDirectory(prefix="mutants.") as folder:
-        free: Queue[tuple[Path, Callable[[Mutant | None], Found]]] = Queue()
-
-        def examine(mutant: Mutant | None) -> Found:
-            tree, worker = free.get()
-            if mutant is not None:
-                mutant.apply(tree)
-            try:
-                found = worker(mutant)
-            finally:
-                if mutant is not None:
-                    mutant.undo(tree)
-                free.put((tree, worker))
-            if mutant is not None:
-                print(f"{mutant.place} {mutant.what}: {_words(found)}", flush=True)
-            return found
-
+    with tempfile.TemporaryDirectory(prefix="mutants.") as folder, ThreadPoolExecutor(jobs) as pool:
+        free: Queue[tuple[Path, Callable[[Mutant], Found]]] = Queue()
         for job in range(jobs):
             tree = Path(folder) / str(job)
             shutil.copytree(ROOT, tree, ignore=LEFT_OUT)
             free.put((tree, suite.Worker(tree)))
-        if whole and any((unchanged := examine(None)).values()):
-            raise SystemExit(f"{suite.TITLE}: tests fail without a mistake: {_words(unchanged)}")
-        with ThreadPoolExecutor(jobs) as pool:
-            return list(pool.map(examine, mutants))
+
+        def unchanged(mutant: Mutant) -> None:
+            tree, worker = free.get()
+            found = worker(mutant)
+            free.put((tree, worker))
+            if any(found.values()):
+                raise SystemExit(f"{suite.TITLE}: {_words(found)} without a mistake")
+
+        def examine(mutant: Mutant) -> Found:
+            tree, worker = free.get()
+            mutant.apply(tree)
+            found = worker(mutant)
+            mutant.undo(tree)
+            free.put((tree, worker))
+            print(f"{mutant.place} {mutant.what}: {_words(found)}", flush=True)
+            return found
+
+        list(pool.map(unchanged, {mutant.tests: mutant for mutant in mutants}.values()))
+        return list(pool.map(examine, mutants))
 
 
 def _words(found: Found) -> str:

@@ -42,15 +42,16 @@ def watched(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(eager, "prepare", prepare)
     monkeypatch.setattr(eager, "operands_of", lambda operands, cut: [operands[0][cut]])
-    monkeypatch.setattr(eager, "chunk_shape", lambda *_: (3, CHUNK))
     for name in real:
         monkeypatch.setattr(eager, name, compute(name))
     return called
 
 
 @pytest.mark.parametrize("kind", ["tensor", "set"])
-def test_operands_are_those_of_the_chunk(watched, kind):
-    """Prepared anew for each chunk of a tensor, and cut from a set's."""
+@pytest.mark.parametrize("chunk", [CHUNK, 1000])
+def test_operands_are_those_of_the_chunk(watched, kind, chunk, monkeypatch):
+    """Prepared for each chunk of a tensor, and kept while that is the same; cut from a set's."""
+    monkeypatch.setattr(eager, "chunk_shape", lambda *_: (3, chunk))
     x0 = torch.randn(5 * CHUNK + 2, 4, dtype=torch.float64, generator=seeded())
     x = torch.randn(8, 4, dtype=torch.float64, generator=seeded(1)).requires_grad_()
     t = torch.linspace(0.5, 3, 8, dtype=torch.float64)
@@ -61,9 +62,10 @@ def test_operands_are_those_of_the_chunk(watched, kind):
         (dx,) = torch.autograd.grad([v, log_mass], x, [g_v, g_m])
     assert_displacement(v.detach(), solve(x, t, x0), 1e-12)
     assert_gradients(differentiate(solve(x, t, x0), x, x0, g_v, g_m), dx)
-    # Chunks of queries are within those of references in one pass and around them in the other.
-    assert watched.count("forward") == watched.count("backward") == 3 * 6
-    assert watched.count("prepare") == (1 if kind == "set" else 3 * 6 + 6)
+    chunks = 3 * (6 if chunk == CHUNK else 1)
+    assert watched.count("forward") == watched.count("backward") == chunks
+    if kind == "set" or chunk > CHUNK:  # once for the set, or for each pass
+        assert watched.count("prepare") == (1 if kind == "set" else 2)
 
 
 def test_codes_are_cut_with_the_references(backend):
