@@ -22,4 +22,5 @@ class Worker:
         self.tree = tree
 
     def __call__(self, mutant: Mutant) -> Found:
-        return {"found by": run_pytest(self.tree, shlex.split(mutant.tests))}
+        environment = {"TRITON_INTERPRET": "1"} if "/triton/" in mutant.file else {}
+        return {"found by": run_pytest(self.tree, shlex.split(mutant.tests), environment)}
