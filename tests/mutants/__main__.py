@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests the tests: does one of them fail for each mistake put into the sources?
 
-python tests/mutants [SET ...] [--jobs N] [--only WORD] [--table FILE] runs the sets named, all
-where none is. See runner.py for what a set is.
+python tests/mutants [SET ...] [--jobs N] [--only WORD] [--list | --table FILE] runs the sets named,
+all where none is. See runner.py for what a set is.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("sets", nargs="*", metavar="SET", help=f"of {', '.join(SETS)}")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="", help="of the mistakes whose row has the word")
+    parser.add_argument("--list", action="store_true", help="the mistakes, of which none is run")
     parser.add_argument("--table", type=Path, help="the page whose tables are written anew")
     options = parser.parse_args()
     if unknown := set(options.sets) - set(SETS):
@@ -37,6 +38,9 @@ def main() -> int:
         rows = {m: f"{m.place} {m.what} {m.change}" for m in everything}  # every text is there
         harmless = [m for m in everything if m.harmless]
         wanted = [m for m in everything if not m.harmless and options.only in rows[m]]
+        if options.list:
+            print(*(rows[m] for m in wanted), sep="\n")
+            continue
         found = runner.run(suite, wanted, options.jobs)
         results = dict(zip(wanted, found, strict=True))
         sections[suite.TITLE] = runner.table(suite, results, harmless)
