@@ -60,7 +60,7 @@ class Chunks:
         share = workspace // 4
         self.workspace = workspace - share * (2 if copied else 1)
         rows, references = module.chunk_shape(
-            batch, count, self.d, self.workspace, bool(inputs.operands), values_grad
+            max(1, batch), count, self.d, self.workspace, bool(inputs.operands), values_grad
         )
         rows = min(rows, max(1, (share + SLACK) // (8 * QUERY_ROWS * self.d)))
         if copied:
@@ -210,14 +210,14 @@ def _sweep(
             dx += part[0]
             dt += part[1]
             if dvalues_out is not None and len(chunks.queries) == 1:
-                flatten(dvalues_out[chunk]).copy_(part[2])
+                _write(part[2], dvalues_out[chunk])
             elif dvalues_out is not None:
                 total = part[2].double() if total is None else total.add_(part[2])
         if dx_out is not None and dt_out is not None:
-            flatten(dx_out[queries]).copy_(dx.masked_fill_(rows.singular[:, None], 0.0))
+            _write(dx.masked_fill_(rows.singular[:, None], 0.0), dx_out[queries])
             dt_out[queries] = dt
     if dvalues_out is not None and total is not None:
-        flatten(dvalues_out[references[0]]).copy_(total)
+        _write(total, dvalues_out[references[0]])
 
 
 def field_jvp(
@@ -342,6 +342,11 @@ def flatten(rows: Tensor) -> Tensor:
     if rows.is_floating_point() and rows.element_size() < 4:
         rows = rows.float()
     return rows.reshape(rows.shape[0], math.prod(rows.shape[1:])).contiguous()
+
+
+def _write(rows: Tensor, out: Tensor) -> None:
+    """rows (n, d) to out (n, *event) of any floating dtype, of which `flatten` may be a copy."""
+    out.copy_(rows.view(out.shape))
 
 
 def _merge_partials(a: Partial, b: Partial) -> Partial:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels import ReferenceSet, poisson_field
-from pfgm_kernels.flow import FieldLoss, UnnormalizedLoss
+from pfgm_kernels.flow import FieldLoss, UnnormalizedLoss, perturb
 
 
 class Spy:
@@ -70,6 +70,23 @@ def test_field_loss_is_eq_12(event, options):
     torch.testing.assert_close(network.weight.grad, weight.grad, rtol=1e-8, atol=1e-10)
 
 
+OPTIONS = [{"D": 3}, {"sigma": 0.2}, {"tau": 0.01}, {"M": 37}, {"restrict_M": False}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(iter(options)))
+@pytest.mark.parametrize("kind", [FieldLoss, UnnormalizedLoss])
+def test_queries_are_those_of_perturb(kind, options):
+    """Each option reaches them, and each changes them."""
+    x0 = torch.randn(40, 3, dtype=torch.float64, generator=seeded())
+    loss_fn = FieldLoss(x0, **options) if kind is FieldLoss else UnnormalizedLoss(**options)
+    network = Spy(3)
+    loss_fn(network, x0, seeded())
+    x, t = perturb(x0, generator=seeded(), **options)
+    assert torch.equal(network.x, x)
+    assert torch.equal(network.t, t)
+    assert not torch.equal(x, perturb(x0, generator=seeded())[0])
+
+
 def test_defaults_are_the_published_ones():
     loss_fn = FieldLoss(torch.zeros(3, 2, 8))
     assert (loss_fn.D, loss_fn.gamma, loss_fn.scale) == (1, 5.0, 4.0)
@@ -121,6 +138,24 @@ def test_unnormalized_loss_is_eq_10(event, D):
     assert 1e-3 < target.norm(dim=1).median() < 10
     expected = (network(network.x, network.t) + target).square().mean()
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+def test_eq_10_is_formed_in_float64():
+    """The power k of a distance in float32 would multiply its rounding by k = 21."""
+    x0 = 3 * torch.randn(200, 20, generator=seeded())
+    found = {}
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        found.update(x=x, t=t, output=torch.zeros(len(x), 21, requires_grad=True))
+        return found["output"]
+
+    loss = UnnormalizedLoss(sigma=0.3, M=20)(network, x0, seeded())
+    assert loss.dtype == torch.float32
+    loss.backward()
+    target = -found["output"].grad.double() * (200 * 21 / 2)
+    vectors = torch.cat([found["x"].double() - x0.double(), found["t"].double()[:, None]], 1)
+    expected = -vectors * vectors.square().sum(1, keepdim=True) ** (-21 / 2)
+    assert ((target - expected).abs() <= 3e-7 * expected.abs()).all()
 
 
 def test_a_network_of_another_shape_is_named():

@@ -66,6 +66,7 @@ def test_merge_of_infinite_and_nan_masses():
     ones = torch.ones(3, 2)
     masses = [torch.tensor([math.nan, -math.inf, -math.inf]), torch.tensor([1.0, 2.0, -math.inf])]
     v, log_mass = merge([(ones, masses[0]), (3 * ones, masses[1])])
+    assert log_mass.dtype == torch.float64  # whatever the dtype of the parts
     assert v[0].isnan().all()
     assert log_mass[0].isnan()
     assert torch.equal(v[1:], torch.tensor([[3.0, 3.0], [2.0, 2.0]]))

@@ -163,6 +163,23 @@ def test_calls_of_several_threads_prepare_once(monkeypatch):
     assert len(prepared) == 1
 
 
+@pytest.mark.parametrize("images", [False, True])
+def test_another_device_changes_nothing_else(images, monkeypatch):
+    """The CPU, for a set that says it is elsewhere."""
+    options = {"workspace": 3 << 20, "backend": "eager"}
+    build = ReferenceSet.from_images if images else ReferenceSet
+    stored = build(codes(9, 2, 3) if images else torch.randn(9, 2, 3), **options)
+    monkeypatch.setattr(ReferenceSet, "device", torch.device("meta"))
+    moved = stored.to("cpu")
+    assert moved is not stored
+    assert (moved.workspace, moved.backend) == (3 << 20, "eager")
+    assert moved.event_shape == (2, 3)
+    assert moved.dtype == stored.dtype
+    assert torch.equal(moved.values, stored.values)
+    assert torch.equal(moved.table, stored.table)
+    assert list(moved.operands) == ["eager"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_references_become_float32(backend, dtype):
     x0 = torch.randn(100, 3, generator=seeded()).to(dtype)

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -59,6 +61,38 @@ def test_one_bit_wrong(path: Path, position: int) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"damaged checkpoint {path}: expected"):
         read(path)
+
+
+def test_names_and_state_count_too(path: Path) -> None:
+    tensors, _ = read(path)
+    with safe_open(path, framework="pt") as file:
+        entry = file.metadata()["pfgm_kernels"]
+    renamed = {name.replace("weight", "weights"): tensor for name, tensor in tensors.items()}
+    for altered, text in ((renamed, entry), (tensors, entry.replace('"step": 3', '"step": 4'))):
+        save_file(altered, path, {"pfgm_kernels": text})
+        with pytest.raises(ValueError, match="expected checksum"):
+            read(path)
+    save_file(tensors, path, {"pfgm_kernels": entry})
+    assert read(path)[1] == STATE
+
+
+def test_the_disk_has_the_content_before_the_name(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that loses its power has the old file or the new one."""
+    events, replace_file = [], os.replace
+
+    def fsync(number: int) -> None:
+        events.append("folder" if stat.S_ISDIR(os.fstat(number).st_mode) else "content")
+
+    def replace(source: str, target: Path) -> None:
+        events.append("name")
+        replace_file(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", fsync)
+    monkeypatch.setattr(checkpoint.os, "replace", replace)
+    write(path, TENSORS, STATE)
+    assert events == ["content", "name", "folder"]
 
 
 def test_not_a_checkpoint(path: Path, tmp_path: Path) -> None:

@@ -13,11 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import pfgm_kernels
+from pfgm_kernels import figures
 from pfgm_kernels.cli import app
 from pfgm_kernels.training.checkpoint import read
+from pfgm_kernels.training.generate import generate
+from pfgm_kernels.training.trainer import load_model
 
 
 def pfgm(*arguments: object) -> Result:
@@ -144,6 +148,27 @@ def test_sample_depends_on_its_seed_alone(digits: Path, tmp_path: Path) -> None:
     first, second, other = (Image.open(tmp_path / f"{name}.png") for name in "abc")
     assert first.tobytes() == second.tobytes()
     assert first.tobytes() != other.tobytes()
+
+
+def test_what_is_drawn(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many samples as were asked for, from the prior of the run with that seed."""
+    drawn = []
+    monkeypatch.setattr(figures, "draw_samples", lambda samples, path: drawn.append(samples))
+    options = ("--count", 7, "--solver", "euler", "--steps", 3)
+    for seed in (3, 0):
+        assert pfgm("sample", "--model", digits, *options, "--seed", seed).exit_code == 0
+    network, config = load_model(digits)
+    expected = {"solver": "euler", "steps": 3, "console": Console(quiet=True)}
+    for samples, seed in zip(drawn, (3, 0), strict=True):
+        assert torch.equal(samples, generate(network, config, 7, seed=seed, **expected).x)
+
+
+def test_a_message_of_several_lines_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ValueError("first\n  second")
+
+    monkeypatch.setattr(pfgm_kernels, "report", broken)
+    assert_refused(pfgm("report"), "pfgm: first second")
 
 
 def test_sample_of_points(tmp_path: Path) -> None:

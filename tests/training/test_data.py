@@ -8,6 +8,7 @@ import lzma
 import os
 import pickle
 import struct
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from pfgm_kernels.training import data
-from pfgm_kernels.training.data import read_cifar_batch, read_idx
+from pfgm_kernels.training.data import DataSet, read_cifar_batch, read_idx
 
 PIXELS = np.arange(10_000 * 3072, dtype=np.uint32).astype(np.uint8)
 LABELS = [i * 7 % 10 for i in range(10_000)]
@@ -73,6 +74,39 @@ def test_digits_are_split_once_and_for_all() -> None:
     assert len(digits.references()) == 1437
 
 
+def test_each_digit_keeps_its_label() -> None:
+    """Both parts together are all 1,797 digits, each once, each class in equal shares."""
+    from sklearn.datasets import load_digits
+
+    original, digits = load_digits(), data.load("digits")
+    pixels = np.rint(original.images * (255 / 16)).astype(np.uint8)
+    expected = Counter(
+        (image.tobytes(), label) for image, label in zip(pixels, original.target, strict=True)
+    )
+    found: Counter[tuple[bytes, int]] = Counter()
+    for images, labels in (
+        (digits.train, digits.train_labels),
+        (digits.held_out, digits.held_out_labels),
+    ):
+        assert labels is not None
+        assert labels.dtype == torch.int64
+        found.update((i.numpy().tobytes(), n) for i, n in zip(images, labels.tolist(), strict=True))
+        shares = labels.bincount() / len(labels)
+        whole = torch.from_numpy(original.target).bincount() / 1797
+        assert ((shares - whole).abs() * len(labels) < 1).all()
+    assert found == expected
+
+
+def test_a_range_is_that_of_the_references() -> None:
+    images = torch.arange(12, dtype=torch.uint8).view(3, 2, 2)
+    stored = DataSet("grey", images, images, None, None, low=-3.0, high=7.0)
+    references = stored.references()
+    assert torch.equal(references.table[images.long()], stored.decode(images))
+    assert stored.decode(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-3, 7]
+    points = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    assert len(DataSet("points", points, points, None, None).references()) == 5
+
+
 def test_decoding_is_that_of_the_references() -> None:
     digits = data.load("digits")
     levels = digits.decode(torch.arange(256, dtype=torch.uint8))
@@ -94,6 +128,35 @@ def test_toy_sets(name: str) -> None:
     assert toy.references().event_shape == (2,)
 
 
+@pytest.mark.parametrize(("name", "classes"), [("two_moons", 2), ("eight_gaussians", 8)])
+def test_toy_labels_are_those_of_their_points(name: str, classes: int) -> None:
+    """The nearest other point has the same label, within a part and from one part to the other."""
+    toy = data.load(name)
+    assert toy.train_labels is not None
+    assert toy.held_out_labels is not None
+    assert torch.equal(toy.train_labels.unique(), torch.arange(classes))
+    within = torch.cdist(toy.train, toy.train).fill_diagonal_(torch.inf).argmin(1)
+    assert (toy.train_labels[within] == toy.train_labels).double().mean() > 0.99
+    exact = "donot_use_mm_for_euclid_dist"
+    distance, across = torch.cdist(toy.held_out, toy.train, compute_mode=exact).min(1)
+    assert distance.min() > 0  # no point is in both
+    assert (toy.train_labels[across] == toy.held_out_labels).double().mean() > 0.99
+
+
+def test_the_shapes_of_the_toy_sets() -> None:
+    gaussians, roll = data.load("eight_gaussians"), data.load("swiss_roll")
+    assert gaussians.train_labels is not None
+    centers = torch.stack(
+        [gaussians.train[gaussians.train_labels == label].mean(0) for label in range(8)]
+    )
+    angles = torch.atan2(centers[:, 1], centers[:, 0]).sort().values
+    torch.testing.assert_close(angles.diff(), torch.full((7,), np.pi / 4), rtol=0, atol=0.02)
+    # The roll is a line: it leaves most of its square empty, which its height would fill.
+    assert roll.train_labels is None
+    cells = (roll.train * 9.999 + 10).long().unique(dim=0)
+    assert 100 < len(cells) < 200
+
+
 def test_moments() -> None:
     """Of more points than are decoded at a time, against those of all at once."""
     digits = data.load("digits")
@@ -113,6 +176,9 @@ def test_folder_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.delenv("PFGM_DATA", raising=False)
     with pytest.raises(ValueError, match="PFGM_DATA"):
         data.load("mnist")
+    monkeypatch.setenv("PFGM_DATA", "")  # set to nothing is not set
+    with pytest.raises(ValueError, match="PFGM_DATA"):
+        data.load("mnist")
     monkeypatch.setenv("PFGM_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="cifar10/ or cifar-10-batches-py/"):
         data.load("cifar10")
@@ -129,6 +195,8 @@ def test_mnist_reads_as_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert np.array_equal(mnist.held_out.numpy(), written["t10k-images-idx3-ubyte.gz"])
     assert mnist.train_labels is not None
     assert np.array_equal(mnist.train_labels.numpy(), written["train-labels-idx1-ubyte.gz"])
+    assert mnist.held_out_labels is not None
+    assert np.array_equal(mnist.held_out_labels.numpy(), written["t10k-labels-idx1-ubyte.gz"])
 
 
 def test_mnist_with_too_few_labels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -223,6 +291,26 @@ def test_no_pickle_is_executed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such block"):
         read_cifar_batch(path)
     assert not marker.exists()
+
+
+def test_cifar10_is_put_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Five batches to train on, in their order, and the test batch held out."""
+    (tmp_path / "cifar10").mkdir()
+    monkeypatch.setenv("PFGM_DATA", str(tmp_path))
+
+    def batch(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+        index = {f"data_batch_{i}.xz": i for i in range(1, 6)} | {"test_batch.xz": 9}
+        value = index[path.name]
+        return torch.full((2, 3, 4, 4), value, dtype=torch.uint8), torch.tensor([value, value + 10])
+
+    monkeypatch.setattr(data, "read_cifar_batch", batch)
+    cifar = data.load("cifar10")
+    assert cifar.train[:, 0, 0, 0].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert cifar.train_labels is not None
+    assert cifar.train_labels.tolist() == [1, 11, 2, 12, 3, 13, 4, 14, 5, 15]
+    assert cifar.held_out[:, 0, 0, 0].tolist() == [9, 9]
+    assert cifar.held_out_labels is not None
+    assert cifar.held_out_labels.tolist() == [9, 19]
 
 
 @pytest.mark.skipif("PFGM_DATA" not in os.environ, reason="PFGM_DATA is not set")

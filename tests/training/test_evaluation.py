@@ -25,6 +25,18 @@ def digits() -> DataSet:
     return data.load("digits")
 
 
+@pytest.fixture(scope="module")
+def squares() -> DataSet:
+    """Three classes of 2 x 2 images, quick to learn; a third of the held-out labels are wrong."""
+    generator = torch.Generator().manual_seed(9)
+    labels = torch.arange(120) % 3
+    means = torch.tensor([[60.0, 60, 200, 200], [200, 60, 60, 200], [60, 200, 60, 60]])
+    images = means[labels] + 15 * torch.randn(120, 4, generator=generator)
+    images = images.clamp(0, 255).to(torch.uint8).view(120, 2, 2)
+    wrong = torch.where(torch.arange(30) < 10, (labels[90:] + 1) % 3, labels[90:])
+    return DataSet("squares", images[:90], images[90:], labels[:90], wrong)
+
+
 def test_frechet_distance_of_diagonal_gaussians() -> None:
     """|difference of means|^2 + sum (s - r)^2 for standard deviations s and r."""
     rng = np.random.default_rng(0)
@@ -74,6 +86,43 @@ def test_features_lead_to_the_probabilities(digits: DataSet) -> None:
     logits = classifier.features(images) @ model.coefs_[1] + model.intercepts_[1]
     expected = torch.from_numpy(logits).softmax(dim=1).numpy()
     np.testing.assert_allclose(classifier.probabilities(images), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_the_classifier_sees_the_training_part_alone(squares: DataSet) -> None:
+    images = squares.decode(squares.held_out)
+    others = replace(
+        squares, held_out=squares.held_out.flip(0), held_out_labels=squares.held_out_labels % 2
+    )
+    relabelled = replace(squares, train_labels=(squares.train_labels + 1) % 3)
+    first, same, other = (
+        Classifier(data, passes=60).probabilities(images) for data in (squares, others, relabelled)
+    )
+    assert np.array_equal(first, same)
+    assert np.array_equal(other.argmax(1), (first.argmax(1) + 1) % 3)
+
+
+def test_each_measure_is_taken_of_its_own_part(squares: DataSet) -> None:
+    """Of 45 samples that are all of the first class, some of them copies of training images."""
+    generator = torch.Generator().manual_seed(10)
+    train, held_out = squares.decode(squares.train), squares.decode(squares.held_out)
+    first = train[squares.train_labels == 0]
+    samples = torch.cat([first[:9], first[:1] + 0.2 * torch.randn(36, 2, 2, generator=generator)])
+    result, classifier = evaluate(samples, squares), Classifier(squares)
+    features = {"train": train, "held_out": held_out, "samples": samples[:30]}
+    features = {name: classifier.features(images) for name, images in features.items()}
+    assert features["train"].shape == (90, 128)
+    assert result.samples == 45
+    assert result.classes == [0] * 45
+    assert result.class_shares == [1, 0, 0]
+    assert result.classifier_held_out_accuracy == pytest.approx(2 / 3)
+    top = [classifier.probabilities(images).max(1).mean() for images in (held_out, samples)]
+    assert [result.held_out_top_probability, result.sample_top_probability] == pytest.approx(top)
+    assert 0 < result.copies_share == copies_share(samples, train, held_out) < 1
+    expected = frechet_distance(features["held_out"], features["train"])
+    assert result.held_out_frechet_distance == pytest.approx(expected)
+    expected = frechet_distance(features["samples"], features["train"])
+    assert result.sample_frechet_distance == pytest.approx(expected)
 
 
 def test_real_digits_as_samples(digits: DataSet) -> None:

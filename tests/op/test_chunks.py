@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does each chunk of references get its own operands, and is autocast off while it is computed?"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import seeded
+from oracle import (
+    assert_displacement,
+    assert_gradients,
+    differentiate,
+    float32_contract,
+    solve,
+)
+from torch import Tensor
+
+from pfgm_kernels import ReferenceSet, poisson_displacement
+from pfgm_kernels.backends import eager
+
+CHUNK = 7  # references
+
+
+@pytest.fixture
+def watched(monkeypatch) -> list[str]:
+    """`eager` in small chunks, with operands that have to be its values' sums; what was called."""
+    called: list[str] = []
+    real = {name: getattr(eager, name) for name in ("forward", "backward")}
+
+    def prepare(values: Tensor, *_: object) -> list[Tensor]:
+        called.append("prepare")
+        return [values.sum(1)]
+
+    def compute(name: str):
+        def run(x, t, values, table, operands, *others):
+            called.append(name)
+            assert not torch.is_autocast_enabled("cpu")
+            assert torch.equal(operands[0], values.sum(1))
+            return real[name](x, t, values, table, [], *others)
+
+        return run
+
+    monkeypatch.setattr(eager, "prepare", prepare)
+    monkeypatch.setattr(eager, "operands_of", lambda operands, cut: [operands[0][cut]])
+    for name in real:
+        monkeypatch.setattr(eager, name, compute(name))
+    return called
+
+
+@pytest.mark.parametrize("kind", ["tensor", "set"])
+@pytest.mark.parametrize("chunk", [CHUNK, 1000])
+def test_operands_are_those_of_the_chunk(watched, kind, chunk, monkeypatch):
+    """Prepared for each chunk of a tensor, and kept while that is the same; cut from a set's."""
+    monkeypatch.setattr(eager, "chunk_shape", lambda *_: (3, chunk))
+    x0 = torch.randn(5 * CHUNK + 2, 4, dtype=torch.float64, generator=seeded())
+    x = torch.randn(8, 4, dtype=torch.float64, generator=seeded(1)).requires_grad_()
+    t = torch.linspace(0.5, 3, 8, dtype=torch.float64)
+    references = ReferenceSet(x0, backend="eager") if kind == "set" else x0
+    with torch.autocast("cpu", torch.bfloat16):
+        v, log_mass = poisson_displacement(x, t, references, backend="eager")
+        g_v, g_m = torch.ones_like(v), torch.ones_like(log_mass)
+        (dx,) = torch.autograd.grad([v, log_mass], x, [g_v, g_m])
+    assert_displacement(v.detach(), solve(x, t, x0), 1e-12)
+    assert_gradients(differentiate(solve(x, t, x0), x, x0, g_v, g_m), dx)
+    chunks = 3 * (6 if chunk == CHUNK else 1)
+    assert watched.count("forward") == watched.count("backward") == chunks
+    if kind == "set" or chunk > CHUNK:  # once for the set, or for each pass
+        assert watched.count("prepare") == (1 if kind == "set" else 2)
+
+
+def test_codes_are_cut_with_the_references(backend):
+    """Floats that turn out to be 8-bit images, in a workspace that holds a part of them."""
+    codes = torch.randint(256, (2100, 40), generator=seeded())
+    x0 = (2 * codes.double() / 255 - 1).float()
+    x = x0[::300] + 0.3 * torch.randn(7, 40, generator=seeded(1))
+    t = torch.linspace(0.2, 3, 7) * 40**0.75
+    truth = solve(x, t, x0)
+    assert truth.effective_sample_size.max() > 2
+    stored = ReferenceSet(x0.to(backend.device), workspace=1 << 20)
+    if backend.name == "cpu":
+        assert stored.nbytes > x0.nbytes + codes.numel()  # it holds the codes
+    x = x.requires_grad_()
+    v, log_mass = backend.displacement(x, t, stored)
+    assert_displacement(v.detach(), truth, float32_contract(backend.name))
+    g_v, g_m = torch.ones_like(v), torch.ones_like(log_mass)
+    gradient = torch.autograd.grad([v, log_mass], x, [g_v, g_m])
+    assert_gradients(differentiate(truth, x, x0, g_v, g_m), *gradient)
