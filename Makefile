@@ -1,6 +1,6 @@
 # make demo       the whole job on real digits: train, sample, measure        (out/demo)
 # make test       every test; real images too where PFGM_DATA names their folder
-# make mutants    mistakes put into the CUDA kernels, and which tests find them (docs/mutants.md)
+# make mutants    mistakes put into the sources, and which tests find them    (docs/mutants.md)
 # make sanitize   the CPU kernels under the address, undefined-behaviour and thread sanitizers
 # make aot        what each Triton kernel becomes on each NVIDIA chip, with no GPU
 # make lint       formatting, style and types
@@ -55,7 +55,7 @@ sanitize: $(READY)
 	$(BIN)/python tests/cpu/sanitize.py
 
 mutants: $(READY)
-	$(BIN)/python tests/cuda/mutants.py --table docs/mutants.md
+	$(BIN)/python tests/mutants --table docs/mutants.md
 
 aot: $(READY)
 	$(BIN)/python tests/triton/aot.py

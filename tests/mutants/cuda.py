@@ -1,37 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests the tests of the CUDA kernels: does one of them fail for each mistake put into a kernel?
+"""Mistakes in the CUDA kernels, made by rules: a barrier is taken away, one group of copies fewer
+waited for, the bound of a loop or a guard shifted by one, an index into a fragment permuted.
 
-python tests/cuda/mutants.py [--jobs N] [--every-build] [--only WORD] [--table FILE] makes one
-mistake at a time by text: takes a barrier away, waits for one group of copies fewer, shifts the
-bound of a loop or a guard by one, permutes an index into a fragment. The mutant is built as
-emulated.py builds and runs `checks`, up to the first build that finds the mistake: plainly in three
-schedules, with the search for races, under AddressSanitizer; for bounds the other way round. The
-table says which did. Changes that are no mistakes stand in HARMLESS and are not run.
+The kernels are built as tests/cuda/emulated.py builds them and run `checks`, up to the first build
+that finds the mistake: plainly in three schedules, with the search for races, under
+AddressSanitizer; for bounds the other way round. Changes that are no mistakes stand in HARMLESS.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from queue import Queue
 
-import emulated
 import torch
-from test_intrinsics import CHECKS
+from mutants.runner import ROOT, Found, Mutant
 
-KERNELS = emulated.ROOT / "csrc" / "cuda"
+HELPERS = [str(ROOT / folder) for folder in (".", "tests", "tests/op", "tests/cuda")]
+sys.path += HELPERS
+import emulated  # noqa: E402
+from test_intrinsics import CHECKS  # noqa: E402
+
+TITLE = "The CUDA kernels"
+ABOUT = "Emulated on the CPU in three builds. See the head of `tests/mutants/cuda.py`."
+COLUMNS = emulated.KINDS
+
+KERNELS = ROOT / "csrc" / "cuda"
 SECONDS = 150  # of the processor, for the checks of one build
 PLAIN_SCHEDULES = [("greedy", 1, True), ("reverse", 0, True), ("forward", 0, False)]
 
@@ -89,35 +90,22 @@ HARMLESS = {
 }
 
 
-@dataclass(frozen=True)
-class Mutant:
-    kind: str
-    file: str
-    line: int
-    before: str
-    after: str
-
-    @property
-    def place(self) -> str:
-        return f"{self.file}:{self.line}"
-
-    @property
-    def change(self) -> str:
-        return f"`{self.before.strip()}` → `{self.after.strip()}`".replace("|", "\\|")
-
-    @property
-    def harmless(self) -> str | None:
-        """Why it is no mistake, where it is none."""
-        change = f"{self.file}: {self.after.strip()}"
-        return next((reason for reason, changes in HARMLESS.items() if change in changes), None)
+def mutants() -> list[Mutant]:
+    found = list(_mutants())
+    if sum(bool(m.harmless) for m in found) != sum(map(len, HARMLESS.values())):
+        raise SystemExit("HARMLESS lists what is no change, or several changes at once")
+    return found
 
 
-def mutants() -> Iterator[Mutant]:
+def _mutants() -> Iterator[Mutant]:
     for path in sorted(KERNELS.glob("*.cu*")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            code = line.partition("//")[0].rstrip()
+            code = line.partition("//")[0].strip()
             for kind, changed in _changes(code, path.name):
-                yield Mutant(kind, path.name, number, code, changed)
+                change = f"{path.name}: {changed}"
+                reason = next((why for why, texts in HARMLESS.items() if change in texts), "")
+                file = str(path.relative_to(ROOT))
+                yield Mutant(kind, file, code, changed, harmless=reason, line=number)
 
 
 def _changes(code: str, file: str) -> Iterator[tuple[str, str]]:
@@ -224,54 +212,40 @@ def _verdict(status: int, text: str) -> str:
 
 
 class Worker:
-    """A copy of the sources, objects of the unchanged kernels, and a server for each build."""
+    """Objects of the unchanged kernels, and a server for each build."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        for part in ("csrc", "tests/cuda/emulation"):
-            shutil.copytree(emulated.ROOT / part, folder / part, dirs_exist_ok=True)
+    def __init__(self, tree: Path) -> None:
+        self.tree, self.objects = tree, tree / "build" / "mutants"
         self.servers = {kind: self._start(kind) for kind in emulated.KINDS}
 
     def _start(self, kind: str) -> subprocess.Popen[str]:
         environment = emulated.address_environment() if kind == "address" else dict(os.environ)
-        helpers = (emulated.ROOT, emulated.ROOT / "tests" / "op")
-        environment["PYTHONPATH"] = os.pathsep.join(map(str, helpers))
-        command = [sys.executable, __file__, "--serve", kind]
+        environment["PYTHONPATH"] = os.pathsep.join(HELPERS)
+        command = [sys.executable, "-m", "mutants.cuda", kind]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
-    def run(self, mutant: Mutant | None, every_build: bool) -> dict[str, str | None]:
-        """What each build found; None where it was not asked."""
+    def __call__(self, mutant: Mutant | None) -> Found:
         found: dict[str, str | None] = dict.fromkeys(emulated.KINDS)
         changed, names, kinds = set(), ["kernels"], list(emulated.KINDS)
         if mutant is not None:
-            self._write(mutant)
-            changed = self._users(mutant.file)
-            if mutant.file == "intrinsics.cuh":
+            file = Path(mutant.file).name
+            changed = self._users(file)
+            if file == "intrinsics.cuh":
                 changed.add("programs.cu")
                 names.insert(0, "programs")
-            if mutant.kind == "bound":
+            if mutant.what == "bound":
                 kinds.reverse()
         for kind in kinds:
             try:
                 for name in names:
                     found[kind] = self._ask(kind, self._build(name, kind, changed))
                     if found[kind]:
-                        break
+                        return found
             except RuntimeError:
                 found[kind] = "does not compile"
-            if found[kind] and not every_build:
-                break
-        if mutant is not None:
-            shutil.copy(KERNELS / mutant.file, self.folder / "csrc" / "cuda" / mutant.file)
+                return found
         return found
-
-    def _write(self, mutant: Mutant) -> None:
-        path = self.folder / "csrc" / "cuda" / mutant.file
-        lines = path.read_text().splitlines(keepends=True)
-        assert lines[mutant.line - 1].startswith(mutant.before)
-        lines[mutant.line - 1] = mutant.after + "\n"
-        path.write_text("".join(lines))
 
     def _users(self, file: str) -> set[str]:
         """Names of the sources that a file is part of."""
@@ -288,17 +262,17 @@ class Worker:
 
     def _build(self, name: str, kind: str, changed: set[str]) -> Path:
         objects, flags = [], emulated.flags(name, kind)
-        programs = [self.folder / path.relative_to(emulated.ROOT) for path in emulated.PROGRAMS]
-        sources = programs if name == "programs" else emulated.sources_of_kernels(self.folder)
+        programs = [self.tree / path.relative_to(ROOT) for path in emulated.PROGRAMS]
+        sources = programs if name == "programs" else emulated.sources_of_kernels(self.tree)
         for source in [*sources, *emulated.EMULATOR]:
-            base = self.folder / kind / f"{source.name}.o"
-            base.parent.mkdir(exist_ok=True)
+            base = self.objects / kind / f"{source.name}.o"
+            base.parent.mkdir(parents=True, exist_ok=True)
             target = base.with_suffix(".changed.o") if source.name in changed else base
             if source.name in changed or not base.exists():
                 own = ["-O1", "-Wno-error", *emulated.flags_of(source, kind)]
                 emulated.compile_source(source, target, [*flags, *own])
             objects.append(target)
-        output = self.folder / kind / f"{name}_{kind}.so"
+        output = self.objects / kind / f"{name}_{kind}.so"
         emulated.link(objects, output, kind)
         return output
 
@@ -314,84 +288,5 @@ class Worker:
         return answer.strip()
 
 
-def table(results: dict[Mutant, dict[str, str | None]], harmless: list[Mutant]) -> str:
-    caught = sum(any(found.values()) for found in results.values())
-    lines = [
-        "# Which tests find mistakes in the CUDA kernels",
-        "",
-        "`make mutants` writes this page, see the head of `tests/cuda/mutants.py`: the CUDA",
-        "kernels, emulated on the CPU, with one mistake at a time, and what found it.",
-        "",
-        f"{caught} of {len(results)} mistakes are found.",
-        "",
-        "| mistake | place | change | plain | races | address |",
-        "|" + " --- |" * 6,
-    ]
-    for mutant, found in results.items():
-        cells = ["not run" if v is None else v or "–" for v in found.values()]
-        lines.append(f"| {' | '.join([mutant.kind, mutant.place, mutant.change, *cells])} |")
-    lines += [
-        "",
-        "Changes that are no mistakes:",
-        "",
-        "| place | change | why |",
-        "|" + " --- |" * 3,
-    ]
-    lines += [f"| {mutant.place} | {mutant.change} | {mutant.harmless} |" for mutant in harmless]
-    return "\n".join([*lines, ""])
-
-
-def choose(word: str) -> tuple[list[Mutant], list[Mutant]]:
-    """Mistakes that have the word, and all changes that are none."""
-    everything = list(mutants())
-    harmless = [m for m in everything if m.harmless]
-    if len(harmless) != sum(map(len, HARMLESS.values())):
-        raise SystemExit("HARMLESS lists what is no change, or several changes at once")
-    mistakes = [m for m in everything if not m.harmless]
-    return [m for m in mistakes if word in f"{m.kind} {m.place} {m.after}"], harmless
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--every-build", action="store_true", help="go on after the first find")
-    parser.add_argument("--only", default="", help="of the mistakes whose text has the word")
-    parser.add_argument("--table", type=Path, help="where the table is written to")
-    parser.add_argument("--serve", choices=emulated.KINDS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.serve:
-        serve(options.serve)
-        return 0
-    wanted, harmless = choose(options.only)
-    results: dict[Mutant, dict[str, str | None]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        workers: Queue[Worker] = Queue()
-        for job in range(options.jobs):
-            workers.put(Worker(Path(folder) / str(job)))
-
-        def run(mutant: Mutant | None) -> dict[str, str | None]:
-            worker = workers.get()
-            found = worker.run(mutant, options.every_build)
-            workers.put(worker)
-            if mutant is not None:
-                results[mutant] = found
-                print(mutant.kind, mutant.place, mutant.after.strip(), found, flush=True)
-            return found
-
-        unchanged = run(None)
-        if any(unchanged.values()):
-            raise SystemExit(f"the kernels fail without a mistake: {unchanged}")
-        with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(run, wanted))
-        while not workers.empty():
-            for server in workers.get().servers.values():
-                server.terminate()
-    text = table({mutant: results[mutant] for mutant in wanted}, harmless)
-    print(text)
-    if options.table:
-        options.table.write_text(text)
-    return 0 if all(any(found.values()) for found in results.values()) else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    serve(sys.argv[1])

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One deliberate mistake at a time in a copy of the project: what finds it?
+
+A set of mistakes is a module with
+
+    TITLE         the head of its table
+    ABOUT         what the table shows, a sentence or two
+    COLUMNS       what may find a mistake, the last columns of the table
+    mutants()     → all Mutants of the set, changes that are no mistakes among them
+    Worker(tree)  → called with a Mutant that was put into the tree, or with None for the tree as it
+                    is, returns by column what was found: "" for nothing, None for not asked
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import Queue
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LEFT_OUT = shutil.ignore_patterns(".*", "build", "out", "__pycache__", "*.egg-info")
+SECONDS = 40  # for the tests of one mistake
+# Imported once, for all mistakes. Not triton, whose interpreter the environment switches.
+PRELOADED = [
+    "torch",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "pytest",
+    "hypothesis",
+    "rich.progress",
+    "typer.testing",
+    "sklearn.datasets",
+    "sklearn.linear_model",
+    "sklearn.model_selection",
+    "scipy.linalg",
+    "scipy.integrate",
+    "scipy.stats",
+    "matplotlib.figure",
+    "mpl_toolkits.mplot3d.art3d",
+    "PIL.Image",
+    "torchdiffeq",
+    "safetensors.torch",
+]
+
+Found = Mapping[str, str | None]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A change of the text `old`, which the file has once (or in the line given), to `new`."""
+
+    what: str
+    file: str
+    """Relative to the project's root."""
+    old: str
+    new: str
+    tests: str = ""
+    """Arguments of pytest that find it, where they are not those that the set has for the file."""
+    harmless: str = ""
+    """Why it is no mistake: it is listed in the table, and not run."""
+    line: int = 0
+
+    @property
+    def place(self) -> str:
+        """File and line, without the folder that all files of the set have in common."""
+        text = (ROOT / self.file).read_text()
+        return f"{self.file.partition('/')[2]}:{text.count(chr(10), 0, self._start(text)) + 1}"
+
+    @property
+    def change(self) -> str:
+        before, after = (" ".join(text.split()) for text in (self.old, self.new))
+        return f"`{before}` → `{after}`".replace("|", "\\|") if after else f"without `{before}`"
+
+    def apply(self, tree: Path) -> None:
+        text = (tree / self.file).read_text()
+        start = self._start(text)
+        self._write(tree, text[:start] + self.new + text[start + len(self.old) :])
+
+    def undo(self, tree: Path) -> None:
+        self._write(tree, (ROOT / self.file).read_text())
+
+    def _start(self, text: str) -> int:
+        if self.line:
+            return text.index(self.old, sum(map(len, text.splitlines(True)[: self.line - 1])))
+        if text.count(self.old) != 1:
+            raise SystemExit(f"{self.file} has {text.count(self.old)} times, not once:\n{self.old}")
+        return text.index(self.old)
+
+    def _write(self, tree: Path, text: str) -> None:
+        path = tree / self.file
+        path.write_text(text)
+        for stale in path.parent.glob(f"__pycache__/{path.stem}.*"):
+            stale.unlink()
+
+
+class _First:
+    """A plugin of pytest that notes the first failure."""
+
+    found = ""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._note(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._note(report)
+
+    def _note(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.failed and not self.found:
+            self.found = report.nodeid.removeprefix("tests/")
+
+
+def run_pytest(
+    tree: Path, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+) -> str:
+    """The first test in the tree that fails, or how pytest ends without; "" where all pass."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(
+        target=_run_pytest, args=(tree, list(arguments), dict(environment or {}), sender)
+    )
+    process.start()
+    sender.close()
+    process.join(SECONDS)
+    if process.exitcode is None:
+        assert process.pid is not None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        return "does not end"
+    if process.exitcode < 0:
+        return signal.Signals(-process.exitcode).name
+    return receiver.recv()
+
+
+def _run_pytest(
+    tree: Path, arguments: list[str], environment: dict[str, str], sender: Connection
+) -> None:
+    os.setsid()
+    os.chdir(tree)
+    os.environ.update(environment)
+    sys.path.remove(str(Path(__file__).parents[1]))
+    log = os.open(tree / "pytest.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    first = _First()
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments], plugins=[first])
+    sender.send(first.found or (code and f"pytest: {pytest.ExitCode(code).name}") or "")
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def run(suite: ModuleType, mutants: Sequence[Mutant], jobs: int) -> list[Found]:
+    """What finds each of the mutants; `jobs` at a time, each in a copy of its own."""
+    with tempfile.TemporaryDirectory(prefix="mutants.") as folder:
+        free: Queue[tuple[Path, Callable[[Mutant | None], Found]]] = Queue()
+
+        def examine(mutant: Mutant | None) -> Found:
+            tree, worker = free.get()
+            if mutant is not None:
+                mutant.apply(tree)
+            try:
+                found = worker(mutant)
+            finally:
+                if mutant is not None:
+                    mutant.undo(tree)
+                free.put((tree, worker))
+            if mutant is not None:
+                print(f"{mutant.place} {mutant.what}: {_words(found)}", flush=True)
+            return found
+
+        for job in range(jobs):
+            tree = Path(folder) / str(job)
+            shutil.copytree(ROOT, tree, ignore=LEFT_OUT)
+            free.put((tree, suite.Worker(tree)))
+        unchanged = examine(None)
+        if any(unchanged.values()):
+            raise SystemExit(f"{suite.TITLE}: tests fail without a mistake: {_words(unchanged)}")
+        with ThreadPoolExecutor(jobs) as pool:
+            return list(pool.map(examine, mutants))
+
+
+def _words(found: Found) -> str:
+    return "; ".join(value for value in found.values() if value) or "NOT FOUND"
+
+
+def table(suite: ModuleType, results: Mapping[Mutant, Found], harmless: Sequence[Mutant]) -> str:
+    """A section of the page, in Markdown."""
+    caught = sum(any(found.values()) for found in results.values())
+    columns = ["mistake", "place", "change", *suite.COLUMNS]
+    lines = [f"## {suite.TITLE}", "", suite.ABOUT, ""]
+    lines += [f"{caught} of {len(results)} mistakes are found.", ""]
+    lines += _rows(columns, (_row(m, results[m], suite.COLUMNS) for m in results))
+    if harmless:
+        lines += ["", "Changes that are no mistakes:", ""]
+        lines += _rows(["change", "place", "text", "why"], (_row(m, {}, ()) for m in harmless))
+    return "\n".join([*lines, ""])
+
+
+def _row(mutant: Mutant, found: Found, columns: Sequence[str]) -> list[str]:
+    values = [found[column] for column in columns]
+    cells = ["not run" if value is None else value or "–" for value in values]
+    last = [mutant.harmless] if mutant.harmless else cells
+    return [mutant.what, mutant.place, mutant.change, *last]
+
+
+def _rows(columns: Sequence[str], rows: Iterator[list[str]]) -> list[str]:
+    head = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    return head + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def write(page: Path, sections: Mapping[str, str]) -> None:
+    """Puts the sections, by their titles, in place of those that the page has."""
+    head, *old = page.read_text().split("\n## ")
+    kept = {section.partition("\n")[0]: f"## {section}" for section in old}
+    content = kept | dict(sections)
+    page.write_text(
+        "\n".join([head.rstrip() + "\n", *(s.rstrip() + "\n" for s in content.values())])
+    )
