@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Queue
@@ -31,7 +31,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = shutil.ignore_patterns(".*", "build", "out", "__pycache__", "*.egg-info")
-SECONDS = 40  # for the tests of one mistake
+SECONDS = 300  # for the tests of one mistake
 # Imported once, for all mistakes. Not triton, whose interpreter the environment switches.
 PRELOADED = [
     "torch",
@@ -67,7 +67,7 @@ class Mutant:
     old: str
     new: str
     tests: str = ""
-    """Arguments of pytest that find it, where they are not those that the set has for the file."""
+    """Arguments of pytest, for the sets that find by it."""
     harmless: str = ""
     """Why it is no mistake: it is listed in the table, and not run."""
     line: int = 0
@@ -103,6 +103,30 @@ class Mutant:
         path.write_text(text)
         for stale in path.parent.glob(f"__pycache__/{path.stem}.*"):
             stale.unlink()
+
+
+def read(path: Path) -> list[Mutant]:
+    """Mutants from a text file. A line `== FILE ARGUMENTS OF PYTEST` begins those of a source, a
+    line of words a mutant, whose next lines begin with
+
+        -  what is replaced, several for several lines
+        +  by what; none for nothing
+        ?  arguments of pytest, in place of those of the source
+        ~  why it is no mistake
+    """
+    found: list[Mutant] = []
+    file = tests = ""
+    for line in path.read_text().splitlines():
+        kind, text = line[:1], line[2:]
+        if line.startswith("=="):
+            file, _, tests = line.removeprefix("==").strip().partition(" ")
+        elif kind in ("-", "+", "?", "~"):
+            part = {"-": "old", "+": "new", "?": "tests", "~": "harmless"}[kind]
+            before = getattr(found[-1], part) if kind != "?" else ""
+            found[-1] = replace(found[-1], **{part: f"{before}\n{text}" if before else text})
+        elif line:
+            found.append(Mutant(line, file, "", "", tests))
+    return found
 
 
 class _First:
