@@ -1,40 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes in the Python layers."""
+"""Mistakes in the Python layers: those that python.txt lists, each with the tests of its layer."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
-from mutants.runner import Found, Mutant, run_pytest
+from mutants.runner import Found, Mutant, read, run_pytest
 
 TITLE = "The Python layers"
-ABOUT = "Found by the first test that fails. See the head of `tests/mutants/python.py`."
+ABOUT = "Found by the first test that fails. The mistakes stand in `tests/mutants/python.txt`."
 COLUMNS = ("found by",)
-
-TESTS = {"pfgm_kernels/flow/": "tests/flow"}
 
 
 def mutants() -> list[Mutant]:
-    return [
-        Mutant(
-            "sign of the noise",
-            "pfgm_kernels/flow/perturb.py",
-            "x0 + scale * noise",
-            "x0 + 2 * scale * noise",
-        ),
-        Mutant(
-            "hangs",
-            "pfgm_kernels/flow/perturb.py",
-            "    count, device = x0.shape[0], x0.device\n",
-            "    count, device = x0.shape[0], x0.device\n    while True: pass\n",
-        ),
-        Mutant(
-            "none",
-            "pfgm_kernels/flow/perturb.py",
-            "    count, device = x0.shape[0], x0.device\n",
-            "    count, device = x0.shape[0], x0.device\n    pass\n",
-        ),
-    ]
+    return read(Path(__file__).with_suffix(".txt"))
 
 
 class Worker:
@@ -42,4 +22,6 @@ class Worker:
         self.tree = tree
 
     def __call__(self, mutant: Mutant | None) -> Found:
-        return {"found by": run_pytest(self.tree, ["tests/flow/test_perturb.py"])}
+        wanted = [mutant] if mutant else mutants()
+        arguments = dict.fromkeys(part for m in wanted for part in shlex.split(m.tests))
+        return {"found by": run_pytest(self.tree, list(arguments))}
