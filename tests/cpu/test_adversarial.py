@@ -72,33 +72,29 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("d", ROADS)
 @pytest.mark.parametrize("D", [1, 40, math.inf])
-@pytest.mark.parametrize("step", [0.02, 0.1, 1.0])
-def test_references_that_come_nearer(d, D, step):
+@pytest.mark.parametrize("count", [600, 1500])
+def test_references_that_come_nearer(d, D, count):
     """Each by as much in its logit, so that what was summed so far counts for less and less."""
-    count = 1500
-    scale = 10.0
-    t = torch.tensor([0.3, 1.0]) * scale
-    if math.isinf(D):
-        squares = 2 * t[0].item() ** 2 * step * torch.arange(count - 1.0, -1, -1).double()
-    else:
-        s = torch.expm1(torch.arange(count - 1.0, -1, -1).double() * step * 2 / (d + D))
-        squares = (s * (t[0].item() ** 2 + 1)).clamp(max=1e8)
+    total = 30 if math.isinf(D) else min(30, 0.6 * (d + D))
+    logits = torch.linspace(total, 0, count).double()
+    t = 3.0
+    s = 2 * t * t * logits if math.isinf(D) else (1 + t * t) * torch.expm1(2 * logits / (d + D))
     direction = torch.nn.functional.normalize(normal(count, d).double(), dim=1)
-    x0 = ((1 + squares).sqrt()[:, None] * direction).float()
-    check(0.01 * normal(2, d, seed=1), t, x0, D)
+    x0 = (1 + s).sqrt()[:, None] * direction
+    check(0.01 * normal(2, d, seed=1), torch.full((2,), t), x0.float(), D)
 
 
 @pytest.mark.parametrize("d", ROADS)
-@pytest.mark.parametrize("count", [97, 241, 257, 481, 513, 2000])
-@pytest.mark.parametrize("closer", [0.5, 0.9, 0.97])
+@pytest.mark.parametrize("count", [97, 241, 257, 2000])
+@pytest.mark.parametrize("closer", [0.5, 0.9])
 def test_the_last_reference_is_the_nearest(d, count, closer):
     """And the only one of its block, or one of a part that the float kernels leave to others."""
     x0 = normal(count, d, seed=count)
-    x = 0.3 * normal(3, d, seed=1)
+    x = 0.3 * normal(1, d, seed=1) + 0.01 * normal(5, d, seed=2)
     x0[-1] = x[0] + (1 - closer) * x0[-1]
-    t = torch.tensor([0.05, 1, 3]) * math.sqrt(d)
+    t = torch.tensor([0.05, 0.5, 1, 1.5, 2]) * math.sqrt(d)
     check(x, t, x0)
-    check(x, t, x0[: count // 2 * 2].flip(0))
+    check(x, t, x0.flip(0))
 
 
 @pytest.mark.parametrize("d", ROADS)
@@ -107,9 +103,9 @@ def test_queries_for_which_other_blocks_count(d, batch):
     """References in the order of their clusters, a block or more each; queries of one cluster are
     a vector, or a tile.
     """
-    clusters = 8 * normal(4, d)
-    x0 = clusters.repeat_interleave(300, 0) + normal(1200, d, seed=1)
-    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 3, 0, 1]):
+    clusters = 4 * normal(4, d)
+    x0 = clusters.repeat_interleave(260, 0) + normal(1040, d, seed=1)
+    for order in ([3, 2, 1, 0], [2, 3, 0, 1]):
         x = clusters[order].repeat_interleave(16, 0).repeat(2, 1)[:batch]
         x = x + 0.5 * normal(batch, d, seed=2)
         t = torch.full((batch,), 1.5 * math.sqrt(d))
@@ -181,3 +177,30 @@ def test_what_an_earlier_call_left_in_memory(d, count):
     t = torch.full((4,), 0.5 * math.sqrt(d))
     check(x, t, x.repeat(128, 1) + 1e-3)
     check(x, t, 5 + normal(count, d, seed=1))
+
+
+@pytest.mark.parametrize("row", [0, 95])
+def test_candidates_at_the_ends_of_blocks(row):
+    """A query amid a cluster of the rows at one place of each block, beside 16 others for which all
+    references count: it may be finished another way. On a grid and off it.
+    """
+    x0 = normal(1100, 300)
+    members = torch.cat([torch.arange(row, 1100, 96), torch.arange(300, 440)]).unique()
+    x0[members] = x0[0] + 0.1 * normal(len(members), 300, seed=1)
+    x = normal(17, 300, seed=2)
+    x[8] = x0[members].mean(0) + 0.1 * x[8]
+    t = torch.linspace(60, 200, 17)
+    t[8] = 10
+    check(x, t, (x0 * 32).round() / 32)
+    check(x, t, x0)
+
+
+@pytest.mark.parametrize("d", [3, 40])
+def test_ratios_of_distances_beyond_float64(d):
+    x0 = 1e3 * normal(100, d).double()
+    x = x0[:2].clone().requires_grad_()
+    t = torch.full((2,), 1e-153, dtype=torch.float64, requires_grad=True)
+    v, log_mass = poisson_displacement(x, t, x0, backend="cpu")
+    assert not v.any()
+    gradients = torch.autograd.grad(v.sum() + log_mass.sum(), [x, t])
+    assert all(g.isfinite().all() for g in gradients)

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from cases import seeded
+from oracle import assert_displacement, assert_log_mass, float32_contract, solve
 from torch import Tensor
 
 from pfgm_kernels.backends import cpu
@@ -144,3 +145,20 @@ def test_crowds(dtype):
         assert prepare(values, table)[1][2] == 1
         values[-count // 4 :, 0] += torch.arange(count - count * 3 // 4).to(dtype)
         assert prepare(values, table)[1][2] == (dtype == torch.uint8 and count == 3000)
+
+
+@pytest.mark.parametrize("d", [3, 16, 40, 300])
+def test_values_of_an_uneven_table(d):
+    """No caller has one so far, but all kernels read any."""
+    table = torch.arange(256).float() / 64
+    table[7::2] += 0.1
+    codes = torch.randint(0, 256, (300, d), dtype=torch.uint8, generator=seeded(d))
+    x0 = table[codes.long()]
+    x = x0[:5] + torch.randn(5, d, generator=seeded(1))
+    t = math.sqrt(d) * torch.tensor([0.01, 0.3, 1, 3, 10]).double()
+    operands = cpu.prepare(codes, table, codes.numel())
+    v, log_mass, anchor, _ = cpu.forward(x, t, codes, table, operands, d + 1.0)
+    expected = solve(x, t, x0)
+    assert_displacement(v, expected, float32_contract("cpu"))
+    assert_log_mass(log_mass, expected)
+    assert torch.equal(anchor[:2], expected.distances.argmin(1)[:2])
