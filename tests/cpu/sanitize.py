@@ -32,10 +32,10 @@ OPTIONS = {
 }
 
 
-def read_setup() -> dict[str, Any]:
+def read_setup(root: Path = ROOT) -> dict[str, Any]:
     """What setup.py defines, with nothing built."""
     with mock.patch("setuptools.setup"):
-        return runpy.run_path(str(ROOT / "setup.py"))
+        return runpy.run_path(str(root / "setup.py"))
 
 
 def ninja_file(setup: dict[str, Any]) -> str:

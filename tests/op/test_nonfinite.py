@@ -47,14 +47,15 @@ def test_in_a_query(backend, d, count, value, D, where):
     assert dt[~bad].isfinite().all()
 
 
-@pytest.mark.parametrize(("d", "count"), SHAPES)
+@pytest.mark.parametrize(("d", "count"), [*SHAPES, (40, 300), (300, 300)])
 @pytest.mark.parametrize("value", VALUES)
-@pytest.mark.parametrize("where", ["first", "middle", "last"])
+@pytest.mark.parametrize("where", ["first", "second", "middle", "last"])
 def test_in_a_plain_x0(backend, d, count, value, where):
     """No row may pass over it: neither as too far to matter nor by min and max."""
     generator = seeded(d)
     x0, x = (torch.randn(n, d, generator=generator) for n in (count, 5))
-    x0[{"first": 0, "middle": count // 2, "last": count - 1}[where], d // 2] = value
+    row = {"first": 0, "second": 1, "middle": count // 2, "last": count - 1}[where]
+    x0[row, d // 2] = value
     for t in (1e-3, 100.0):
         for D in (1, math.inf):
             v, log_mass = backend.displacement(x, t, x0, D=D)

@@ -21,7 +21,7 @@ from oracle import (
 from pfgm_kernels import ReferenceSet, merge
 
 
-@pytest.mark.parametrize("d", [1, 3, 16, 40, 100])
+@pytest.mark.parametrize("d", [1, 3, 16, 40, 100, 300])
 @pytest.mark.parametrize("D", [0, 1, 2.5])
 @pytest.mark.parametrize("copies", [1, 3])
 def test_on_a_reference_at_t_0(backend, d, D, copies):

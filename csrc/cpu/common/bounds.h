@@ -49,11 +49,12 @@ inline double cutoff(const FieldParams& p, const Operands& o, int64_t b, double 
   return farthest_r(p, o, b, offset, nearest, cutoff_depth(p));
 }
 
-// Whether float holds the squares of everything. False for NaN, so that what is not finite, in a
-// query or in any reference, goes to the exact kernel.
+// Whether float holds the products of everything, which neither overflow nor vanish. False for NaN,
+// so that what is not finite, in a query or in any reference, goes to the exact kernel.
 inline bool in_range(const FieldParams& p, const Operands& o, int64_t b) {
   const QueryNorms norms = query_norms(p, o, b);
-  return norms.squared + norms.t_squared < 1e30 && o.radius < 1e15;
+  const double size = norms.squared + norms.t_squared + o.radius * o.radius;
+  return size > 1e-30 && size < 1e30;
 }
 
 // Candidates up to which a query is finished by direct differences: a pair then costs more, but

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do the float kernels leave to others what their tolerances cannot answer for?"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import seeded
+from test_adversarial import check, normal, three_threads  # noqa: F401
+from torch import Tensor
+
+from pfgm_kernels import ReferenceSet, poisson_displacement
+
+pytestmark = pytest.mark.usefixtures("poison", "three_threads")
+
+
+def spread_logits(x: Tensor, x0: Tensor, height: float, spread: float) -> float:
+    """D for which the logits of x0 (N, d) spread by so much, seen from x (B, d) at the height."""
+    squares = (x[:, None].double() - x0.double()).square().sum(2)
+    s = squares.mean() + height**2
+    k = 2 * spread * s / squares.std(1).mean()
+    return max(0.0, k.item() - x.shape[1])
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("d", [27, 64, 256, 300])
+@pytest.mark.parametrize("size", [40, 500])
+@pytest.mark.parametrize("spread", [1e-3, 0.03, 1.0])
+def test_a_cluster_far_from_another(d, size, spread, seed):
+    """Products are as large as the clusters are far apart; all that differs is within a cluster."""
+    centres = 10 * normal(2, d, seed=seed)
+    cluster = centres[:1] + spread * normal(size, d, seed=seed + 10)
+    x0 = torch.cat([cluster, centres[1:] + spread * normal(100, d, seed=seed + 20)])
+    x = centres[:1] + spread * normal(4, d, seed=seed + 30)
+    for height in (0.3, 3, 30):
+        t = height * spread * math.sqrt(d)
+        D = spread_logits(x, cluster, t, 2.0)
+        check(x, torch.full((4,), t), x0, D)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("d", [100, 257, 300])
+@pytest.mark.parametrize("size", [40, 200])
+def test_near_ties_on_a_grid(d, size, seed):
+    """Of references that differ by single steps some are nearer by a thousandth of one."""
+    codes = torch.randint(0, 256, (2, d), generator=seeded(seed)).double()
+    cluster = codes[:1] + torch.randint(-1, 2, (size, d), generator=seeded(seed + 10))
+    codes = torch.cat([cluster, codes[1:].expand(300, d)]).clamp(0, 255)
+    codes[size:] += torch.randint(-5, 6, (300, d), generator=seeded(seed + 20))
+    x0 = (1 + codes.clamp(0, 255) / 255).float()
+    x = x0[:size].mean(0) + 1e-3 * normal(4, d, seed=seed + 30)
+    t = torch.full((4,), 1.0)
+    for D in (1e5, 1e6, 1e7, 1e8, 1e9):
+        check(x, t, x0, D)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("d", [3, 8, 16, 24, 40, 250, 300])
+@pytest.mark.parametrize("copies", [40, 150, 900])
+def test_a_crowd_that_a_sample_does_not_see(d, copies, seed):
+    """The sample takes every other row of 2,048."""
+    x0 = normal(2048, d, seed=seed)
+    rows = 1 + 2 * torch.randperm(1024, generator=seeded(seed))[:copies]
+    x0[rows] = x0[rows[0]].clone()
+    x = x0[rows[:1]] + (0.3 + seed) * normal(5, d, seed=seed + 10)
+    for D in (1, 12, 60):
+        t = (x - x0[rows[0]]).norm(dim=1) * torch.logspace(-1, 0.5, 5)
+        check(x, t, x0, D)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("d", [1, 2, 3, 8, 16, 24])
+@pytest.mark.parametrize("D", [1, 3.3, 8, 16, 24, 60, 1000])
+def test_far_from_a_crowd(d, D, seed):
+    """Where roundings of a squared distance move its logit most, and alike for copies."""
+    x0 = normal(3, d, seed=seed)[torch.randint(0, 3, (60,), generator=seeded(seed))]
+    x0[:5] = normal(5, d, seed=seed + 10)
+    x = 10 ** torch.linspace(0, 2, 16)[:, None] * normal(16, d, seed=seed + 20)
+    check(x, torch.linspace(0.01, 1, 16), x0, D)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("d", [32, 100, 256, 300])
+@pytest.mark.parametrize("D", [1, 64, 500])
+def test_among_crowds(d, D, seed):
+    x0 = normal(2 + 2 * seed, d, seed=seed)
+    x0 = x0[torch.randint(0, len(x0), (240,), generator=seeded(seed))]
+    x = normal(8, d, seed=seed + 20)
+    check(x, torch.logspace(-0.7, 0.7, 8) * math.sqrt(d + D), x0, D)
+
+
+@pytest.mark.parametrize("d", [60, 300, 3072])
+@pytest.mark.parametrize("distance", [1.0, 30.0])
+def test_crowds_of_images(d, distance):
+    images = torch.randint(0, 256, (4, d), dtype=torch.uint8, generator=seeded()).repeat(60, 1)
+    x0 = (2 * images.double() / 255 - 1).float()
+    x = distance * normal(6, d)
+    for D in (1, d):
+        t = torch.logspace(-2, 1, 6) * math.sqrt(d)
+        check(x, t, x0, D, references=ReferenceSet.from_images(images))
+
+
+@pytest.mark.parametrize("d", [2, 40, 300])
+def test_a_displacement_that_all_but_cancels(d):
+    """Has its digits: a normalised field shows them."""
+    half = normal(40, d)
+    x0 = torch.cat([half, -half])
+    x = 1e-5 * normal(3, d, seed=1)
+    for D in (1, 4):
+        v, _ = poisson_displacement(x, 1e-5, x0, D=D, backend="cpu")
+        exact, _ = poisson_displacement(x.double(), 1e-5, x0.double(), D=D, backend="cpu")
+        assert ((v - exact).norm(dim=1) <= 1e-6 * exact.norm(dim=1)).all()
