@@ -7,7 +7,7 @@
 #include <cmath>
 #include <vector>
 
-#include "crowds.h"
+#include "alike.h"
 
 namespace pfgm {
 namespace {
@@ -113,15 +113,28 @@ void for_rows(const FieldParams& p, const Row& row) {
   });
 }
 
-// The middle of a sample of the references.
+// The middle of a sample of the references, to a few digits of its distance from them: float then
+// holds what is left of most values when it is subtracted.
 void sample_mean(const FieldParams& p, double* mean) {
   const int64_t rows = std::min(p.count, kMeanRows);
+  std::vector<double> low(p.dim, INFINITY), high(p.dim, -INFINITY);
   std::fill(mean, mean + p.dim, 0.0);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t start = p.count * i / rows * p.dim;
-    for (int64_t c = 0; c < p.dim; ++c) mean[c] += decode(p, start + c);
+    for (int64_t c = 0; c < p.dim; ++c) {
+      const double value = decode(p, start + c);
+      mean[c] += value;
+      low[c] = std::min(low[c], value);
+      high[c] = std::max(high[c], value);
+    }
   }
-  for (int64_t c = 0; c < p.dim; ++c) mean[c] = static_cast<float>(mean[c] / rows);
+  for (int64_t c = 0; c < p.dim; ++c) {
+    mean[c] = static_cast<float>(mean[c] / static_cast<double>(rows));
+    const double width = high[c] - low[c];
+    if (!(width > 0) || !std::isfinite(width)) continue;
+    const double step = std::exp2(std::floor(std::log2(width / 8)));
+    mean[c] = static_cast<float>(step * std::nearbyint(mean[c] / step));
+  }
 }
 
 // The grid (operands.h) with its origin moved to the next code. Returns the codes of that.
@@ -157,7 +170,7 @@ bool encode(const FieldParams& p, const Grid& grid) {
   return fits;
 }
 
-// Codes, norms and all of the grid but whether there are crowds.
+// Codes, norms and all of the grid but whether references are alike.
 void encode_or_centre(const FieldParams& p) {
   double* origin = p.grid + kGridHeader;
   sample_mean(p, origin);
@@ -184,7 +197,7 @@ void encode_or_centre(const FieldParams& p) {
 
 void PFGM_ISA::prepare_references(const FieldParams& p) {
   encode_or_centre(p);
-  p.grid[2] = has_crowds(p);
+  p.grid[2] = are_alike(p);
 }
 
 }  // namespace pfgm

@@ -134,7 +134,7 @@ inline Digits pack_digits(const FieldParams& p, const Operands& o, int64_t b, in
     const Vec x = shifted_columns(p, o, b, c), size = x < 0.0 ? -x : x;
     most = size > most ? size : most;
   }
-  double largest = 1e-300;
+  double largest = 1e-280;  // of which the last digit's unit has an inverse
   for (int i = 0; i < kLanes; ++i) largest = std::max(largest, most[i]);
   Digits digits{largest / 127, {}, {}};
   double units[kDigits], inverses[kDigits];

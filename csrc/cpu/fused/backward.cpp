@@ -270,7 +270,7 @@ void PFGM_ISA::fused_backward_queries(const FieldParams& p, uint8_t* uncertified
   Tiles tiles;
   for (int64_t b = 0; b < p.batch; ++b) {
     const bool singular = RadialKernel(p.half_k, p.t[b]).singular(p.anchor_square[b]);
-    uncertified[b] = operands.crowds || singular || !in_range(p, operands, b);
+    uncertified[b] = operands.alike || singular || !in_range(p, operands, b);
     if (!uncertified[b]) tiles.rows.push_back(b);
   }
   if (!tiles.rows.empty()) FusedBackward(p, operands, tiles, uncertified).run();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the fused kernels for 24 < d ≤ 256 share: one pass over the references in blocks that stay
-// in the cache, with nothing of size B · N in memory. A product
+// in the cache, with nothing of size B · N in memory. References on a grid go elsewhere: their few
+// values round alike. A product
 //
 //   r_j = (‖y_j‖² − centre) − 2 x'·y_j,   s_j / unit² = r_j + offset
 //
@@ -23,12 +24,17 @@ constexpr int kTasksPerThread = 4;   // at least, as far as the references can b
 constexpr int64_t kMinPart = 4 * kFusedRows;
 // Logits may be off by this much if all roundings of a product added up.
 constexpr double kFusedTolerance = 4e-5;
+constexpr double kRounding = 0.42 * kFloatRounding;  // of a number at most that, root mean square
 constexpr double kLeastS = 1e-30;  // of which a float holds the reciprocal
 
 // The middle of ‖y‖²: what is left of the norms is rounded to float.
 inline double norm_centre(const FieldParams& p, const Operands& o) {
-  const double middle = (o.norms[0] + o.norms[p.count / 2] + o.norms[p.count - 1]) / 3;
-  return std::nearbyint(middle);
+  return (o.norms[0] + o.norms[p.count / 2] + o.norms[p.count - 1]) / 3;
+}
+
+// How many sums from zero a product of so many columns is the sum of.
+inline int64_t sums_of_product(int64_t depth) {
+  return std::max<int64_t>(1, (depth + kFusedDepth / 2) / kFusedDepth);
 }
 
 // Tiles of queries times contiguous parts of the references. There are parts only where there are
@@ -54,7 +60,7 @@ struct FusedBlock {
 
   void load(const FieldParams& p, const Operands& o, double centre, int64_t first, int64_t count) {
     rows = count;
-    if (o.codes || p.value_type == ValueType::kUint8) {
+    if (p.value_type == ValueType::kUint8) {
       decode_block(p, o, first, rows, 0, dim, y, dim + 1, rows * dim);
     } else {
       subtract_origin(static_cast<const float*>(p.values) + first * dim);
@@ -77,7 +83,7 @@ struct FusedBlock {
   // out (rows, width) = the first `depth` columns times packed (depth, width), in a few sums from
   // zero.
   void multiply(const float* packed, int64_t depth, int64_t width, float* out) const {
-    const int64_t sums = std::max<int64_t>(1, (depth + kFusedDepth / 2) / kFusedDepth);
+    const int64_t sums = sums_of_product(depth);
     const int64_t step = (depth + sums - 1) / sums;
     for (int64_t c = 0; c < depth; c += step) {
       product<FloatProduct>(y + c, rows, dim + 1, 1, packed + c * width, width,
@@ -145,7 +151,7 @@ struct FusedPass {
   RowReader reader{p};
   int64_t ld = round_up(p.dim, kPad);
   int64_t size = static_cast<int64_t>(tiles.rows.size());
-  double centre = norm_centre(p, o);
+  double centre = norm_centre(p, o), spread = 0;  // |‖y‖² − centre| at most
   Parts parts{p, tiles.count()};
   std::vector<float> origin{o.origin.get(), o.origin.get() + p.dim};
   std::vector<FusedQuery> queries{static_cast<size_t>(size)};
@@ -154,19 +160,18 @@ struct FusedPass {
 
   FusedPass(const FieldParams& p, const Operands& o, const Tiles& tiles)
       : p(p), o(o), tiles(tiles) {
-    double spread = 0;  // of the norms
     for (int64_t j = 0; j < p.count; ++j) spread = std::max(spread, std::abs(o.norms[j] - centre));
     for (int i = 0; i < p.num_threads; ++i) areas.emplace_back(p.dim);
     parallel_for(p.num_threads, tiles.count(), [&](int64_t tile, int thread) {
       double residuals[kTileQueries];
       pack(tiles, tile, areas[thread].packed.get(), residuals);
       for (int q = 0; q < tiles.size(tile); ++q) {
-        queries[tile * kTileQueries + q] = make_query(tiles.row(tile, q), residuals[q] / 2, spread);
+        queries[tile * kTileQueries + q] = make_query(tiles.row(tile, q), residuals[q] / 2);
       }
     });
   }
 
-  FusedQuery make_query(int64_t b, double residual, double spread) const {
+  FusedQuery make_query(int64_t b, double residual) const {
     const QueryNorms norms = query_norms(p, o, b);
     const double roundings = static_cast<double>(p.dim) + 2, root = ::sqrt(norms.squared);
     FusedQuery query;
@@ -181,6 +186,17 @@ struct FusedPass {
     const bool fine = least <= 1 && slope < 1 / kLeastS;
     query.least_s = !query.kernel.gaussian ? std::max(kLeastS, least) : fine ? 0 : INFINITY;
     return query;
+  }
+
+  // What r of references about y' = the mean of those that count may be off by, root mean square:
+  // a sum of products gets as far as it ends, x'·y', and by chance as far as ‖x'‖ ‖y‖/√d.
+  double rounding(int64_t i, double product) const {
+    const Bound& bound = queries[i].bound;
+    const double columns = static_cast<double>(p.dim), sums = sums_of_product(p.dim + 1);
+    const double most = bound.squared * o.radius * o.radius;
+    const double steps = product * product * (columns / sums + sums * sums) / (3 * sums) +
+                         most * (1 / sums + sums / columns) / 2;
+    return kRounding * ::sqrt(4 * steps + spread * spread);
   }
 
   // Packs −2 x' and ones below, (dim + 1, width).

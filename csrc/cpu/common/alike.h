@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Crowds: many equal references, whose float products and distances have equal errors, so that no
-// sum averages them out.
+// References that are alike: float products and distances of such have equal errors, so that no sum
+// averages them out. Equal references are (crowds), and so are those of few values: a column adds
+// to a partial sum one of a few numbers, and what float rounds off it depends on nothing else.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +17,7 @@ inline int64_t value_size(ValueType type) {
   return type == ValueType::kFloat64 ? 8 : type == ValueType::kFloat32 ? 4 : 1;
 }
 
-// Whether there are crowds, judged by a sample.
+// Whether many references are equal, judged by a sample.
 inline bool has_crowds(const FieldParams& p) {
   constexpr int64_t kSampleRows = 1024, kCrowd = 8;
   const int64_t size = p.dim * value_size(p.value_type);
@@ -29,8 +30,20 @@ inline bool has_crowds(const FieldParams& p) {
             [&](const char* a, const char* b) { return std::memcmp(a, b, size) < 0; });
   int64_t equal = 0;
   for (int64_t i = 1; i < rows; ++i) equal += std::memcmp(sample[i], sample[i - 1], size) == 0;
-  return equal >= kCrowd;
+  return equal >= kCrowd || equal * 64 > rows;
 }
+
+// Whether there are few values, judged by a sample.
+inline bool has_few_values(const FieldParams& p) {
+  constexpr int64_t kSampleSize = 1024, kFew = 32;
+  const int64_t total = p.count * p.dim, size = std::min(total, kSampleSize);
+  std::vector<double> sample(size);
+  for (int64_t i = 0; i < size; ++i) sample[i] = decode(p, total * i / size);
+  std::sort(sample.begin(), sample.end());
+  return std::unique(sample.begin(), sample.end()) - sample.begin() <= kFew;
+}
+
+inline bool are_alike(const FieldParams& p) { return has_few_values(p) || has_crowds(p); }
 
 }  // namespace
 }  // namespace pfgm
