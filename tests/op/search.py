@@ -248,8 +248,7 @@ def expected(p: Problem, backend: str, float64: bool) -> dict[str, Expected]:
 
     distances = np.sqrt(squares)
     # Weights that need not be summed may round when they are left out.
-    cut = CUT / weights.shape[1] * weights.max(1, keepdims=True)
-    left_out = np.where(weights < cut, weights, 0)
+    left_out = np.where(weights < (1 + 1e-6) * CUT / weights.shape[1], weights, 0)
     # What float64 rounds: the logits' distances, and sums of the data about any of its points.
     eps = np.finfo(np.float64).eps
     rounding = 4 * eps * math.sqrt(d) * (slope * squares * (left_out == 0)).max(1)

@@ -18,6 +18,7 @@ constexpr double kSingleCutoff = 16;
 // A reference with more than 1/128 of the weight is taken by direct differences.
 constexpr double kHeavy = 1.0 / 128;
 constexpr double kFloatRounding = 0x1p-24;
+constexpr double kRounding = 0.42 * kFloatRounding;  // of a number at most that, root mean square
 constexpr int kColumnBlock = 256;  // columns whose products are summed in one go, from zero
 
 // By how much the logit of an anchor that is not heavy, known exactly, may be off in the products:

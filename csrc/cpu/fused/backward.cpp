@@ -161,10 +161,11 @@ struct FusedBackward : FusedPass {
     const RadialKernel& kernel = queries[i].kernel;
     const double square = p.anchor_square[b], distance = ::sqrt(square);
     const double lost = kFloatRounding * o.unit * o.radius;
+    const double together = ::sqrt(std::min(kHeavyPull, ::exp(p.anchor_log_weight[b])));
     return square + kernel.offset >= queries[i].least_s &&
            p.anchor_log_weight[b] >= kLeastLogWeight &&
            std::max(lost, o.unit * o.deviation) <= kFusedPull * distance &&
-           2 * kernel.slope(square) * lost * distance <= kFusedTolerance;
+           resolves_pull(p, o, b, distance, sum_depth(p.dim), together);
   }
 
   // r of a reference whose weight is exp(−depth), or at most that where there is an error.

@@ -369,9 +369,12 @@ struct FusedForward : FusedPass {
       product += x * (x + v[c] * o.inverse_unit);
     }
     const double slope = queries[i].kernel.slope(anchor_square) * o.unit * o.unit;
-    const double apart = rounding(i, product) * ::sqrt(all.squares);
+    const Bound& bound = queries[i].bound;
+    const double rounding = 2 * product_rounding(p.dim + 1, sum_depth(p.dim + 1), product,
+                                                 ::sqrt(bound.squared) * o.radius);
+    const double apart = ::hypot(rounding, kRounding * spread) * ::sqrt(all.squares);
     const double root_dim = ::sqrt(static_cast<double>(p.dim));
-    const double alike = 2 * queries[i].bound.residual * o.radius / root_dim * all.light;
+    const double alike = 2 * bound.residual * o.radius / root_dim * all.light;
     return slope * (4 * apart + 2 * alike) <= kLogMassTolerance * all.state.sum;
   }
 

@@ -24,7 +24,6 @@ constexpr int kTasksPerThread = 4;   // at least, as far as the references can b
 constexpr int64_t kMinPart = 4 * kFusedRows;
 // Logits may be off by this much if all roundings of a product added up.
 constexpr double kFusedTolerance = 4e-5;
-constexpr double kRounding = 0.42 * kFloatRounding;  // of a number at most that, root mean square
 constexpr double kLeastS = 1e-30;  // of which a float holds the reciprocal
 
 // The middle of ‖y‖²: what is left of the norms is rounded to float.
@@ -32,9 +31,10 @@ inline double norm_centre(const FieldParams& p, const Operands& o) {
   return (o.norms[0] + o.norms[p.count / 2] + o.norms[p.count - 1]) / 3;
 }
 
-// How many sums from zero a product of so many columns is the sum of.
-inline int64_t sums_of_product(int64_t depth) {
-  return std::max<int64_t>(1, (depth + kFusedDepth / 2) / kFusedDepth);
+// Columns whose products are summed in one go, of so many.
+inline int64_t sum_depth(int64_t columns) {
+  const int64_t sums = std::max<int64_t>(1, (columns + kFusedDepth / 2) / kFusedDepth);
+  return (columns + sums - 1) / sums;
 }
 
 // Tiles of queries times contiguous parts of the references. There are parts only where there are
@@ -83,8 +83,7 @@ struct FusedBlock {
   // out (rows, width) = the first `depth` columns times packed (depth, width), in a few sums from
   // zero.
   void multiply(const float* packed, int64_t depth, int64_t width, float* out) const {
-    const int64_t sums = sums_of_product(depth);
-    const int64_t step = (depth + sums - 1) / sums;
+    const int64_t step = sum_depth(depth);
     for (int64_t c = 0; c < depth; c += step) {
       product<FloatProduct>(y + c, rows, dim + 1, 1, packed + c * width, width,
                             std::min(step, depth - c), out, c > 0);
@@ -186,17 +185,6 @@ struct FusedPass {
     const bool fine = least <= 1 && slope < 1 / kLeastS;
     query.least_s = !query.kernel.gaussian ? std::max(kLeastS, least) : fine ? 0 : INFINITY;
     return query;
-  }
-
-  // What r of references about y' = the mean of those that count may be off by, root mean square:
-  // a sum of products gets as far as it ends, x'·y', and by chance as far as ‖x'‖ ‖y‖/√d.
-  double rounding(int64_t i, double product) const {
-    const Bound& bound = queries[i].bound;
-    const double columns = static_cast<double>(p.dim), sums = sums_of_product(p.dim + 1);
-    const double most = bound.squared * o.radius * o.radius;
-    const double steps = product * product * (columns / sums + sums * sums) / (3 * sums) +
-                         most * (1 / sums + sums / columns) / 2;
-    return kRounding * ::sqrt(4 * steps + spread * spread);
   }
 
   // Packs −2 x' and ones below, (dim + 1, width).

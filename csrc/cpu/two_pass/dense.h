@@ -16,23 +16,23 @@ constexpr int64_t kGatherColumns = 192;  // a multiple of all product_rows()
 constexpr int64_t kGatherStrip = 4;      // kGatherColumns that a task takes at most
 // Logits may be off by this much, root mean square. What remains of it in a sum in which no single
 // reference weighs more than 1/128 is an order of magnitude less, for the errors are independent.
-constexpr double kDenseTolerance = 5e-6;
+constexpr double kDenseTolerance = 2.8e-6;
 // What is left out of a query moves all logits alike, by this much at most, root mean square.
 constexpr double kResidualTolerance = 5e-7;
 
 // Whether the products of a query are precise enough for the weights of all its references.
-inline bool certify(const Screen& screen, int64_t b, double anchor_square) {
+inline bool certify(const Screen& screen, int64_t b, int64_t anchor, double anchor_square) {
   const FieldParams& p = screen.p;
   const Operands& o = screen.o;
   const Bound& bound = screen.bounds[b];
-  if (o.alike && bound.roundings > 0) return false;
+  if (o.alike && (bound.roundings > 0 || o.rounded)) return false;
   const double slope = RadialKernel(p.half_k, p.t[b]).slope(anchor_square);
   const double root_dim = ::sqrt(static_cast<double>(p.dim)), x_norm = ::sqrt(bound.squared);
-  // Products of the references that count, from their r, and how far their partial sums get. Few of
-  // the partial sums are that large: a quarter of it is still several times what is observed.
-  const double r = anchor_square / (o.unit * o.unit) - bound.offset;
-  const double product = (std::abs(r) + o.radius * o.radius) / 2 + x_norm * o.radius / root_dim;
-  const double rounding = ::sqrt(bound.roundings / 3) * kFloatRounding / 2 * product / 4;
+  // The product of the anchor, from its squared distance: partial sums get as far as that, and by
+  // chance as far as ‖x'‖ ‖y‖/√d.
+  const double product = (o.norms[anchor] + bound.squared - anchor_square / (o.unit * o.unit)) / 2;
+  const double rounding = bound.roundings == 0 ? 0 : product_rounding(p.dim, kColumnBlock, product,
+                                                                     x_norm * o.radius);
   // What is left out of the query points nowhere in particular.
   const double unit = 2 * slope * o.unit * o.unit, rest = bound.residual * o.radius / root_dim;
   return unit * rest <= kResidualTolerance && unit * (rounding + rest) <= kDenseTolerance;
