@@ -86,7 +86,8 @@ def backward(
     x, rows = x.double(), decode(values, table)
     to_anchor = anchor_x0 - x
     squares, nearest = _squared_distances(x, rows), to_anchor.square().sum(1)
-    weights = _relative_logits(squares, nearest, t, k).add_(anchor_log_weight[:, None]).exp_()
+    weights = _relative_logits(squares, nearest, t, k).add_(anchor_log_weight[:, None])
+    weights = weights.clamp_(max=0).exp_()  # beside rounding, which a large slope multiplies
 
     # a_j = g·(x0_j − x − v) = g·(x0_j − x0_a) − g·(v − (x0_a − x))
     shift = anchor_x0[:1].sum(0)

@@ -217,11 +217,12 @@ class Expected:
     allowed: np.ndarray
 
 
-def expected(p: Problem, backend: str, float64: bool) -> dict[str, Expected]:
-    """What the op must give, in extended precision where k needs it: a tolerance is beside that of
-    float64's own distances.
+def expected(p: Problem, backend: str) -> dict[str, Expected]:
+    """What the op must give, in extended precision where k needs it, and how far off each row may
+    be: by the contract, gradients by ‖g_v‖ + 2 Σ_j |c_j| ‖x − x0_j‖ and its like, and by what
+    float64 rounds.
     """
-    D, d = p.D, p.x.shape[1]
+    D, d, float64 = p.D, p.x.shape[1], p.x.dtype == torch.float64
     half_k = (d + D) / 2
     wide = np.longdouble if 1e4 < D < math.inf else np.float64
     x, t, x0 = (a.double().numpy().astype(wide) for a in (p.x, p.t, p.values))
@@ -308,17 +309,22 @@ def outputs(backend, p: Problem) -> Iterator[tuple[str, Tensor]]:
 
 def ratios(backend, p: Problem) -> dict[str, float]:
     """For each output the largest error of a row over what is allowed: above 1 is a miss."""
-    float64 = p.x.dtype == torch.float64
-    truth = expected(p, backend.name, float64)
-    found = {}
+    truth, found = expected(p, backend.name), {}
     for name, actual in outputs(backend, p):
         value, allowed = truth[name].value, truth[name].allowed
-        result = actual.detach().double().numpy()
-        # On top of what the dtype of the output rounds.
-        info = np.finfo(str(actual.dtype).removeprefix("torch."))
-        rounding = np.abs(value) * info.eps / 2 + float(info.smallest_subnormal)
-        error = np.maximum(np.abs(result - value) - rounding, 0)
-        error = error.reshape(len(error), -1)
-        ratio = np.sqrt(np.square(error).sum(1)) / (allowed + 1e-300)
-        found[name] = float(np.nan_to_num(ratio, nan=np.inf).max())
+        info = torch.finfo(actual.dtype)
+        rounding = np.abs(value) * info.eps / 2 + info.smallest_normal * info.eps
+        error = np.abs(actual.detach().double().numpy() - value) - rounding
+        error = np.linalg.norm(np.maximum(error, 0).reshape(len(error), -1), axis=1)
+        ratio = np.where(
+            error > 0, error / np.maximum(allowed, 1e-300), np.nan_to_num(error, nan=np.inf)
+        )
+        found[name] = float(ratio.max())
     return found
+
+
+def misses(backend, p: Problem) -> list[str]:
+    """The outputs that miss the contract, and by what factor."""
+    return [
+        f"{name} by {ratio:.3g}" for name, ratio in ratios(backend, p).items() if not ratio <= 1
+    ]
