@@ -177,8 +177,8 @@ def few_values(d: int, D: float, t: float, count: int = 60) -> Case:
     """Ones and zeros, with queries amid them: roundings are those of a few numbers."""
     generator = seeded(d)
     x0 = (torch.rand(count, d, generator=generator) < 0.5).float()
-    x = 0.5 + 0.01 * torch.randn(4, d, generator=generator)
-    return Case(x, torch.full((4,), t), x0, D, dense=True, named=False)
+    x = 0.5 + 0.01 * torch.randn(16, d, generator=generator)
+    return Case(x, torch.full((16,), t), x0, D, dense=True, named=False)
 
 
 def two_clusters(d: int, D: float, distance: float, width: float, t: float) -> Case:
@@ -197,8 +197,8 @@ def mostly_coinciding(d: int, D: float) -> Case:
     """Of five references four coincide, as far away as the other."""
     generator = seeded(d)
     x0 = torch.randn(2, d, generator=generator)[[0, 1, 1, 1, 1]] * 10
-    x = x0[:2].mean(0) + 3 * torch.randn(24, d, generator=generator)
-    return Case(x, torch.linspace(0.1, 3, 24), x0, D, named=d <= 16)
+    x = x0[:2].mean(0) + 3 * torch.randn(200, d, generator=generator)
+    return Case(x, torch.linspace(0.1, 3, 200), x0, D, named=d <= 16)
 
 
 def at_the_origin(d: int) -> Case:
@@ -291,7 +291,7 @@ for d, D, distance, width, t in (
     (20, 8, 60, 1e-6, 10),
     (100, 1000, 60, 1, 87),
     (128, 128, 900, 1e-6, 14),
-    (257, 128, 1000, 1e-6, 1e-4),
+    (257, 128, 1000, 1e-3, 1.3e-4),
     (257, 1e6, 1000, 1e-7, 3e-4),
 ):
     register(f"two clusters d={d} D={D:g} width={width:g}", two_clusters, d, D, distance, width, t)
