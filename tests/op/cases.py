@@ -173,6 +173,51 @@ def close_together(d: int, D: float, distance: float) -> Case:
     return Case(x, torch.ones(12), x0, D, dense=True, named=d <= 16)
 
 
+def few_values(d: int, D: float, t: float, count: int = 60) -> Case:
+    """Ones and zeros, with queries amid them: roundings are those of a few numbers."""
+    generator = seeded(d)
+    x0 = (torch.rand(count, d, generator=generator) < 0.5).float()
+    x = 0.5 + 0.01 * torch.randn(16, d, generator=generator)
+    return Case(x, torch.full((16,), t), x0, D, dense=True, named=False)
+
+
+def two_clusters(d: int, D: float, distance: float, width: float, t: float) -> Case:
+    """Far apart and tight; queries at one of them, between them and about t away. Of 300, so that a
+    few of the others do not stand for all.
+    """
+    generator = seeded(d)
+    centres = distance / math.sqrt(2 * d) * torch.randn(2, d, generator=generator)
+    x0 = centres[torch.arange(300) % 2] + width * torch.randn(300, d, generator=generator)
+    near = centres[[0, 1, 0, 1, 0, 1]] + width * torch.randn(6, d, generator=generator)
+    middle = (centres[0] + centres[1]) / 2 + 1e-3 * torch.randn(6, d, generator=generator)
+    return Case(torch.cat([near, middle]), torch.full((12,), t), x0, D, dense=True, named=False)
+
+
+def mostly_coinciding(d: int, D: float) -> Case:
+    """Of five references four coincide, as far away as the other."""
+    generator = seeded(d)
+    x0 = torch.randn(2, d, generator=generator)[[0, 1, 1, 1, 1]] * 10
+    x = x0[:2].mean(0) + 3 * torch.randn(200, d, generator=generator)
+    return Case(x, torch.linspace(0.1, 3, 200), x0, D, named=d <= 16)
+
+
+def at_the_origin(d: int) -> Case:
+    """Unit vectors and their negatives, and queries at the origin, equally far from all."""
+    x0 = torch.eye(d).repeat(2, 1)
+    x0[d:] *= -1
+    return Case(
+        torch.zeros(2, d), torch.tensor([3.0, 300.0]), x0, math.inf, dense=True, named=False
+    )
+
+
+def huge_D(d: int, D: float) -> Case:  # noqa: N802
+    """t grows as √D, as D approaches the Gaussian kernel."""
+    generator = seeded(d)
+    x0, x = (torch.randn(n, d, generator=generator) for n in (100, 6))
+    t = torch.tensor([0.2, 0.5, 1, 2, 5, 20], dtype=torch.float64) * math.sqrt(D)
+    return Case(x, t, x0, D, dense=True, named=d <= 16)
+
+
 def register(name: str, build: Callable[..., Case], *arguments: float, **options: float) -> None:
     assert name not in CASES
     CASES[name] = lambda: build(*arguments, **options)
@@ -233,3 +278,25 @@ for d, count, D in (
 ):
     register(f"flat d={d} D={D:g}", flat, d, count, D)
     register(f"flat d={d} D={D:g} ones", flat, d, count, D, share=0.2)
+for d, D, t in (
+    (20, 8, 0.4),
+    (32, 1, 0.4),
+    (64, 1, 0.4),
+    (64, 128, 0.4),
+    (200, 128, 0.4),
+    (257, 1, 0.4),
+):
+    register(f"few values d={d} D={D:g}", few_values, d, D, t, 60 if d < 257 else 300)
+for d, D, distance, width, t in (
+    (20, 8, 60, 1e-6, 10),
+    (100, 1000, 60, 1, 87),
+    (128, 128, 900, 1e-6, 14),
+    (257, 128, 1000, 1e-3, 1.3e-4),
+    (257, 1e6, 1000, 1e-7, 3e-4),
+):
+    register(f"two clusters d={d} D={D:g} width={width:g}", two_clusters, d, D, distance, width, t)
+for d in (3, 16, 20, 24):
+    register(f"mostly coinciding d={d}", mostly_coinciding, d, 8)
+register("at the origin d=257", at_the_origin, 257)
+for d, D in ((1, 1e9), (2, 1e11), (20, 1e12), (64, 1e11), (300, 1e11)):
+    register(f"huge D d={d}", huge_D, d, D)

@@ -35,6 +35,34 @@ inline Bound make_bound(const FieldParams& p, const Operands& o, QueryNorms quer
   return bound;
 }
 
+// What a product of `columns` columns, summed in float in sums of at most `step` from zero, may be
+// off by, root mean square: its partial sums get as far as it does itself, and by chance as far as
+// what its factors' norms multiply to, over √columns.
+inline double product_rounding(int64_t columns, int64_t step, double product, double norms) {
+  const double n = static_cast<double>(columns), sums = ::ceil(n / static_cast<double>(step));
+  const double drift = product * product * (n / sums + sums * sums) / (3 * sums);
+  const double chance = norms * norms * (1 / sums + sums / n) / 2;
+  return kRounding * ::sqrt(drift + chance);
+}
+
+// Whether float projections g·y, in sums of `step` columns, are precise enough for dx: four times
+// their error, root mean square, within 1e-5 of ‖g‖. together: √Σ_j w_j² of the references that are
+// projected in float, at most, where their errors are independent, else 1.
+inline bool resolves_pull(const FieldParams& p, const Operands& o, int64_t b, double distance,
+                          int64_t step, double together) {
+  const int64_t ld = round_up(p.dim, kPad);
+  const double *g = p.grad_displacement + b * ld, *x = p.x + b * ld;
+  double square = 0, product = p.projection[b];  // of g and the mean of y
+  for (int64_t c = 0; c < p.dim; ++c) {
+    square += g[c] * g[c];
+    product += g[c] * (x[c] - o.origin[c]);
+  }
+  const double size = ::sqrt(square);
+  const double error = product_rounding(p.dim, step, product, size * o.unit * o.radius);
+  const double slope = RadialKernel(p.half_k, p.t[b]).slope(distance * distance);
+  return 4 * 2 * slope * distance * error * together <= 1e-5 * size;
+}
+
 // The r of a reference that is `depth` below one at this squared distance, in logits.
 inline double farthest_r(const FieldParams& p, const Operands& o, int64_t b, double offset,
                          double nearest, double depth) {

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <vector>
 
-#include "crowds.h"
+#include "alike.h"
 
 namespace pfgm {
 namespace {
@@ -19,9 +19,9 @@ constexpr int64_t kMeanRows = 64;         // references that the origin is the m
 // that, and what they are off the grid by would show in the result.
 constexpr double kGridTolerance = 0x1p-22;
 
-// codes ↦ low + step · code, within tolerance. step = 0: no grid.
+// codes ↦ low + step · code, within tolerance. step = 0: no grid. off: by how much a value is at most.
 struct Grid {
-  double low = 0, step = 0, tolerance = 0;
+  double low = 0, step = 0, tolerance = 0, off = 0;
 };
 
 Grid table_grid(const float* table) {
@@ -29,11 +29,10 @@ Grid table_grid(const float* table) {
   grid.low = table[0];
   grid.step = (double{table[255]} - table[0]) / 255;
   grid.tolerance = kGridTolerance * std::abs(255 * grid.step);
-  double deviation = 0;
   for (int u = 0; u < 256; ++u) {
-    deviation = std::max(deviation, std::abs(table[u] - (grid.low + grid.step * u)));
+    grid.off = std::max(grid.off, std::abs(table[u] - (grid.low + grid.step * u)));
   }
-  if (!(deviation <= grid.tolerance)) grid.step = 0;
+  if (!(grid.off <= grid.tolerance)) grid.step = 0;
   return grid;
 }
 
@@ -64,8 +63,9 @@ Grid sample_grid(const FieldParams& p) {
   if (steps > 255) return grid;
   step = range / steps;
   for (const float v : sample) {
-    if (!(std::abs(v - (low + step * std::round((v - low) / step))) <= grid.tolerance)) return grid;
+    grid.off = std::max(grid.off, std::abs(v - (low + step * std::round((v - low) / step))));
   }
+  if (!(grid.off <= grid.tolerance)) return grid;
   grid.low = low - std::floor((255 - steps) / 2) * step;
   grid.step = step;
   return grid;
@@ -113,21 +113,35 @@ void for_rows(const FieldParams& p, const Row& row) {
   });
 }
 
-// The middle of a sample of the references.
+// The middle of a sample of the references, to a few digits of its distance from them: float then
+// holds what is left of most values when it is subtracted.
 void sample_mean(const FieldParams& p, double* mean) {
   const int64_t rows = std::min(p.count, kMeanRows);
+  std::vector<double> low(p.dim, INFINITY), high(p.dim, -INFINITY);
   std::fill(mean, mean + p.dim, 0.0);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t start = p.count * i / rows * p.dim;
-    for (int64_t c = 0; c < p.dim; ++c) mean[c] += decode(p, start + c);
+    for (int64_t c = 0; c < p.dim; ++c) {
+      const double value = decode(p, start + c);
+      mean[c] += value;
+      low[c] = std::min(low[c], value);
+      high[c] = std::max(high[c], value);
+    }
   }
-  for (int64_t c = 0; c < p.dim; ++c) mean[c] = static_cast<float>(mean[c] / rows);
+  for (int64_t c = 0; c < p.dim; ++c) {
+    mean[c] = static_cast<float>(mean[c] / static_cast<double>(rows));
+    const double width = high[c] - low[c];
+    if (!(width > 0) || !std::isfinite(width)) continue;
+    const double step = std::exp2(std::floor(std::log2(width / 8)));
+    mean[c] = static_cast<float>(step * std::nearbyint(mean[c] / step));
+  }
 }
 
 // The grid (operands.h) with its origin moved to the next code. Returns the codes of that.
 std::vector<int32_t> write_grid(const FieldParams& p, const Grid& grid) {
   p.grid[0] = grid.step;
   p.grid[1] = std::sqrt(static_cast<double>(p.dim)) * 2 * grid.tolerance / std::abs(grid.step);
+  p.grid[2] = grid.off > 0;
   p.grid[3] = grid.low;
   double* origin = p.grid + kGridHeader;
   std::vector<int32_t> origin_codes(p.dim);
@@ -157,7 +171,7 @@ bool encode(const FieldParams& p, const Grid& grid) {
   return fits;
 }
 
-// Codes, norms and all of the grid but whether there are crowds.
+// Codes, norms and all of the grid; what it says of references that are alike, as if they were.
 void encode_or_centre(const FieldParams& p) {
   double* origin = p.grid + kGridHeader;
   sample_mean(p, origin);
@@ -170,6 +184,7 @@ void encode_or_centre(const FieldParams& p) {
   std::copy(mean.begin(), mean.end(), origin);
   p.grid[0] = 1;
   p.grid[1] = -1;
+  p.grid[2] = 1;
   for_rows(p, [&](int64_t j) {
     double sum = 0;
     for (int64_t c = 0; c < p.dim; ++c) {
@@ -184,7 +199,7 @@ void encode_or_centre(const FieldParams& p) {
 
 void PFGM_ISA::prepare_references(const FieldParams& p) {
   encode_or_centre(p);
-  p.grid[2] = has_crowds(p);
+  p.grid[2] = are_alike(p) ? 1 + p.grid[2] : 0;
 }
 
 }  // namespace pfgm

@@ -24,27 +24,30 @@ struct Operands {
   double deviation;              // ‖x0 − (origin + unit · y)‖ / unit at most, where there are codes
   Buffer<double> origin;         // (ld,) with zeros beyond d, as rows of queries are
   Buffer<int32_t> origin_codes;  // (ld,), where there are codes
-  // Many references are equal: rounding errors of float products are then equal, too, and no sum
-  // averages them out.
-  bool crowds;
+  bool alike;            // whether rounding errors of float products are (alike.h), and those of
+  bool rounded;          // a grid's values, where these are not exact
   double radius;         // max ‖y‖, NaN where any reference is not finite
   Buffer<double> roots;  // (N,) ‖y‖
 };
 
-// FieldParams' grid: unit, deviation (negative: there are no codes), crowds, what code 0 stands
-// for, origin (d,).
+// FieldParams' grid: unit, deviation (negative: there are no codes), whether references are alike (2:
+// and their values rounded), what code 0 stands for, origin (d,).
 constexpr int64_t kGridHeader = 4;
+
+// Whether the references are codes on a grid, as prepare_references found.
+inline bool has_codes(const FieldParams& p) { return p.grid[1] >= 0; }
 
 // What prepare_references wrote.
 inline Operands make_operands(const FieldParams& p) {
   Operands o{};
-  const bool coded = p.grid[1] >= 0;
+  const bool coded = has_codes(p);
   o.norms = p.norms;
   o.codes = !coded ? nullptr : p.codes ? p.codes : static_cast<const uint8_t*>(p.values);
   o.unit = p.grid[0];
   o.inverse_unit = 1 / o.unit;
   o.deviation = coded ? p.grid[1] : 0;
-  o.crowds = p.grid[2] != 0;
+  o.alike = p.grid[2] > 0;
+  o.rounded = p.grid[2] > 1;
   const int64_t ld = round_up(p.dim, kPad);
   const double* origin = p.grid + kGridHeader;
   o.origin = Buffer<double>(ld);

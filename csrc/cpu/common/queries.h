@@ -18,6 +18,7 @@ constexpr double kSingleCutoff = 16;
 // A reference with more than 1/128 of the weight is taken by direct differences.
 constexpr double kHeavy = 1.0 / 128;
 constexpr double kFloatRounding = 0x1p-24;
+constexpr double kRounding = 0.42 * kFloatRounding;  // of a number at most that, root mean square
 constexpr int kColumnBlock = 256;  // columns whose products are summed in one go, from zero
 
 // By how much the logit of an anchor that is not heavy, known exactly, may be off in the products:
@@ -134,7 +135,7 @@ inline Digits pack_digits(const FieldParams& p, const Operands& o, int64_t b, in
     const Vec x = shifted_columns(p, o, b, c), size = x < 0.0 ? -x : x;
     most = size > most ? size : most;
   }
-  double largest = 1e-300;
+  double largest = 1e-280;  // of which the last digit's unit has an inverse
   for (int i = 0; i < kLanes; ++i) largest = std::max(largest, most[i]);
   Digits digits{largest / 127, {}, {}};
   double units[kDigits], inverses[kDigits];

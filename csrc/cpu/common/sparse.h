@@ -189,7 +189,7 @@ inline void finish_sparse_backward(const FieldParams& p, const RowReader& reader
   for (size_t n = 0; n < query.pairs.size(); ++n) {
     const Pair& pair = query.pairs[n];
     const double logit = kernel.relative_logit<ScalarMath>(pair.distance, p.anchor_square[b]);
-    const double weight = ::exp(logit + p.anchor_log_weight[b]);
+    const double weight = ::exp(std::min(0.0, logit + p.anchor_log_weight[b]));
     if (weight == 0) continue;
     const double u = kernel.argument(pair.distance, p.anchor_square[b]);
     const double a = pair.projection - p.projection[b] + p.grad_log_mass[b] - total.tilt * u;

@@ -35,7 +35,7 @@ struct Queries {
       offset[i] = kernel.offset;
       rate[i] = kernel.inverse_two_t2;
       origin[i] = static_cast<float>(p.anchor_square[b]);
-      certified[i] = fits_float(kernel, p.anchor_square[b], kMostSlope);
+      certified[i] = fits_float(kernel, p.anchor_square[b]);
     }
     const bool gaussian = p.half_k == INFINITY;
     scale.move(origin, offset, rate, gaussian);

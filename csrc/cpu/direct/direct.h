@@ -29,6 +29,11 @@ constexpr int kTileVectors = kQueries / kFloatLanes;
 enum class Weighing { kPower, kLogarithm, kGaussian };
 
 constexpr double kCrowdTolerance = 6e-7;  // log masses of equal references may be off by this much
+// Log masses may be off by this much, four times their root mean square, which is so much of the
+// slope of a logit times its squared distance, and of a weight.
+constexpr double kLogMassTolerance = 1e-6;
+constexpr double kSquareRounding = 4e-8, kWeightRounding = 5e-8;
+constexpr double kLeastAlike = 4;  // k/2 from which on references that are alike matter
 
 constexpr int kMaxPower = 40;  // beyond it the rounding of powers exceeds that of logarithms
 
@@ -53,15 +58,15 @@ void dispatch(Weighing weighing, const Task& task) {
 }
 
 // What the slope of a logit times its squared distance may be for the rounding of the latter, of
-// 2e-7 at most, to move it by little enough: it is k/2 at most. Errors of crowds add up.
-constexpr double kMostSlope = 14, kMostCrowdSlope = 1.5;
+// 2e-7 at most, to move it by little enough: it is k/2 at most.
+constexpr double kMostSlope = 14;
 
 // Whether float does for a query whose nearest reference is at this squared distance: the range
 // holds what is formed.
-inline bool fits_float(const RadialKernel& kernel, double distance, double most_slope) {
+inline bool fits_float(const RadialKernel& kernel, double distance) {
   const double slope = kernel.slope(distance);
   const double size = kernel.gaussian ? 1 / slope : distance + kernel.offset;
-  return size > 1e-25 && size < 1e25 && distance < 1e25 && distance * slope <= most_slope;
+  return size > 1e-25 && size < 1e25 && distance < 1e25 && distance * slope <= kMostSlope;
 }
 
 // Parts of the references: several where there are too few tiles for the threads to share evenly.

@@ -7,7 +7,7 @@
 // states are combined at the end. The nearest reference of each part is weighed again in double.
 #include <algorithm>
 
-#include "../common/crowds.h"
+#include "../common/alike.h"
 #include "../common/kernels.h"
 #include "direct_low.h"
 
@@ -25,16 +25,15 @@ struct Pass {
   const FieldParams& p;
   Weights weights;
   int64_t ld, begin, end;  // the references' part
-  double most_slope;
-  bool gaussian;
+  bool alike, gaussian;  // alike: the references' distances err alike
 
-  Pass(const FieldParams& p, int64_t begin, int64_t end, double most_slope)
+  Pass(const FieldParams& p, int64_t begin, int64_t end, bool alike)
       : p(p),
         weights(p.half_k),
         ld(round_up(p.dim, kPad)),
         begin(begin),
         end(end),
-        most_slope(most_slope),
+        alike(alike),
         gaussian(p.half_k == INFINITY) {}
 
   // References whose distance falls below the scale by more than this, in u, move it: close to it
@@ -52,11 +51,6 @@ inline double squared_distance(const FieldParams& p, const double* x, int64_t j)
     sum += difference * difference;
   }
   return sum;
-}
-
-inline double choose_most_slope(const FieldParams& p) {
-  if (p.half_k <= kMostCrowdSlope) return kMostSlope;  // none is steeper
-  return has_crowds(p) ? kMostCrowdSlope : kMostSlope;
 }
 
 // A vector of queries.
@@ -187,6 +181,14 @@ void add_block_low(const DirectBlock& block, int32_t first_run, Queries& queries
   for (int c = 0; c < kDim; ++c) accumulate(queries.displacement[c], total.sums[c]);
 }
 
+// Whether the other references' weights are precise enough. share: of the nearest, which is exact;
+// none of the others has more.
+bool precise(double slope, double share, bool alike) {
+  const double error = slope * kSquareRounding + kWeightRounding;
+  const double others = alike ? 1 - share : ::sqrt(share * (1 - share));
+  return 4 * error * others <= kLogMassTolerance;
+}
+
 // Completes a query's part: sums become relative to the nearest reference, whose weight in them,
 // nearest_weight, is put right.
 void finish(const Pass& pass, const Queries& queries, int lane, double nearest_weight, int64_t b,
@@ -218,8 +220,8 @@ void finish(const Pass& pass, const Queries& queries, int lane, double nearest_w
   // What the correction would be for all others that may be copies of the nearest.
   const double share = 1 / part->state.sum, copies = queries.equal[lane] - 1;
   const double off = std::abs(correction) * std::min(1 - share, copies * share);
-  part->certified =
-      finite == 0 && fits_float(kernel, distance, pass.most_slope) && off <= kCrowdTolerance;
+  part->certified = finite == 0 && fits_float(kernel, distance) && off <= kCrowdTolerance &&
+                    precise(kernel.slope(distance) * distance, share, pass.alike);
 }
 
 // Calls add(block, index of its first run, queries) for the blocks of the pass and vectors of up to
@@ -301,12 +303,12 @@ bool combine(const FieldParams& p, int64_t b, const Part* parts, const double* d
 void PFGM_ISA::direct_forward(const FieldParams& p, uint8_t* uncertified) {
   const int64_t tiles = (p.batch + kQueries - 1) / kQueries, ld = round_up(p.dim, kPad);
   const int64_t num_parts = count_parts(p, tiles);
-  const double most_slope = choose_most_slope(p);
+  const bool alike = p.half_k > kLeastAlike && are_alike(p);
   const Buffer<Part> parts(num_parts * p.batch);
   const Buffer<double> displacements(num_parts * p.batch * ld);
   parallel_for(p.num_threads, tiles * num_parts, [&](int64_t task, int) {
     const int64_t start = task % tiles * kQueries, part = task / tiles;
-    const Pass pass(p, p.count * part / num_parts, p.count * (part + 1) / num_parts, most_slope);
+    const Pass pass(p, p.count * part / num_parts, p.count * (part + 1) / num_parts, alike);
     const int64_t out = part * p.batch + start;
     forward_tile(pass, start, clamp_size(p.batch - start, kQueries), parts.get() + out,
                  displacements.get() + out * ld);

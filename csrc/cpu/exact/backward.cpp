@@ -42,7 +42,9 @@ struct Query {
     VecInt active = {};
     for (int r = 0; r < padded; r += kLanes) {
       const Vec logit = kernel.relative_logit<VecMath>(load(squares + r), broadcast(nearest));
-      const Vec w = singular || logit < cutoff ? Vec{} : exp(logit + anchor_log_weight);
+      const Vec log_weight = logit + anchor_log_weight;  // beside its rounding at most 0
+      const Vec at_most = log_weight > 0.0 ? Vec{} : log_weight;
+      const Vec w = singular || logit < cutoff ? Vec{} : exp(at_most);
       active |= (VecInt)(w != 0.0);
       store(weights + r, w);
     }

@@ -164,10 +164,11 @@ struct FusedBackward : FusedPass {
     const RadialKernel& kernel = queries[i].kernel;
     const double square = p.anchor_square[b], distance = ::sqrt(square);
     const double lost = kFloatRounding * o.unit * o.radius;
+    const double together = ::sqrt(std::min(kHeavyPull, ::exp(p.anchor_log_weight[b])));
     return square + kernel.offset >= queries[i].least_s &&
            p.anchor_log_weight[b] >= kLeastLogWeight &&
            std::max(lost, o.unit * o.deviation) <= kFusedPull * distance &&
-           2 * kernel.slope(square) * lost * distance <= kFusedTolerance;
+           resolves_pull(p, o, b, distance, sum_depth(p.dim), together);
   }
 
   // r of a reference whose weight is exp(−depth), or at most that where there is an error.
@@ -276,7 +277,7 @@ void PFGM_ISA::fused_backward_queries(const FieldParams& p, uint8_t* uncertified
   Tiles tiles;
   for (int64_t b = 0; b < p.batch; ++b) {
     const bool singular = RadialKernel(p.half_k, p.t[b]).singular(p.anchor_square[b]);
-    uncertified[b] = operands.crowds || singular || !in_range(p, operands, b);
+    uncertified[b] = operands.alike || singular || !in_range(p, operands, b);
     if (!uncertified[b]) tiles.rows.push_back(b);
   }
   if (!tiles.rows.empty()) FusedBackward(p, operands, tiles, uncertified).run();

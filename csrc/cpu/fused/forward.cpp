@@ -18,9 +18,13 @@ constexpr size_t kMostListed = 64;  // heavy references that wait to be taken
 // Displacements of light references may be off by this much, relative to the distance.
 constexpr double kFusedDisplacement = 4e-7;
 
+// Log masses may be off by this much, four times their root mean square.
+constexpr double kLogMassTolerance = 1e-6;
+
 // What a task found for a query: the weights are relative to state.nearest.
 struct Partial {
   OnlineState state;
+  double light = 0, squares = 0;  // Σ w and at most Σ w² of the light references
   int64_t anchor = 0;
   float nearest = INFINITY;  // smallest r
   bool certified = false;
@@ -46,6 +50,7 @@ struct FusedTile {
   bool certified[kTileQueries];
   double level[kTileQueries];  // the squared distance that the weights are relative to
   double light[kTileQueries], taken[kTileQueries];  // weight in the totals, and listed
+  double squares[kTileQueries];                     // Σ w² in the totals, at most
   double heavy[kTileQueries];                       // weight of what was listed, exactly
   double factor[kTileQueries];                      // takes totals to the new level
   int64_t anchor[kTileQueries];
@@ -66,7 +71,7 @@ struct FusedTile {
       nearest[q] = q < size ? INFINITY : -INFINITY;
       certified[q] = q < size;
       level[q] = INFINITY;
-      light[q] = taken[q] = heavy[q] = 0;
+      light[q] = squares[q] = taken[q] = heavy[q] = 0;
       factor[q] = 1;
       anchor[q] = 0;
       take_no_part(q);
@@ -110,6 +115,7 @@ struct FusedTile {
     if (level[q] < INFINITY) {
       factor[q] = query.kernel.relative_weight(level[q], to);
       light[q] *= factor[q];
+      squares[q] *= factor[q] * factor[q];
       taken[q] *= factor[q];
       if (heavy[q] != 0) {
         heavy[q] *= factor[q];
@@ -134,6 +140,12 @@ struct FusedTile {
       CompensatedSum sum;
       for (int64_t i = 0; i < count; ++i) sum.add(sums[i]);
       return sum.total();
+    }
+
+    VecF squares() const {  // at most
+      VecF sum = {};
+      for (int64_t i = 0; i < count; ++i) sum += sums[i] * most[i];
+      return sum;
     }
   };
 
@@ -195,7 +207,7 @@ struct FusedTile {
     for (int64_t i = 0; i < runs.count; ++i) {
       if (!bits(runs.most[i] > least)) continue;
       found = true;
-      runs.sums[i] = VecF{};
+      runs.sums[i] = runs.most[i] = VecF{};
       for (int64_t j = i * Runs::kRows; j < std::min(count, (i + 1) * Runs::kRows); ++j) {
         const VecF w = load(weights + j * width), rest = w > least ? VecF{} : w;
         for (unsigned mask = bits(w > least); mask; mask &= mask - 1) {
@@ -204,6 +216,7 @@ struct FusedTile {
         }
         store(weights + j * width, rest);
         runs.sums[i] += rest;
+        runs.most[i] = larger(rest, runs.most[i]);
       }
     }
     if (found) {
@@ -211,8 +224,11 @@ struct FusedTile {
       store(lanes, sum);
     }
     bool moved = false;
+    float more[kFloatLanes];
+    store(more, runs.squares());
     for (int64_t lane = 0; lane < kFloatLanes; lane += kLanes) {
       store(light + v + lane, load(light + v + lane) + widen(lanes + lane));
+      store(squares + v + lane, load(squares + v + lane) + widen(more + lane));
       moved |= bits(load(factor + v + lane) != 1.0) != 0;
     }
     return moved || bits(sum != 0.0f);
@@ -263,6 +279,8 @@ struct FusedTile {
     for (int64_t c = p.dim; c < ld; ++c) displacement[c] = 0;
     partial.state.nearest = level[q];
     partial.state.sum = light[q] + heavy[q];
+    partial.light = light[q];
+    partial.squares = squares[q];
     const double distance = ::sqrt(std::max(0.0, level[q]));
     const double lost = kFloatRounding * o.unit * o.radius * light[q];
     partial.certified = lost <= kFusedDisplacement * distance * partial.state.sum;
@@ -317,6 +335,9 @@ struct FusedForward : FusedPass {
       }
       if (!all.certified) continue;
       const OnlineState::Factors factors = all.state.merge(other.state, kernel);
+      all.light = factors.own * all.light + factors.theirs * other.light;
+      all.squares = factors.own * factors.own * all.squares +
+                    factors.theirs * factors.theirs * other.squares;
       const double* theirs = row(part, i, p.displacement);
       for (int64_t c = 0; c < p.dim; ++c) v[c] = factors.own * v[c] + factors.theirs * theirs[c];
     }
@@ -325,7 +346,7 @@ struct FusedForward : FusedPass {
     const double sum = all.state.sum;
     for (int64_t c = 0; c < p.dim; ++c) v[c] /= sum;
     const double square = pair_sums(reader, p.x + b * ld, nullptr, all.anchor).distance;
-    if (!resolves(p, o, v, ::sqrt(square))) return false;
+    if (!resolves(p, o, v, ::sqrt(square)) || !precise(i, square)) return false;
     const double nominal = (all.nearest + queries[i].offset) * o.unit * o.unit;
     const double off = std::abs(kernel.relative_logit<ScalarMath>(nominal, square));
     if (sum * kHeavy > 0.25 && !(off <= kAnchorTolerance)) return false;
@@ -334,6 +355,27 @@ struct FusedForward : FusedPass {
     p.anchor_log_weight[b] =
         kernel.relative_logit<ScalarMath>(square, all.state.nearest) - ::log(sum);
     return std::isfinite(p.log_mass[b]);
+  }
+
+  // Whether the logits of the light references, whose errors are independent but for what float
+  // leaves out of the query, are precise enough.
+  bool precise(int64_t i, double anchor_square) const {
+    const Partial& all = partials[i];
+    const int64_t b = tiles.rows[i];
+    const double* v = p.displacement + b * ld;
+    double product = 0;
+    for (int64_t c = 0; c < p.dim; ++c) {
+      const double x = shifted(p, o, b, c);
+      product += x * (x + v[c] * o.inverse_unit);
+    }
+    const double slope = queries[i].kernel.slope(anchor_square) * o.unit * o.unit;
+    const Bound& bound = queries[i].bound;
+    const double rounding = 2 * product_rounding(p.dim + 1, sum_depth(p.dim + 1), product,
+                                                 ::sqrt(bound.squared) * o.radius);
+    const double apart = ::hypot(rounding, kRounding * spread) * ::sqrt(all.squares);
+    const double root_dim = ::sqrt(static_cast<double>(p.dim));
+    const double alike = 2 * bound.residual * o.radius / root_dim * all.light;
+    return slope * (4 * apart + 2 * alike) <= kLogMassTolerance * all.state.sum;
   }
 
   // Largest r that a reference of any weight can have.
@@ -352,7 +394,7 @@ void PFGM_ISA::fused_forward(const FieldParams& p, uint8_t* uncertified) {
   const Operands operands = make_operands(p);
   Tiles tiles;
   for (int64_t b = 0; b < p.batch; ++b) {
-    uncertified[b] = operands.crowds || !in_range(p, operands, b);
+    uncertified[b] = operands.alike || !in_range(p, operands, b);
     if (!uncertified[b]) tiles.rows.push_back(b);
   }
   if (!tiles.rows.empty()) FusedForward(p, operands, tiles, uncertified).run();

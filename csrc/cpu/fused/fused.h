@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the fused kernels for 24 < d ≤ 256 share: one pass over the references in blocks that stay
-// in the cache, with nothing of size B · N in memory. A product
+// in the cache, with nothing of size B · N in memory. References on a grid go elsewhere: their few
+// values round alike. A product
 //
 //   r_j = (‖y_j‖² − centre) − 2 x'·y_j,   s_j / unit² = r_j + offset
 //
@@ -27,8 +28,13 @@ constexpr double kLeastS = 1e-30;  // of which a float holds the reciprocal
 
 // The middle of ‖y‖²: what is left of the norms is rounded to float.
 inline double norm_centre(const FieldParams& p, const Operands& o) {
-  const double middle = (o.norms[0] + o.norms[p.count / 2] + o.norms[p.count - 1]) / 3;
-  return std::nearbyint(middle);
+  return (o.norms[0] + o.norms[p.count / 2] + o.norms[p.count - 1]) / 3;
+}
+
+// Columns whose products are summed in one go, of so many.
+inline int64_t sum_depth(int64_t columns) {
+  const int64_t sums = std::max<int64_t>(1, (columns + kFusedDepth / 2) / kFusedDepth);
+  return (columns + sums - 1) / sums;
 }
 
 // Tiles of queries times contiguous parts of the references. There are parts only where there are
@@ -54,7 +60,7 @@ struct FusedBlock {
 
   void load(const FieldParams& p, const Operands& o, double centre, int64_t first, int64_t count) {
     rows = count;
-    if (o.codes || p.value_type == ValueType::kUint8) {
+    if (p.value_type == ValueType::kUint8) {
       decode_block(p, o, first, rows, 0, dim, y, dim + 1, rows * dim);
     } else {
       subtract_origin(static_cast<const float*>(p.values) + first * dim);
@@ -77,8 +83,7 @@ struct FusedBlock {
   // out (rows, width) = the first `depth` columns times packed (depth, width), in a few sums from
   // zero.
   void multiply(const float* packed, int64_t depth, int64_t width, float* out) const {
-    const int64_t sums = std::max<int64_t>(1, (depth + kFusedDepth / 2) / kFusedDepth);
-    const int64_t step = (depth + sums - 1) / sums;
+    const int64_t step = sum_depth(depth);
     for (int64_t c = 0; c < depth; c += step) {
       product<FloatProduct>(y + c, rows, dim + 1, 1, packed + c * width, width,
                             std::min(step, depth - c), out, c > 0);
@@ -145,7 +150,7 @@ struct FusedPass {
   RowReader reader{p};
   int64_t ld = round_up(p.dim, kPad);
   int64_t size = static_cast<int64_t>(tiles.rows.size());
-  double centre = norm_centre(p, o);
+  double centre = norm_centre(p, o), spread = 0;  // |‖y‖² − centre| at most
   Parts parts{p, tiles.count()};
   std::vector<float> origin{o.origin.get(), o.origin.get() + p.dim};
   std::vector<FusedQuery> queries{static_cast<size_t>(size)};
@@ -154,19 +159,18 @@ struct FusedPass {
 
   FusedPass(const FieldParams& p, const Operands& o, const Tiles& tiles)
       : p(p), o(o), tiles(tiles) {
-    double spread = 0;  // of the norms
     for (int64_t j = 0; j < p.count; ++j) spread = std::max(spread, std::abs(o.norms[j] - centre));
     for (int i = 0; i < p.num_threads; ++i) areas.emplace_back(p.dim);
     parallel_for(p.num_threads, tiles.count(), [&](int64_t tile, int thread) {
       double residuals[kTileQueries];
       pack(tiles, tile, areas[thread].packed.get(), residuals);
       for (int q = 0; q < tiles.size(tile); ++q) {
-        queries[tile * kTileQueries + q] = make_query(tiles.row(tile, q), residuals[q] / 2, spread);
+        queries[tile * kTileQueries + q] = make_query(tiles.row(tile, q), residuals[q] / 2);
       }
     });
   }
 
-  FusedQuery make_query(int64_t b, double residual, double spread) const {
+  FusedQuery make_query(int64_t b, double residual) const {
     const QueryNorms norms = query_norms(p, o, b);
     const double roundings = static_cast<double>(p.dim) + 2, root = ::sqrt(norms.squared);
     FusedQuery query;

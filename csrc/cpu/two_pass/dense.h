@@ -11,29 +11,31 @@ namespace pfgm {
 namespace {
 
 constexpr int64_t kGatherRows = 256;     // references whose terms are summed in float from zero
-constexpr int64_t kCrowdRows = 16;       // the same of crowds, whose terms round alike
+constexpr int64_t kAlikeRows = 16;       // the same where terms round alike (alike.h)
 constexpr int64_t kGatherColumns = 192;  // a multiple of all product_rows()
 constexpr int64_t kGatherStrip = 4;      // kGatherColumns that a task takes at most
 // Logits may be off by this much, root mean square. What remains of it in a sum in which no single
 // reference weighs more than 1/128 is an order of magnitude less, for the errors are independent.
-constexpr double kDenseTolerance = 5e-6;
+constexpr double kDenseTolerance = 2.8e-6;
+// What is left out of a query moves all logits alike, by this much at most, root mean square.
+constexpr double kResidualTolerance = 5e-7;
 
 // Whether the products of a query are precise enough for the weights of all its references.
-inline bool certify(const Screen& screen, int64_t b, double anchor_square) {
+inline bool certify(const Screen& screen, int64_t b, int64_t anchor, double anchor_square) {
   const FieldParams& p = screen.p;
   const Operands& o = screen.o;
   const Bound& bound = screen.bounds[b];
-  if (o.crowds && bound.roundings > 0) return false;
+  if (o.alike && (bound.roundings > 0 || o.rounded)) return false;
   const double slope = RadialKernel(p.half_k, p.t[b]).slope(anchor_square);
   const double root_dim = ::sqrt(static_cast<double>(p.dim)), x_norm = ::sqrt(bound.squared);
-  // Products of the references that count, from their r, and how far their partial sums get. Few of
-  // the partial sums are that large: a quarter of it is still several times what is observed.
-  const double r = anchor_square / (o.unit * o.unit) - bound.offset;
-  const double product = (std::abs(r) + o.radius * o.radius) / 2 + x_norm * o.radius / root_dim;
-  const double rounding = ::sqrt(bound.roundings / 3) * kFloatRounding / 2 * product / 4;
+  // The product of the anchor, from its squared distance: partial sums get as far as that, and by
+  // chance as far as ‖x'‖ ‖y‖/√d.
+  const double product = (o.norms[anchor] + bound.squared - anchor_square / (o.unit * o.unit)) / 2;
+  const double rounding = bound.roundings == 0 ? 0 : product_rounding(p.dim, kColumnBlock, product,
+                                                                     x_norm * o.radius);
   // What is left out of the query points nowhere in particular.
-  const double error = 2 * (rounding + bound.residual * o.radius / root_dim);
-  return slope * error * o.unit * o.unit <= kDenseTolerance;
+  const double unit = 2 * slope * o.unit * o.unit, rest = bound.residual * o.radius / root_dim;
+  return unit * rest <= kResidualTolerance && unit * (rounding + rest) <= kDenseTolerance;
 }
 
 // Moves the columns of some queries from one screen into another.
@@ -196,7 +198,7 @@ struct SecondPass {
   // The sums of columns start to end for some tiles. y, out and totals are work areas.
   void gather_strip(int64_t start, int64_t end, int64_t first_tile, int64_t last_tile, float* y,
                     float* out, double* totals, double* sums) const {
-    const int64_t run = o.crowds ? kCrowdRows : kGatherRows;
+    const int64_t run = o.alike ? kAlikeRows : kGatherRows;
     const int64_t size = (end - start) * kTileQueries;  // of a tile's totals
     std::fill_n(totals, size * (last_tile - first_tile), 0.0);
     for (int64_t block = 0; block < num_blocks; ++block) {

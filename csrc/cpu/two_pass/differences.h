@@ -37,8 +37,10 @@ inline void read_columns(const RowReader& reader, int64_t j, int64_t first, int6
 }
 
 // Puts what direct differences give for r − r of the anchor in the place of the products of some
-// queries. indices: their positions among the queries of the screen.
-inline void subtract(const Screen& screen, Anchors& anchors, const std::vector<int64_t>& indices) {
+// queries, and returns which references are the nearest to these. indices: their positions among the
+// queries of the screen.
+inline std::vector<int64_t> subtract(const Screen& screen, const Anchors& anchors,
+                                     const std::vector<int64_t>& indices) {
   const FieldParams& p = screen.p;
   const double scale = screen.o.inverse_unit * screen.o.inverse_unit;
   const RowReader reader(p);
@@ -73,7 +75,14 @@ inline void subtract(const Screen& screen, Anchors& anchors, const std::vector<i
       }
     }
   });
-  for (const int64_t i : indices) anchors.r[i] = 0;
+  std::vector<int64_t> nearest(indices.size());
+  parallel_for(p.num_threads, static_cast<int64_t>(indices.size()), [&](int64_t n, int) {
+    for (int64_t j = 1; j < p.count; ++j) {
+      const float least = screen.product(indices[n], nearest[n]);
+      if (screen.product(indices[n], j) < least) nearest[n] = j;
+    }
+  });
+  return nearest;
 }
 
 }  // namespace

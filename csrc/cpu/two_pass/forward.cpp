@@ -11,6 +11,8 @@
 namespace pfgm {
 namespace {
 
+constexpr double kAlikePull = 1e-4;  // of which a tenth is seen, of ‖g‖
+
 struct Forward : TwoPass {
   using TwoPass::TwoPass;
 
@@ -86,7 +88,12 @@ struct Forward : TwoPass {
       add_row(reader, x, j, weight, displacement);
     }
     for (int64_t c = 0; c < p.dim; ++c) displacement[c] /= total;
-    if (!resolves(p, o, displacement, ::sqrt(anchor_square))) uncertified[b] = 1;
+    const double distance = ::sqrt(anchor_square);
+    if (!resolves(p, o, displacement, distance)) uncertified[b] = 1;
+    // Gradients multiply v by g (x0_j − x)/s, and what sums of equal terms round is in all of them.
+    const double pull = 2 * kernel.slope(anchor_square) * distance;
+    const double lost = kRounding * o.unit * o.radius * rest / total;
+    if (o.alike && !(pull * lost <= kAlikePull)) uncertified[b] = 1;
     p.log_mass[b] = kernel.logit(anchor_square) + ::log(total);
     p.anchor_log_weight[b] = -::log(total);
   }

@@ -35,7 +35,7 @@ struct TwoPass {
   // How far below the anchor's logit those lie that count.
   virtual double depth(int64_t) const { return cutoff_depth(p); }
   // Whether float sums resolve what the distances weigh where the anchor is at this squared one.
-  virtual bool resolved(double) const { return true; }
+  virtual bool resolved(int64_t, double) const { return true; }
   // Finishes the queries that take part in a second pass, or marks them as uncertified.
   virtual void finish_dense(const SecondPass& pass) const = 0;
 
@@ -72,6 +72,8 @@ struct TwoPass {
     for (const int64_t b : screen.tiles.rows) {
       if (candidates[b].too_many) {
         dense.rows.push_back(b);
+      } else if (candidates[b].list.empty()) {
+        uncertified[b] = 1;
       } else {
         sparse.push_back({b, &candidates[b].list, {}});
       }
@@ -90,14 +92,32 @@ struct TwoPass {
       const int64_t b = tiles.rows[i];
       if (!candidates[b].too_many) continue;
       const double square = anchor_square(b, candidates[b].nearest);
-      uncertified[b] = !resolved(square);
+      uncertified[b] = !resolved(b, square);
       if (uncertified[b]) continue;
-      if (!certify(screen, b, square)) coarse.push_back(i);
+      if (!certify(screen, b, candidates[b].nearest, square)) coarse.push_back(i);
       anchors.set(screen, i, square, depth(b));
       any = true;
     }
-    if (!coarse.empty()) subtract(screen, anchors, coarse);
+    while (!coarse.empty()) coarse = subtract_from_nearest(screen, anchors, coarse);
     if (any) finish_dense(SecondPass(screen, anchors));
+  }
+
+  // Puts direct differences in the place of products. Returns the queries for which it is to be
+  // done again: beside references so far off as an anchor that coarse products have chosen, float
+  // does not resolve what is much nearer.
+  std::vector<int64_t> subtract_from_nearest(const Screen& screen, Anchors& anchors,
+                                             const std::vector<int64_t>& indices) const {
+    const std::vector<int64_t> nearest = subtract(screen, anchors, indices);
+    std::vector<int64_t> again;
+    for (size_t n = 0; n < indices.size(); ++n) {
+      const int64_t i = indices[n], b = screen.tiles.rows[i];
+      const RadialKernel kernel(p.half_k, p.t[b]);
+      const double before = anchors.squares[i], square = anchor_square(b, nearest[n]);
+      anchors.set(screen, i, square, depth(b));
+      anchors.r[i] = (square - before) * o.inverse_unit * o.inverse_unit;
+      if (kernel.relative_logit<ScalarMath>(square, before) > 1) again.push_back(i);
+    }
+    return again;
   }
 };
 

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// References that are alike: float products and distances of such have equal errors, so that no sum
+// averages them out. Equal references are, or all but equal ones (crowds), and so are those of few
+// values: a column adds to a partial sum one of a few numbers, and what float rounds off it depends
+// on nothing else.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "../../field_math.h"
+
+namespace pfgm {
+namespace {
+
+// NaN has no place in an order.
+inline double finite_or_zero(double v) { return v - v == 0 ? v : 0; }
+
+// Whether two references are closer than float tells apart. norm: the square of what it rounds.
+inline bool coincide(const FieldParams& p, int64_t a, int64_t b, double norm) {
+  constexpr double kClose = 1e-6;
+  double square = 0;
+  for (int64_t c = 0; c < p.dim && square <= kClose * kClose * norm; ++c) {
+    const double difference = decode(p, a * p.dim + c) - decode(p, b * p.dim + c);
+    square += difference * difference;
+  }
+  return square <= kClose * kClose * norm;
+}
+
+// Whether many references coincide, judged by a sample: by its neighbours in the order of a
+// projection, of which a few columns do.
+inline bool has_crowds(const FieldParams& p) {
+  constexpr int64_t kSampleRows = 1024, kSampleColumns = 16, kCrowd = 8;
+  const int64_t rows = std::min(p.count, kSampleRows), columns = std::min(p.dim, kSampleColumns);
+  const auto row = [&](int64_t i) { return p.count * i / rows; };
+  const auto value = [&](int64_t i, int64_t c) {
+    return decode(p, row(i) * p.dim + p.dim * c / columns);
+  };
+  std::vector<std::pair<double, int64_t>> sample(rows);
+  std::vector<double> norms(rows);  // ‖x0 − their mean‖², from the columns
+  for (int64_t i = 0; i < rows; ++i) sample[i].second = i;
+  for (int64_t c = 0; c < columns; ++c) {
+    double mean = 0;
+    for (int64_t i = 0; i < rows; ++i) mean += value(i, c) / static_cast<double>(rows);
+    const double direction = ::fmod(0.618 * static_cast<double>(c + 1), 1.0) + 0.5;
+    for (int64_t i = 0; i < rows; ++i) {
+      const double centred = value(i, c) - mean;
+      sample[i].first += direction * centred;
+      norms[i] += centred * centred * static_cast<double>(p.dim) / static_cast<double>(columns);
+    }
+  }
+  for (auto& [projection, i] : sample) projection = finite_or_zero(projection);
+  std::sort(sample.begin(), sample.end());
+  int64_t equal = 0;
+  for (int64_t i = 1; i < rows && equal < kCrowd; ++i) {
+    const int64_t a = sample[i - 1].second, b = sample[i].second;
+    equal += coincide(p, row(a), row(b), norms[a]);
+  }
+  return equal >= kCrowd || equal * 64 > rows;
+}
+
+// Whether there are few values, judged by a sample.
+inline bool has_few_values(const FieldParams& p) {
+  constexpr int64_t kSampleSize = 1024, kFew = 32;
+  const int64_t total = p.count * p.dim, size = std::min(total, kSampleSize);
+  std::vector<double> sample(size);
+  for (int64_t i = 0; i < size; ++i) sample[i] = finite_or_zero(decode(p, total * i / size));
+  std::sort(sample.begin(), sample.end());
+  return std::unique(sample.begin(), sample.end()) - sample.begin() <= kFew;
+}
+
+inline bool are_alike(const FieldParams& p) { return has_few_values(p) || has_crowds(p); }
+
+}  // namespace
+}  // namespace pfgm
