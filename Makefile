@@ -10,10 +10,12 @@
 # Each sets up .venv first, once. TORCH is what pip installs for torch: for a CUDA or CPU build of
 # your own choice, override it, e.g. make test TORCH="torch==2.11.0"
 
-PYTHON ?= python3
-TORCH ?= torch==2.13.0
+override PYTHON := $(or $(PYTHON),python3)
+override TORCH := $(or $(TORCH),torch==2.13.0)
 
+# Programs are run by -m: a script's first line cannot name each folder that .venv may lie in.
 BIN := .venv/bin
+CLANG_FORMAT := $(BIN)/python -c '__import__("clang_format").clang_format()'
 CXX_SOURCES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 READY := .venv/.ready
 # The Triton kernels run on the CPU under Triton's interpreter, whose matrix products are numpy's;
@@ -33,14 +35,14 @@ SEARCHED_TESTS := $(CUDA_TESTS) $(patsubst %,tests/op/test_%.py,gradients low_di
 
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py Makefile $(CXX_SOURCES)
+$(READY): pyproject.toml setup.py csrc/ninja_build.py Makefile $(CXX_SOURCES)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/pfgm demo --out out/demo
+	$(BIN)/python -m pfgm_kernels.cli demo --out out/demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -q
@@ -61,15 +63,15 @@ aot: $(READY)
 	$(BIN)/python tests/triton/aot.py
 
 lint: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(CLANG_FORMAT) --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/python -m mypy
 
 format: $(READY)
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_SOURCES)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+	$(CLANG_FORMAT) -i $(CXX_SOURCES)
 
 benchmark: $(READY)
 	$(BIN)/python -m benchmarks
