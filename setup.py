@@ -35,7 +35,7 @@ def find_nvcc() -> str | None:
 
 def cuda_archs(nvcc: str) -> list[str]:
     known = check_output([nvcc, "--list-gpu-arch"], text=True).split()
-    wanted = re.findall(r"[^\s,;]+", os.environ.get("PFGM_CUDA_ARCHS", ""))
+    wanted = re.findall(r"[^\s,;]+", os.environ.get("PFGM_CUDA_ARCHS") or "")
     return wanted or [a for a in ("80", "90", "100", "120") if f"compute_{a}" in known]
 
 
@@ -59,7 +59,7 @@ class NinjaBuild(build_ext):
             host = ["-ccbin", f"./{compiler.name}"] if os.environ.get("CXX") else []
             cuda = ([nvcc, *host], cuda_version(nvcc), cuda_archs(nvcc)) if nvcc else ()
             (work / "build.ninja").write_text(ninja_file(output.name, *cuda))
-            check_call([f"{ninja.BIN_DIR}/ninja", "-C", str(work)])
+            check_call([str(Path(ninja.BIN_DIR, "ninja")), "-C", str(work)])
         except (CalledProcessError, OSError) as error:
             hint = f" and {nvcc}: PFGM_CUDA=0 leaves the CUDA part out" if nvcc else ""
             message = f"pfgm_kernels could not be built with {' '.join(cxx())}{hint}"

@@ -23,7 +23,7 @@ ROUNDS = 20
 
 
 def cxx_compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++"))
+    return shutil.which(os.environ.get("CXX") or "g++")
 
 
 def compiled(source: str) -> ctypes.CDLL | None:

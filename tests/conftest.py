@@ -21,8 +21,6 @@ from pfgm_kernels.backends import BACKENDS, cpu
 settings.register_profile("default", max_examples=100, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=5_000, deadline=None)
 settings.register_profile("interpreted", max_examples=15, deadline=None, derandomize=True)
-SLOW = os.environ.get("TRITON_INTERPRET") or os.environ.get("PFGM_EMULATION")
-settings.load_profile("interpreted" if SLOW else "default")
 
 INTERPRETED = 5
 """Of each test so many parametrisations, evenly spread, run under Triton's interpreter, which takes
@@ -106,7 +104,9 @@ def patch_the_language_once() -> None:
     interpreter.InterpretedFunction.__call__ = call
 
 
-if any(b.name == "triton" and b.interpreted for b in available_backends()):
+SLOW = [b.name for b in available_backends() if b.interpreted]
+settings.load_profile("interpreted" if SLOW else "default")
+if "triton" in SLOW:
     patch_the_language_once()
 
 

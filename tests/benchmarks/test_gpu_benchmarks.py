@@ -59,7 +59,7 @@ def test_two_parts_hold_16_bits() -> None:
 
 def test_a_compiler_keeps_the_low_part() -> None:
     """torch.compile takes a rounding to bfloat16 and back for nothing at all."""
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
+    if shutil.which(os.environ.get("CXX") or "g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
     x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     assert torch.equal(torch.compile(gpu_peers._three, dynamic=True)(x), gpu_peers._three(x))

@@ -27,7 +27,7 @@ PRODUCTS = {"compare_kernel", "sum_kernel"}
 @pytest.fixture(scope="module")
 def cuobjdump() -> str:
     """CUDA's, or the one that comes with Triton."""
-    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    home = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda", "bin")
     found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(home))
     if found is None and importlib.util.find_spec("triton") is not None:
         from triton import knobs

@@ -110,7 +110,10 @@ def test_unknown_name_lists_the_known_ones() -> None:
 
 
 def test_folder_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("PFGM_DATA", raising=False)
+    monkeypatch.setenv("PFGM_DATA", "")
+    with pytest.raises(ValueError, match="PFGM_DATA"):
+        data.load("mnist")
+    monkeypatch.delenv("PFGM_DATA")
     with pytest.raises(ValueError, match="PFGM_DATA"):
         data.load("mnist")
     monkeypatch.setenv("PFGM_DATA", str(tmp_path))
@@ -225,7 +228,7 @@ def test_no_pickle_is_executed(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-@pytest.mark.skipif("PFGM_DATA" not in os.environ, reason="PFGM_DATA is not set")
+@pytest.mark.skipif(not os.environ.get("PFGM_DATA"), reason="PFGM_DATA is not set")
 @pytest.mark.parametrize(
     ("name", "train", "held_out", "mean"),
     [("mnist", (60000, 28, 28), 10000, 33.318), ("cifar10", (50000, 3, 32, 32), 10000, 120.707)],
