@@ -113,8 +113,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         }
     if not config.getoption("--interpret-all"):
         candidates = [item for item in items if item in chosen]
-        slow = {item for item in candidates if selection.place(item) in SLOW}
-        chosen = selection.choose(candidates, config.getoption("--part"), slow)
+        slow = [
+            {item for item in candidates if selection.place(item) == name and name in SLOW}
+            for name in ("cuda", "triton")
+        ]
+        chosen = selection.choose(candidates, config.getoption("--part"), *slow)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]
 

@@ -4,8 +4,9 @@
 "thin" is what `make test` takes. Of the tests that run on several backends (or instruction sets) it
 takes, on each of them, every test, every value of every parameter of a test, and every named case
 at least once; it leaves out what combines these in further ways. A named case is taken by one of
-the tests that are made for named cases, another one from case to case. Of the tests that run once
-it takes all but those marked `exhaustive`.
+the tests that are made for named cases, another one from case to case. Under Triton's interpreter,
+where a call takes seconds, it takes every test and, in the test of values, every named case. Of the
+tests that run once it takes all but those marked `exhaustive`.
 
 "rest" is what that leaves; "spread" is what runs without regard to it: everything, but on backends
 that are interpreted or emulated so many parametrisations of each test, evenly spread.
@@ -20,7 +21,7 @@ import pytest
 from cases import CASES
 
 PARTS = ("thin", "rest", "spread")
-SPREAD = 5  # where a call takes seconds
+SPREAD = 5
 PLACES = ("backend", "instruction_set")
 
 Group = dict[tuple[str, str], list[pytest.Item]]  # by test and by where it runs
@@ -52,15 +53,20 @@ def by_test_and_place(items: Iterable[pytest.Item]) -> Group:
     return groups
 
 
-def one_test_for_each_case(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+def one_test_for_each_case(
+    items: Iterable[pytest.Item], interpreted: set[pytest.Item]
+) -> set[pytest.Item]:
     """In float32, which the cases are hard for."""
     tests: dict[tuple[str, str], list[pytest.Item]] = defaultdict(list)
     for item in items:
         name, where = named_case(item), place(item)
         if name is not None and where is not None and "float64" not in item.nodeid:
             tests[where, name].append(item)
-    order = {name: number for number, name in enumerate(CASES)}
-    return {found[order[name] % len(found)] for (_, name), found in tests.items()}
+    turn = {name: number for number, name in enumerate(CASES)}
+    return {
+        found[0] if found[0] in interpreted else found[turn[name] % len(found)]
+        for (_, name), found in tests.items()
+    }
 
 
 def cover(group: list[pytest.Item], taken: set[pytest.Item]) -> set[pytest.Item]:
@@ -75,11 +81,14 @@ def cover(group: list[pytest.Item], taken: set[pytest.Item]) -> set[pytest.Item]
     return more
 
 
-def thin(items: list[pytest.Item]) -> set[pytest.Item]:
+def thin(items: list[pytest.Item], interpreted: set[pytest.Item]) -> set[pytest.Item]:
     items = [item for item in items if item.get_closest_marker("exhaustive") is None]
-    taken = one_test_for_each_case(items)
+    taken = one_test_for_each_case(items, interpreted)
     for group in by_test_and_place(items).values():
-        taken |= cover(group, taken)
+        if group[0] not in interpreted:
+            taken |= cover(group, taken)
+        elif taken.isdisjoint(group):
+            taken.add(group[0])
     return taken | {item for item in items if place(item) is None}
 
 
@@ -91,10 +100,12 @@ def spread(items: list[pytest.Item], slow: set[pytest.Item]) -> set[pytest.Item]
     return taken
 
 
-def choose(items: list[pytest.Item], part: str | None, slow: set[pytest.Item]) -> set[pytest.Item]:
-    """Of the part, or of all; `slow` are tests on interpreted backends."""
-    if part == "thin":
-        return thin(items)
-    if part == "rest":
-        return spread(items, slow) - thin(items)
-    return spread(items, slow) | (set() if part == "spread" else thin(items))
+def choose(
+    items: list[pytest.Item],
+    part: str | None,
+    emulated: set[pytest.Item],
+    interpreted: set[pytest.Item],
+) -> set[pytest.Item]:
+    """Those of the part, or of all."""
+    few, many = thin(items, interpreted), spread(items, emulated | interpreted)
+    return {"thin": few, "rest": many - few, "spread": many}.get(str(part), many | few)
