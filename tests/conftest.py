@@ -104,6 +104,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[selection.COLLECTED] = [*items]
     chosen = set(items)
     if EMULATED is not None:
         chosen = {

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 import pytest
 from cases import CASES
 
+COLLECTED = pytest.StashKey[list[pytest.Item]]()  # all there is to choose from
 PARTS = ("thin", "rest", "spread")
 SPREAD = 5
 PLACES = ("backend", "instruction_set")
