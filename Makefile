@@ -1,5 +1,7 @@
 # make demo       the whole job on real digits: train, sample, measure        (out/demo)
-# make test       every test; real images too where PFGM_DATA names their folder
+# make test       what an installation or a change is likely to break, in five minutes; real images
+#                 too where PFGM_DATA names their folder
+# make check      every test there is: those, and then what they leave out
 # make mutants    mistakes put into the sources, and which tests find them    (docs/mutants.md)
 # make sanitize   the CPU kernels under the address, undefined-behaviour and thread sanitizers
 # make aot        what each Triton kernel becomes on each NVIDIA chip, with no GPU
@@ -10,46 +12,50 @@
 # Each sets up .venv first, once. TORCH is what pip installs for torch: for a CUDA or CPU build of
 # your own choice, override it, e.g. make test TORCH="torch==2.11.0"
 
-PYTHON ?= python3
-TORCH ?= torch==2.13.0
+override PYTHON := $(or $(PYTHON),python3)
+override TORCH := $(or $(TORCH),torch==2.13.0)
 
+# Programs are run by -m: a script's first line cannot name each folder that .venv may lie in.
 BIN := .venv/bin
+CLANG_FORMAT := $(BIN)/python -c '__import__("clang_format").clang_format()'
 CXX_SOURCES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 READY := .venv/.ready
-# The Triton kernels run on the CPU under Triton's interpreter, whose matrix products are numpy's;
-# every line of them in the tests that are traced, which take twice as long for it.
-OP_TESTS := $(patsubst %,tests/op/test_%.py,accuracy autograd compile devices images inputs low_dimension \
-  merge nonfinite property references singular validation)
-TRACED_TESTS := tests/triton/test_triton.py tests/op/test_gradients.py
-INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
-  $(BIN)/python -m pytest -q -k triton -n 2
+# tests/op/selection.py says what is in the parts of the tests.
+PYTEST := $(BIN)/python -m pytest -q -n 2
+# The Triton kernels run on the CPU under Triton's interpreter, whose matrix products are numpy's.
+INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PYTEST) -k triton
 # The CUDA kernels run on the CPU on an emulated GPU, once with every test of the op and then with
 # a search for races and for accesses out of bounds.
 EMULATED := OMP_NUM_THREADS=1 $(BIN)/python tests/cuda/emulated.py
 CUDA_TESTS := $(patsubst %,tests/cuda/test_%.py,cuda_direct cuda_two_pass)
 SEARCHED_TESTS := $(CUDA_TESTS) $(patsubst %,tests/op/test_%.py,gradients low_dimension nonfinite singular)
 
-.PHONY: setup demo test sanitize mutants aot lint format benchmark pictures clean
+.PHONY: setup demo test check sanitize mutants aot lint format benchmark pictures clean
 
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py Makefile $(CXX_SOURCES)
+$(READY): pyproject.toml setup.py csrc/ninja_build.py Makefile $(CXX_SOURCES)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/pfgm demo --out out/demo
+	$(BIN)/python -m pfgm_kernels.cli demo --out out/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
-	$(INTERPRETED) $(TRACED_TESTS) --cov
-	$(INTERPRETED) $(OP_TESTS)
-	$(EMULATED) plain -q --every-kernel $(CUDA_TESTS)
-	$(EMULATED) plain -q -k cuda -n 2 tests/op/test_gradients.py $(OP_TESTS)
-	$(EMULATED) races -q -k cuda -n 2 $(SEARCHED_TESTS)
-	$(EMULATED) address -q -k cuda -n 2 $(SEARCHED_TESTS)
+	$(PYTEST) --part thin
+	$(INTERPRETED) --part thin --every-kernel tests/op tests/triton/test_triton.py
+	$(EMULATED) plain -q -n 2 --part thin --every-kernel tests/op $(CUDA_TESTS)
+
+# The lines of the Triton kernels are counted in few tests, which take twice as long for it.
+check: test
+	$(PYTEST) --part rest
+	$(INTERPRETED) --part rest tests/op
+	$(INTERPRETED) --part spread --cov tests/op/test_gradients.py tests/triton/test_triton.py
+	$(EMULATED) plain -q -n 2 --part rest tests/op
+	$(EMULATED) races -q -n 2 --part spread $(SEARCHED_TESTS)
+	$(EMULATED) address -q -n 2 --part spread $(SEARCHED_TESTS)
 
 sanitize: $(READY)
 	$(BIN)/python tests/cpu/sanitize.py
@@ -61,15 +67,15 @@ aot: $(READY)
 	$(BIN)/python tests/triton/aot.py
 
 lint: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(CLANG_FORMAT) --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/python -m mypy
 
 format: $(READY)
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_SOURCES)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+	$(CLANG_FORMAT) -i $(CXX_SOURCES)
 
 benchmark: $(READY)
 	$(BIN)/python -m benchmarks

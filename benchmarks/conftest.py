@@ -101,7 +101,7 @@ def _version(package: str) -> str:
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
     """A copy of the tree without its history is told which revision it is."""
     if commit_info["id"] == "unversioned":
-        commit_info["id"] = os.environ.get("PFGM_REVISION", "unversioned")
+        commit_info["id"] = os.environ.get("PFGM_REVISION") or "unversioned"
 
 
 def pytest_benchmark_update_json(

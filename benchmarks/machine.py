@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -23,7 +24,15 @@ ROUNDS = 20
 
 
 def cxx_compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++"))
+    return shutil.which(os.environ.get("CXX") or "g++")
+
+
+def cannot_compile(*folders: Path | str) -> str | None:
+    """Why libraries in these folders that compile C++ in a shell, unquoted, cannot; else None."""
+    if cxx_compiler() is None:
+        return "a C++ compiler is needed, and there is none"
+    split = [str(folder) for folder in folders if re.search(r"[^\w@%+=:,./-]", str(folder))]
+    return f"it cannot compile, for a space or the like in the path {split[0]!r}" if split else None
 
 
 def compiled(source: str) -> ctypes.CDLL | None:

@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.machine import cxx_compiler
+from benchmarks.machine import cannot_compile
 from benchmarks.problems import GAMMA, Problem
 
 Field = Callable[[Tensor, Tensor], Tensor]
@@ -85,8 +85,8 @@ COMPILED_ON_A_GPU = 64
 
 def compiled_composite(problem: Problem, gradient: bool) -> Field:
     """The composite in float32 under torch.compile, for the one batch size that it meets."""
-    if not problem.x0.is_cuda and cxx_compiler() is None:
-        raise RefusedError("torch.compile needs a C++ compiler, and there is none")
+    if not problem.x0.is_cuda and (reason := cannot_compile(torch.__file__)):
+        raise RefusedError(f"torch.compile: {reason}")
     if problem.x0.is_cuda and problem.x0.shape[1] > COMPILED_ON_A_GPU:
         raise RefusedError(
             f"compiled up to d = {COMPILED_ON_A_GPU}: beyond, products take the time"
@@ -164,9 +164,10 @@ KEOPS_FLAGS = (
 
 def keops(problem: Problem, gradient: bool) -> Field:
     """One online reduction over all references, weights relative to the query's largest."""
-    lazy_tensor = _keops().LazyTensor
-    if not problem.x0.is_cuda and cxx_compiler() is None:
-        raise RefusedError("KeOps needs a C++ compiler, and there is none")
+    pykeops = _keops()
+    if not problem.x0.is_cuda and (reason := cannot_compile(pykeops.__file__, KEOPS_FOLDER)):
+        raise RefusedError(f"KeOps: {reason}")
+    lazy_tensor = pykeops.LazyTensor
     # t as one more coordinate: one gradient formula to compile instead of two.
     sources = torch.cat([problem.x0, problem.x0.new_zeros(len(problem.x0), 1)], 1)
     k = sources.shape[1]

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import emulated
+import interpreted
 import pytest
+import selection
 import torch
 from hypothesis import settings
 from torch import Tensor
@@ -21,18 +22,14 @@ from pfgm_kernels.backends import BACKENDS, cpu
 settings.register_profile("default", max_examples=100, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=5_000, deadline=None)
 settings.register_profile("interpreted", max_examples=15, deadline=None, derandomize=True)
-SLOW = os.environ.get("TRITON_INTERPRET") or os.environ.get("PFGM_EMULATION")
-settings.load_profile("interpreted" if SLOW else "default")
-
-INTERPRETED = 5
-"""Of each test so many parametrisations, evenly spread, run under Triton's interpreter, which takes
-seconds for a call, and on the emulated GPU. --interpret-all runs all; on a GPU all run anyway.
-"""
 
 EMULATED = emulated.build(kind) if (kind := os.environ.get("PFGM_EMULATION")) else None
 if EMULATED is not None:
     emulated.install(EMULATED)
 cpu.WORK_PER_THREAD = 1  # small problems, too, are shared out among threads
+
+DID_NOT_RUN: list[set[str]] = []
+"""Kernels, for each worker of pytest-xdist."""
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -89,58 +86,41 @@ def available_backends() -> list[Backend]:
     return found
 
 
-def patch_the_language_once() -> None:
-    """Triton's interpreter patches triton.language at each call of a function within a kernel,
-    which takes longer than the function. Once for each function does.
-    """
-    from triton.runtime import interpreter
-
-    patch, patched = interpreter._patch_lang, set()
-
-    def call(self, *args, **kwargs):
-        if self.fn not in patched:
-            patched.add(self.fn)
-            patch(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = call
-
-
-if any(b.name == "triton" and b.interpreted for b in available_backends()):
-    patch_the_language_once()
+SLOW = [b.name for b in available_backends() if b.interpreted]
+settings.load_profile("interpreted" if SLOW else "default")
+if "triton" in SLOW:
+    interpreted.install()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--interpret-all", action="store_true", help="see INTERPRETED in conftest.py")
-    help_ = "emulated kernels that no test has run are a failure"
+    parser.addoption("--part", choices=selection.PARTS, help="see selection.py; all by default")
+    parser.addoption("--interpret-all", action="store_true", help="what selection.py leaves out")
+    help_ = "interpreted or emulated kernels that no test has run are a failure"
     parser.addoption("--every-kernel", action="store_true", help=help_)
 
 
-def _emulated(item: pytest.Item) -> bool:
-    if item.path.name.startswith("test_cuda_"):
-        return True
-    tested = getattr(item, "callspec", None) and item.callspec.params.get("backend")
-    return isinstance(tested, Backend) and tested.name == "cuda"
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "exhaustive: takes long, for `make check` alone")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[selection.COLLECTED] = [*items]
+    chosen = set(items)
     if EMULATED is not None:
-        others = [item for item in items if not _emulated(item)]
-        config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if _emulated(item)]
-    if config.getoption("--interpret-all"):
-        return
-    groups: dict[str, list[pytest.Item]] = defaultdict(list)
-    for item in items:
-        tested = getattr(item, "callspec", None) and item.callspec.params.get("backend")
-        if isinstance(tested, Backend) and tested.interpreted:
-            groups[item.nodeid.partition("[")[0]].append(item)
-    left_out = set()
-    for group in groups.values():
-        step = max(1, len(group) / INTERPRETED)
-        left_out |= set(group) - {group[int(i * step)] for i in range(int(len(group) / step))}
-    config.hook.pytest_deselected(items=list(left_out))
-    items[:] = [item for item in items if item not in left_out]
+        chosen = {
+            item
+            for item in items
+            if item.path.name.startswith("test_cuda_") or selection.place(item) == "cuda"
+        }
+    if not config.getoption("--interpret-all"):
+        candidates = [item for item in items if item in chosen]
+        slow = [
+            {item for item in candidates if selection.place(item) == name and name in SLOW}
+            for name in ("cuda", "triton")
+        ]
+        chosen = selection.choose(candidates, config.getoption("--part"), *slow)
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
 
 
 @pytest.fixture(scope="module", params=available_backends(), ids=lambda b: b.name)
@@ -163,11 +143,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         emulated.set_schedule(EMULATED, item.nodeid)
 
 
+def kernels_that_did_not_run() -> set[str]:
+    found = emulated.kernels_that_did_not_run(EMULATED) if EMULATED is not None else []
+    return {*found, *(interpreted.kernels_that_did_not_run() if "triton" in SLOW else [])}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    """A worker of pytest-xdist has ended."""
+    DID_NOT_RUN.append({*getattr(node, "workeroutput", {}).get("did not run", [])})
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if EMULATED is not None and session.config.getoption("--every-kernel"):
-        missing = emulated.kernels_that_did_not_run(EMULATED)
-        if missing and session.exitstatus == pytest.ExitCode.OK:
-            print("\nkernels that no test has run:", *missing, sep="\n  ")
+    config, missing = session.config, kernels_that_did_not_run().intersection(*DID_NOT_RUN)
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["did not run"] = [*missing]
+    elif missing and config.getoption("--every-kernel"):
+        print("\nkernels that no test has run:", *sorted(missing), sep="\n  ")
+        if session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import gpu_peers, gpu_small, measure, problems, report
+from benchmarks import gpu_peers, gpu_small, machine, measure, problems, report
 from benchmarks.measure import DIRECTIONS, race
 from benchmarks.problems import Shape, shapes
 from benchmarks.providers import Provider, providers
@@ -59,8 +59,8 @@ def test_two_parts_hold_16_bits() -> None:
 
 def test_a_compiler_keeps_the_low_part() -> None:
     """torch.compile takes a rounding to bfloat16 and back for nothing at all."""
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        pytest.skip("torch.compile needs a C++ compiler")
+    if reason := machine.cannot_compile(torch.__file__):
+        pytest.skip(reason)
     x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     assert torch.equal(torch.compile(gpu_peers._three, dynamic=True)(x), gpu_peers._three(x))
 

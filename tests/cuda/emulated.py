@@ -27,11 +27,13 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "csrc"))
+from ninja_build import cxx
+
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent / "emulation"
 BUILD = ROOT / "build" / "emulation"
 
-COMPILER = os.environ.get("CXX", "g++")
 EMULATOR = [EMULATION / f"{part}.cpp" for part in ("emulator", "schedule", "races")]
 PROGRAMS = (EMULATION / "programs.cu", EMULATION / "programs_module.cpp")
 
@@ -53,7 +55,7 @@ def _digest(text: str, sources: Sequence[Path]) -> str:
     """Of everything that a build may depend on."""
     headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.cuh")]
     files = sorted({*headers, *EMULATION.iterdir(), *sources})
-    content = b"".join(str(f).encode() + f.read_bytes() for f in files if f.is_file())
+    content = b"".join(os.fsencode(f) + f.read_bytes() for f in files if f.is_file())
     return hashlib.sha256(text.encode() + content).hexdigest()[:16]
 
 
@@ -76,7 +78,7 @@ def flags_of(source: Path, kind: str) -> list[str]:
 
 
 def compile_source(source: Path, output: Path, flags: list[str]) -> None:
-    command = [COMPILER, "-x", "c++", "-c", str(source), "-o", str(output), *flags]
+    command = [*cxx(), "-x", "c++", "-c", str(source), "-o", str(output), *flags]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
@@ -84,7 +86,7 @@ def compile_source(source: Path, output: Path, flags: list[str]) -> None:
 
 def link(objects: Iterable[Path], output: Path, kind: str) -> None:
     sanitizer = ["-fsanitize=address"] if kind == "address" else []
-    command = [COMPILER, "-shared", *sanitizer, "-o", str(output), *map(str, objects)]
+    command = [*cxx(), "-shared", *sanitizer, "-o", str(output), *map(str, objects)]
     subprocess.run(command, check=True)
 
 
@@ -139,7 +141,7 @@ def load(path: Path) -> ModuleType:
 def address_environment() -> dict[str, str]:
     """What a Python needs that loads the kind "address"."""
     # The sanitizer looks for the function that throws when it starts: the C++ library comes along.
-    queries = [[COMPILER, f"-print-file-name=lib{name}.so"] for name in ("asan", "stdc++")]
+    queries = [[*cxx(), f"-print-file-name=lib{name}.so"] for name in ("asan", "stdc++")]
     runtime = " ".join(subprocess.check_output(query, text=True).strip() for query in queries)
     options = "detect_leaks=0:detect_stack_use_after_return=0"
     return {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": options}

@@ -17,7 +17,9 @@ import pytest
 CHECKS = ["multiply", "load", "load transposed", "product", "product transposed", "copy"]
 
 
-@pytest.fixture(scope="module", params=["plain", "races"])
+@pytest.fixture(
+    scope="module", params=["plain", pytest.param("races", marks=pytest.mark.exhaustive)]
+)
 def programs(request: pytest.FixtureRequest) -> ModuleType:
     return emulated.build(request.param, "programs", emulated.PROGRAMS)
 

@@ -18,7 +18,8 @@ from pfgm_kernels.backends import _native
 if _native.build_info.get("CUDA", "none") == "none":
     pytest.skip("the extension was built without CUDA", allow_module_level=True)
 
-ARCHITECTURES = _native.build_info["architectures"].split(";")
+*OTHERS, LATEST = _native.build_info["architectures"].split(";")
+ARCHITECTURES = [*(pytest.param(other, marks=pytest.mark.exhaustive) for other in OTHERS), LATEST]
 REGISTERS = 65_536  # of a multiprocessor
 NARROW = ("direct_", "nearest", "anchor", "crowd")  # kernels of 128 threads; the others: 256
 PRODUCTS = {"compare_kernel", "sum_kernel"}
@@ -27,7 +28,7 @@ PRODUCTS = {"compare_kernel", "sum_kernel"}
 @pytest.fixture(scope="module")
 def cuobjdump() -> str:
     """CUDA's, or the one that comes with Triton."""
-    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    home = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda", "bin")
     found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(home))
     if found is None and importlib.util.find_spec("triton") is not None:
         from triton import knobs

@@ -69,6 +69,8 @@ def test_opcheck(backend, stored, d, k):
 )
 def test_a_whole_graph(backend, references, dynamic, compiler):
     """fullgraph=True: forward and backward without a break, equal to the oracle."""
+    if compiler == "inductor" and len(torch.__file__.split()) > 1:
+        pytest.skip("torch.compile cannot link on a CPU where a space is in the path of torch")
     torch._dynamo.reset()
     x, t, x0 = tensors(backend, 40)
     images = (40 * x0 + 128).round().clamp(0, 255).to(torch.uint8)

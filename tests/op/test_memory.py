@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import re
 import subprocess
 import sys
@@ -109,11 +108,11 @@ def measure_many(backend: str, device: str, name: str) -> None:
 
 def run_apart(*arguments: object) -> list[float]:
     """MiB that this file prints in a process of its own."""
-    command = [sys.executable, __file__, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=300, env=environment
-    )
+    # Not by PYTHONPATH, which has no way to name a folder with a colon.
+    code = f"import runpy, sys; sys.path[:] = {sys.path}\n"
+    code += f"runpy.run_path({__file__!r}, run_name='__main__')"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     return [int(part) / MIB for part in run.stdout.split()]
 
 

@@ -1,248 +1,272 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does the build contain, and does it say where it can run?"""
+"""Does it build in any folder, from a source distribution, and say why where it does not?"""
 
 from __future__ import annotations
 
 import ast
+import os
 import re
 import runpy
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import ninja
+import ninja_build
 import pytest
 import setuptools
-import torch
 
-from pfgm_kernels import poisson_field, report
-from pfgm_kernels.backends import BACKENDS, _native, cuda
+ROOT = Path(__file__).parents[2]
+ODD = "a $x é:'\"#%&;*\nb"
+"""A folder's name with all that ninja, make, a shell, a compiler or a URL may take for its own."""
 
-SETUP = Path(__file__).parents[2] / "setup.py"
-GPU = torch.device("cuda", 0)
-needs_extension = pytest.mark.skipif(
-    _native.missing_reason is not None, reason=str(_native.missing_reason)
-)
+COMPILER = """#!/bin/sh
+# Stands for a compiler: reads its input, makes its output and a list of dependencies.
+echo "$0 $*" >> "$LOG"
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -o) out=$2; shift ;;
+    -MF) deps=$2; shift ;;
+    --threads|-cudart) shift ;;
+    -ccbin) [ -e "$2" ] || exit 1; echo "host $(readlink -f "$2")" >> "$LOG"; shift ;;
+    -I*) [ -e "${1#-I}" ] || exit 1 ;;
+    -*|arch=*) ;;
+    *) [ -e "$1" ] || exit 1 ;;
+  esac
+  shift
+done
+echo built > "$out"
+[ -z "$deps" ] || echo "$out:" > "$deps"
+"""
+NVCC = """#!/bin/sh
+# Of a CUDA that knows nothing beyond compute_90.
+[ "$1" = --version ] && echo "Cuda compilation tools, release 12.4, V12.4.1" && exit
+[ "$1" = --list-gpu-arch ] && echo "compute_75 compute_80 compute_90" && exit
+"""
+
+
+def executable(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def project_files() -> list[Path]:
+    """What git knows of, or all that is no output where the project came without git."""
+    command = ["git", "ls-files", "-z"]
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        names = subprocess.check_output(command, cwd=ROOT, text=True).strip("\0").split("\0")
+        return [Path(name) for name in names if (ROOT / name).exists()]
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
+    files = (file.relative_to(ROOT) for file in ROOT.rglob("*") if file.is_file())
+    return [f for f in files if not any(Path(p).match(i) for p in f.parts for i in ignored)]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the project in an odd folder."""
+    folder = tmp_path / ODD
+    for file in project_files():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, folder / file)
+    return folder
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """The compiler that CXX names stands in an odd folder; there is no other, and no nvcc."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PFGM", "CUDA", "NVCC"))}
+    cxx = executable(tmp_path / "of $é '1'" / "c++", COMPILER)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ninja").symlink_to(Path(ninja.BIN_DIR, "ninja"))
+    for tool in ("readlink", "sh"):
+        (tmp_path / "bin" / tool).symlink_to(str(shutil.which(tool)))
+    paths = {"PATH": str(tmp_path / "bin"), "CUDA_HOME": str(tmp_path), "CXX": str(cxx)}
+    return {**kept, **paths, "LOG": str(tmp_path / "log")}
+
+
+def build(tree: Path, what: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """As pip does it, where ninja may be on PATH alone: `what` is wheel, editable or sdist."""
+    code = "import ninja; from setuptools import build_meta; ninja.BIN_DIR = ''\n"
+    code += f"build_meta.build_{what}('dist')"
+    pipe, merged = subprocess.PIPE, subprocess.STDOUT
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, cwd=tree, env=environment, text=True, stdout=pipe, stderr=merged, timeout=60
+    )
+
+
+def last_line(run: subprocess.CompletedProcess[str]) -> str:
+    assert run.returncode != 0
+    return run.stdout.strip().splitlines()[-1]
+
+
+def test_setup_is_short_and_does_not_need_torch() -> None:
+    source = (ROOT / "setup.py").read_text()
+    assert len(source.splitlines()) <= 80
+    imported = set()
+    for text in (source, Path(ninja_build.__file__).read_text()):
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module).split(".")[0])
+    assert imported <= {*sys.stdlib_module_names, "ninja", "ninja_build", "pybind11", "setuptools"}
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_any_folder(cuda: bool, tree: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    if cuda:
+        executable(tmp_path / "bin" / "nvcc", NVCC + COMPILER)
+    run = build(tree, "editable", environment)
+    assert run.returncode == 0, run.stdout
+    (extension,) = (tree / "pfgm_kernels").glob("_C.*.so")
+    assert extension.read_text() == "built\n"
+    log = (tmp_path / "log").read_text()
+    compiled = set(re.findall(r" -c csrc/(\S+) ", log))
+    of_cuda = {file for file in compiled if file.startswith("cuda/")}
+    assert of_cuda == {f"cuda/{f.name}" for f in (ROOT / "csrc/cuda").glob("*.cu") if cuda}
+    cpu = {str(f.relative_to(ROOT / "csrc")) for f in (ROOT / "csrc").rglob("*.cpp")}
+    assert compiled - of_cuda == cpu
+
+
+def test_a_source_distribution_holds_the_project_and_gives_a_wheel(
+    tree: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    files = {str(f.relative_to(tree)) for f in tree.rglob("*") if f.is_file()}
+    run = build(tree, "sdist", environment)
+    assert run.returncode == 0, run.stdout
+    (archive,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+        assert files <= names
+        assert not [name for name in names if name.endswith((".pyc", ".so", ".log"))]
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    run = build(unpacked, "wheel", environment)
+    assert run.returncode == 0, run.stdout
+    assert "Deprecat" not in run.stdout
+    (wheel,) = (unpacked / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        names = set(packed.namelist())
+        package = {name for name in names if name.startswith("pfgm_kernels/")}
+        (extension,) = (name for name in package if name.endswith(".so"))
+        assert package - {extension} == {f for f in files if f.startswith("pfgm_kernels/")}
+        metadata = packed.read("pfgm_kernels-0.1.0.dist-info/METADATA").decode()
+    assert "\nLicense: Apache-2.0\n" in metadata
+    assert [name for name in names if name.endswith("/LICENSE")]
+
+
+def test_nothing_in_pyproject_is_news_to_setuptools_64() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "setuptools>=64" in content["build-system"]["requires"]
+    known = {"name", "version", "description", "readme", "requires-python", "dependencies"}
+    known |= {"classifiers", "scripts", "optional-dependencies", "dynamic"}
+    assert content["project"].keys() <= known
+
+
+@pytest.mark.parametrize("launcher", ["", "ccache"])
+def test_the_compiler_is_that_of_nvcc_too(
+    launcher: str, tree: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    executable(tmp_path / "bin" / "nvcc", NVCC + COMPILER)
+    cxx = environment["CXX"]
+    if launcher:
+        executable(tmp_path / "bin" / launcher, '#!/bin/sh\nexec "$@"\n')
+        cxx = str(executable(tmp_path / "c++-12", COMPILER))
+        environment["CXX"] = f"{launcher} {cxx}"
+    run = build(tree, "editable", environment)
+    assert run.returncode == 0, run.stdout
+    log = (tmp_path / "log").read_text().splitlines()
+    hosts = [line for line in log if line.startswith("host ")]
+    assert hosts == (len(list((ROOT / "csrc/cuda").glob("*.cu"))) + 1) * [f"host {cxx}"]
+
+
+BROKEN = {
+    "it does not compile": NVCC + "echo 'no such instruction' >&2\nexit 1\n",
+    "it is of another CUDA": "#!/bin/sh\necho 'Unknown option' >&2\nexit 1\n",
+    "it is of another processor": "\0",
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_an_nvcc_that_fails_ends_with_the_way_round_it(
+    how: str, tree: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    nvcc = executable(tmp_path / "bin" / "nvcc", BROKEN[how])
+    line = last_line(build(tree, "editable", environment))
+    assert line.endswith(f" and {nvcc}: PFGM_CUDA=0 leaves the CUDA part out")
+    assert build(tree, "editable", {**environment, "PFGM_CUDA": "0"}).returncode == 0
+
+
+@pytest.mark.parametrize("cxx", ["", "no-such-compiler", "/no/such/compiler -m64"])
+def test_a_missing_compiler_is_one_sentence(
+    cxx: str, tree: Path, environment: dict[str, str]
+) -> None:
+    run = build(tree, "editable", {**environment, "CXX": cxx})
+    name = repr((cxx or "g++").split()[0])
+    assert last_line(run).startswith(f"pfgm_kernels needs a C++ compiler, and {name} is not found")
+    assert "Traceback" not in run.stdout
+    assert len(run.stdout.splitlines()) < 40
+
+
+def test_a_compiler_that_fails_is_named_last(
+    tree: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    cxx = executable(tmp_path / "old", "#!/bin/sh\necho unknown option >&2\nexit 1\n")
+    run = build(tree, "editable", {**environment, "CXX": str(cxx)})
+    assert last_line(run) == f"pfgm_kernels could not be built with {cxx}"
+
+
+def test_cuda_can_be_insisted_on(tree: Path, environment: dict[str, str]) -> None:
+    line = last_line(build(tree, "editable", {**environment, "PFGM_CUDA": "1"}))
+    assert re.match(r"PFGM_CUDA=1 .* nvcc is not on PATH", line)
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What setup.py defines, with nothing built and no variable of the environment set."""
-    for name in ("PFGM_CUDA", "PFGM_CUDA_ARCHS", "CUDA_HOME"):
+    for name in ("PFGM_CUDA", "PFGM_CUDA_ARCHS", "CUDA_HOME", "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    return runpy.run_path(str(SETUP))
+    return runpy.run_path(str(ROOT / "setup.py"))
 
 
-@pytest.fixture
-def fake_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only nvcc on PATH, of a CUDA that knows nothing beyond compute_90."""
-    nvcc = tmp_path / "nvcc"
-    nvcc.write_text(
-        "#!/bin/sh\n"
-        '[ "$1" = --version ] && echo "Cuda compilation tools, release 12.4, V12.4.1"\n'
-        '[ "$1" = --list-gpu-arch ] && echo "compute_75 compute_80 compute_90"\n'
-        "exit 0\n"
-    )
-    nvcc.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    return nvcc
-
-
-@pytest.fixture
-def no_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: dict[str, Any]) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-
-
-def test_setup_is_short_and_does_not_need_torch() -> None:
-    source = SETUP.read_text()
-    assert len(source.splitlines()) <= 80
-    imported = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(str(node.module).split(".")[0])
-    assert {"setuptools", "ninja", "pybind11"} <= imported
-    assert not imported & {"torch", "numpy", "pfgm_kernels"}
-
-
-def test_no_nvcc_is_no_error(script: dict[str, Any], no_nvcc: None) -> None:
-    text = script["ninja_file"](Path("_C.so"))
-    assert "cpu/exact/forward.cpp" in text
-    assert "cuda/field.cu" not in text
-    assert "PFGM_CUDA_ARCHS" not in text
-
-
-def test_cuda_can_be_insisted_on(
-    script: dict[str, Any], no_nvcc: None, monkeypatch: pytest.MonkeyPatch
+def test_an_empty_variable_is_not_set(
+    script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PFGM_CUDA", "1")
-    with pytest.raises(SystemExit, match=r"PFGM_CUDA=1 .* nvcc is not on PATH"):
-        script["ninja_file"](Path("_C.so"))
+    def found() -> list[Any]:
+        return [script["find_nvcc"](), script["cuda_archs"](nvcc), ninja_build.cxx()]
+
+    nvcc = str(executable(tmp_path / "nvcc", NVCC))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    unset = found()
+    assert unset == [nvcc, ["80", "90"], ["g++"]]
+    for name in ("PFGM_CUDA", "PFGM_CUDA_ARCHS", "CUDA_HOME", "CXX"):
+        monkeypatch.setenv(name, "")
+    assert found() == unset
 
 
-def test_cuda_can_be_left_out(
-    script: dict[str, Any], fake_nvcc: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PFGM_CUDA", "0")
-    assert "cuda/field.cu" not in script["ninja_file"](Path("_C.so"))
-
-
-@pytest.mark.parametrize(
-    ("wanted", "built"), [(None, ["80", "90"]), ("90", ["90"]), ("75,80;90", ["75", "80", "90"])]
-)
+@pytest.mark.parametrize("wanted", ["90", "75,80;90", " 80 90;"])
 def test_architectures(
-    wanted: str | None,
-    built: list[str],
-    script: dict[str, Any],
-    fake_nvcc: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    wanted: str, script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if wanted is not None:
-        monkeypatch.setenv("PFGM_CUDA_ARCHS", wanted)
-    text = script["ninja_file"](Path("_C.so"))
+    monkeypatch.setenv("PFGM_CUDA_ARCHS", wanted)
+    archs = script["cuda_archs"](str(executable(tmp_path / "nvcc", NVCC)))
+    assert archs == re.findall(r"\d+", wanted)
+    text = ninja_build.ninja_file("_C.so", ["an nvcc"], "12.4", archs)
     lines = [line for line in text.splitlines() if "-gencode" in line]
-    assert len(lines) == len(list(SETUP.parent.glob("csrc/cuda/*.cu")))
+    assert len(lines) == len(list(ROOT.glob("csrc/cuda/*.cu")))
     assert len(set(lines)) == 1
     code = [word for word in lines[0].split() if word.startswith("arch=")]
-    ptx = f"arch=compute_{built[-1]},code=compute_{built[-1]}"
-    assert code == [*(f"arch=compute_{a},code=sm_{a}" for a in built), ptx]
-    assert f"PFGM_CUDA_ARCHS='\"{';'.join(built)}\"'" in text
-    assert "PFGM_CUDA_VERSION='\"12.4\"'" in text
-    assert f"command = {fake_nvcc} -shared -cudart static" in text
-
-
-@needs_extension
-@pytest.mark.skipif(shutil.which("readelf") is None, reason="there is no readelf")
-def test_the_extension_links_neither_torch_nor_the_cuda_runtime() -> None:
-    def readelf(option: str) -> str:
-        command = ["readelf", "-W", option, _native._C.__file__]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    needed = [line.split("[")[1] for line in readelf("--dynamic").splitlines() if "NEEDED" in line]
-    assert any(name.startswith("libc.so") for name in needed)
-    assert not [name for name in needed if any(w in name for w in ("torch", "c10", "cuda", "nv"))]
-    # The static runtime's symbols are hidden: none is taken from, or lent to, torch's own.
-    rows = [line.split() for line in readelf("--dyn-syms").splitlines()]
-    symbols = [row[7] for row in rows if len(row) > 7]
-    assert "PyInit__C" in symbols
-    assert not [name for name in symbols if name.startswith(("cuda", "__cuda"))]
-
-
-@needs_extension
-def test_build_info() -> None:
-    info = _native.build_info
-    assert any(c.isdigit() for c in info["compiler"])
-    assert info["instruction set"] in ("portable", "avx2", "avx512", "avx512vnni")
-    if info["CUDA"] == "none":
-        assert "architectures" not in info
-    else:
-        assert [int(part) for part in info["CUDA"].split(".")] >= [12, 0]
-        assert all(arch.isdigit() for arch in info["architectures"].split(";"))
-    assert all(value in report()["extension"] for value in info.values())
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes this look like a machine with a GPU, an extension and a driver of some kind."""
-
-    def pretend(
-        capability: tuple[int, int] = (9, 0),
-        cuda_version: str = "13.0",
-        missing: str | None = None,
-        unavailable: str | None = None,
-        torch_finds_gpu: bool = True,
-    ) -> None:
-        info = {"CUDA": cuda_version, "architectures": "80;90;100;120"}
-        monkeypatch.setattr(_native, "missing_reason", missing)
-        monkeypatch.setattr(_native, "build_info", info)
-        monkeypatch.setattr(_native, "cuda_unavailable", lambda: unavailable)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_finds_gpu)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-
-    return pretend
-
-
-def test_a_machine_that_can_run_it(machine: Callable[..., None]) -> None:
-    machine()
-    assert cuda.unsupported_reason() is None
-    assert cuda.unsupported_reason(GPU, 3072, True) is None
-
-
-@pytest.mark.parametrize(
-    ("state", "reason"),
-    [
-        ({"missing": "the extension is not built"}, "the extension is not built"),
-        ({"cuda_version": "none"}, "the extension was built without CUDA: nvcc was not found"),
-        ({"unavailable": "no driver is installed"}, r"no CUDA device .*\(no driver is installed\)"),
-        ({"torch_finds_gpu": False}, "this torch finds no CUDA device"),
-        ({"capability": (7, 5)}, "built for 80, 90, 100, 120, the GPU is 75"),
-    ],
-)
-def test_a_machine_that_cannot(
-    machine: Callable[..., None], state: dict[str, Any], reason: str
-) -> None:
-    machine(**state)
-    for arguments in ((), (GPU, 2, False)):
-        assert re.search(reason, str(cuda.unsupported_reason(*arguments)))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        ((torch.device("cpu"), 2, False), "it computes on CUDA tensors, got cpu"),
-    ],
-)
-def test_inputs_that_it_cannot_take(
-    machine: Callable[..., None], arguments: tuple[torch.device, int, bool], reason: str
-) -> None:
-    machine()
-    assert reason in str(cuda.unsupported_reason(*arguments))
-
-
-@pytest.mark.parametrize(
-    ("capability", "runs"),
-    [
-        ((7, 5), False),
-        ((8, 0), True),
-        ((8, 9), True),
-        ((9, 0), True),
-        ((10, 3), True),
-        ((11, 0), False),
-        ((12, 1), True),
-        ((13, 0), True),
-    ],
-)
-def test_machine_code_within_a_major_version_and_ptx_from_then_on(
-    capability: tuple[int, int], runs: bool
-) -> None:
-    assert cuda.runs_on(capability, ["80", "90", "100", "120"]) == runs
-
-
-def test_machine_code_of_a_later_minor_version_does_not_run() -> None:
-    assert not cuda.runs_on((8, 0), ["86", "90"])
-    assert cuda.runs_on((8, 9), ["86", "90"])
-
-
-def test_the_report_names_every_backend() -> None:
-    assert report().keys() == {*BACKENDS, "extension"}
-    if not torch.cuda.is_available():
-        assert report()["cuda"] == cuda.unsupported_reason() != "available"
-
-
-def test_asking_for_it_on_the_cpu_says_why_not() -> None:
-    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run here: "):
-        poisson_field(torch.zeros(2, 3), 1.0, torch.ones(4, 3), backend="cuda")
-
-
-@needs_extension
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_launch_without_a_device_raises() -> None:
-    if _native.build_info["CUDA"] == "none":
-        pytest.skip("the extension was built without CUDA")
-    t = torch.ones(2, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="CUDA error: "):
-        cuda.forward(torch.ones(2, 3), t, torch.ones(4, 3), torch.empty(0), [], 4.0)
+    ptx = f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+    assert code == [*(f"arch=compute_{a},code=sm_{a}" for a in archs), ptx]
+    assert f"'-DPFGM_CUDA_ARCHS=\"{';'.join(archs)}\"'" in text
+    assert "'-DPFGM_CUDA_VERSION=\"12.4\"'" in text
+    assert "command = 'an nvcc' -shared -cudart static" in text

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -123,6 +124,14 @@ def test_setup_stays_short():
         if isinstance(node, ast.Import)
         for name in node.names
     }
+
+
+def test_an_empty_variable_of_the_environment_counts_as_not_set():
+    for file in [ROOT / "setup.py", *(f for f in SOURCES if f.suffix == ".py")]:
+        told_apart = re.search(
+            r"""environ\.get\(["']\w+["'], |["'] (not )?in os\.environ""", file.read_text()
+        )
+        assert not told_apart, f"{file}: {told_apart}"
 
 
 def test_pointers_are_taken_in_one_place():

@@ -44,7 +44,7 @@ def unsupported_reason(
 
 
 def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+    return (os.environ.get("TRITON_INTERPRET") or "0").lower() in ("1", "true", "on", "yes")
 
 
 def chunk_shape(

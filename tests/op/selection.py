@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of the tests run: all, or a part.
+
+"thin" is what `make test` takes. Of the tests that run on several backends (or instruction sets) it
+takes, on each of them, every test, every value of every parameter of a test, and every named case
+at least once; it leaves out what combines these in further ways. A named case is taken by one of
+the tests that are made for named cases, another one from case to case. Under Triton's interpreter,
+where a call takes seconds, it takes every test and, in the test of values, every named case. Of the
+tests that run once it takes all but those marked `exhaustive`.
+
+"rest" is what that leaves; "spread" is what runs without regard to it: everything, but on backends
+that are interpreted or emulated so many parametrisations of each test, evenly spread.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import pytest
+from cases import CASES
+
+COLLECTED = pytest.StashKey[list[pytest.Item]]()  # all there is to choose from
+PARTS = ("thin", "rest", "spread")
+SPREAD = 5
+PLACES = ("backend", "instruction_set")
+
+Group = dict[tuple[str, str], list[pytest.Item]]  # by test and by where it runs
+
+
+def place(item: pytest.Item) -> str | None:
+    """Where a test runs that runs on several."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    found = [str(getattr(parameters[p], "name", parameters[p])) for p in PLACES if p in parameters]
+    return found[0] if found else None
+
+
+def named_case(item: pytest.Item) -> str | None:
+    name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
+    return name if name in CASES else None
+
+
+def values(item: pytest.Item) -> set[tuple[str, str]]:
+    """Of a test's parameters, but for the place and the named case; and that it runs at all."""
+    apart = (*PLACES, *(["name"] if named_case(item) else []))
+    return {("", ""), *((k, repr(v)) for k, v in item.callspec.params.items() if k not in apart)}
+
+
+def by_test_and_place(items: Iterable[pytest.Item]) -> Group:
+    groups: Group = defaultdict(list)
+    for item in items:
+        if (where := place(item)) is not None:
+            groups[item.nodeid.partition("[")[0], where].append(item)
+    return groups
+
+
+def one_test_for_each_case(
+    items: Iterable[pytest.Item], interpreted: set[pytest.Item]
+) -> set[pytest.Item]:
+    """In float32, which the cases are hard for."""
+    tests: dict[tuple[str, str], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        name, where = named_case(item), place(item)
+        if name is not None and where is not None and "float64" not in item.nodeid:
+            tests[where, name].append(item)
+    turn = {name: number for number, name in enumerate(CASES)}
+    return {
+        found[0] if found[0] in interpreted else found[turn[name] % len(found)]
+        for (_, name), found in tests.items()
+    }
+
+
+def cover(group: list[pytest.Item], taken: set[pytest.Item]) -> set[pytest.Item]:
+    """Few more tests of the group, so that every value occurs in what is then taken."""
+    more: set[pytest.Item] = set()
+    missing = set().union(*map(values, group)) - set().union(*map(values, taken & {*group}))
+    for least in range(len(missing), 0, -1):
+        for item in group:
+            if len(values(item) & missing) >= least:
+                more.add(item)
+                missing -= values(item)
+    return more
+
+
+def thin(items: list[pytest.Item], interpreted: set[pytest.Item]) -> set[pytest.Item]:
+    items = [item for item in items if item.get_closest_marker("exhaustive") is None]
+    taken = one_test_for_each_case(items, interpreted)
+    for group in by_test_and_place(items).values():
+        if group[0] not in interpreted:
+            taken |= cover(group, taken)
+        elif taken.isdisjoint(group):
+            taken.add(group[0])
+    return taken | {item for item in items if place(item) is None}
+
+
+def spread(items: list[pytest.Item], slow: set[pytest.Item]) -> set[pytest.Item]:
+    taken = set(items) - slow
+    for group in by_test_and_place(item for item in items if item in slow).values():
+        step = max(1, len(group) / SPREAD)
+        taken |= {group[int(i * step)] for i in range(int(len(group) / step))}
+    return taken
+
+
+def choose(
+    items: list[pytest.Item],
+    part: str | None,
+    emulated: set[pytest.Item],
+    interpreted: set[pytest.Item],
+) -> set[pytest.Item]:
+    """Those of the part, or of all."""
+    few, many = thin(items, interpreted), spread(items, emulated | interpreted)
+    return {"thin": few, "rest": many - few, "spread": many}.get(str(part), many | few)
