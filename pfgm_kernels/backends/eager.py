@@ -169,7 +169,9 @@ class _Pairs:
         self.t, self.k, self.to_anchor = t, k, anchor_x0 - x
         self.squares, self.nearest = _squared_distances(x, rows), self.to_anchor.square().sum(1)
         logits = _relative_logits(self.squares, self.nearest, t, k).add_(anchor_log_weight[:, None])
-        self.weights = logits.clamp_(max=0).exp_()  # beside rounding, which a large slope multiplies
+        self.weights = logits.clamp_(
+            max=0
+        ).exp_()  # beside rounding, which a large slope multiplies
         if math.isfinite(k):
             self.singular = (self.nearest + _offset(t, k) == 0)[:, None]
             self.weights.masked_fill_(self.singular, 0.0)

@@ -46,7 +46,9 @@ def warm_up(x: Tensor, t: Tensor, references: ReferenceSet) -> None:
     """What is loaded once is not a call's."""
     small = poisson_displacement(x[:2], t[:2], references)
     torch.autograd.grad(small, [x, t], [torch.ones_like(output) for output in small])
-    torch.func.jvp(lambda x: poisson_field(x, 1.0, references), (x[:2].detach(),), (x[:2].detach(),))
+    torch.func.jvp(
+        lambda x: poisson_field(x, 1.0, references), (x[:2].detach(),), (x[:2].detach(),)
+    )
 
 
 def measure_images(backend: str, device: str, batch: int, count: int) -> None:
