@@ -25,7 +25,7 @@ from pfgm_kernels.outputs import Output
 SLACK = 16 << 20
 """Bytes beyond the workspace for rows of queries, so that a small workspace is not slow."""
 QUERY_ROWS = 12
-"""Rows of float64 that a query takes at most, here and in a backend."""
+"""Rows of d + 8 float64 that a query takes at most, here and in a backend."""
 REFERENCE_ROWS = 3
 """Rows of float64 that a reference takes which is copied or gets gradients."""
 
@@ -62,7 +62,7 @@ class Chunks:
         rows, references = module.chunk_shape(
             max(1, batch), count, self.d, self.workspace, bool(inputs.operands), values_grad
         )
-        rows = min(rows, max(1, (share + SLACK) // (8 * QUERY_ROWS * self.d)))
+        rows = min(rows, max(1, (share + SLACK) // (8 * QUERY_ROWS * (self.d + 8))))
         if copied:
             references = min(references, max(1, share // (8 * REFERENCE_ROWS * self.d)))
         self.queries, self.references = _slices(batch, rows), _slices(count, references)
