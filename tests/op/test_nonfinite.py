@@ -11,11 +11,11 @@ from cases import seeded
 
 from pfgm_kernels import ReferenceSet, poisson_displacement
 
-SHAPES = [(1, 600), (3, 600), (20, 300), (40, 70), (100, 33), (2, 1), (40, 1)]  # (d, N)
+SHAPES = [(1, 600), (3, 600), (20, 300), (40, 70), (100, 33)]  # (d, N)
 VALUES = [math.nan, math.inf, -math.inf]
 
 
-@pytest.mark.parametrize(("d", "count"), SHAPES)
+@pytest.mark.parametrize(("d", "count"), [*SHAPES, (2, 1), (40, 1)])
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("D", [1, math.inf])
 @pytest.mark.parametrize("where", ["x", "t"])
