@@ -85,6 +85,20 @@ def test_references_that_come_nearer(d, D, count):
 
 
 @pytest.mark.parametrize("d", ROADS)
+def test_heavy_references_in_every_block(d):
+    """24 in each 240, whose logits are two more than in the block before."""
+    logits = torch.full((1920,), 30.0).double()
+    for block in range(8):
+        logits[240 * block : 240 * block + 24] = 16 - 2 * block
+    logits = (logits * min(1, (d + 1) / 40)).clamp(max=0.6 * (d + 1))
+    t = 3.0
+    s = (1 + t * t) * torch.expm1(2 * logits / (d + 1))
+    direction = torch.nn.functional.normalize(normal(1920, d).double(), dim=1)
+    x0 = ((1 + s).sqrt()[:, None] * direction).float()
+    check(0.01 * normal(2, d, seed=1), torch.full((2,), t), x0)
+
+
+@pytest.mark.parametrize("d", ROADS)
 @pytest.mark.parametrize("count", [97, 241, 257, 2000])
 @pytest.mark.parametrize("closer", [0.5, 0.9])
 def test_the_last_reference_is_the_nearest(d, count, closer):
@@ -103,12 +117,12 @@ def test_queries_for_which_other_blocks_count(d, batch):
     """References in the order of their clusters, a block or more each; queries of one cluster are
     a vector, or a tile.
     """
-    clusters = 4 * normal(4, d)
+    clusters = normal(4, d)
     x0 = clusters.repeat_interleave(260, 0) + normal(1040, d, seed=1)
     for order in ([3, 2, 1, 0], [2, 3, 0, 1]):
         x = clusters[order].repeat_interleave(16, 0).repeat(2, 1)[:batch]
         x = x + 0.5 * normal(batch, d, seed=2)
-        t = torch.full((batch,), 1.5 * math.sqrt(d))
+        t = torch.full((batch,), math.sqrt(d))
         check(x, t, x0)
 
 
