@@ -64,12 +64,12 @@ inline bool has_crowds(const FieldParams& p) {
   return equal >= kCrowd || equal * 64 > rows;
 }
 
-// Whether there are few values, judged by a sample.
+// Whether there are few values, judged by a sample from all columns.
 inline bool has_few_values(const FieldParams& p) {
-  constexpr int64_t kSampleSize = 1024, kFew = 32;
+  constexpr int64_t kSampleSize = 1024, kFew = 32, kStride = 2654435761;  // a prime
   const int64_t total = p.count * p.dim, size = std::min(total, kSampleSize);
   std::vector<double> sample(size);
-  for (int64_t i = 0; i < size; ++i) sample[i] = finite_or_zero(decode(p, total * i / size));
+  for (int64_t i = 0; i < size; ++i) sample[i] = finite_or_zero(decode(p, i * kStride % total));
   std::sort(sample.begin(), sample.end());
   return std::unique(sample.begin(), sample.end()) - sample.begin() <= kFew;
 }

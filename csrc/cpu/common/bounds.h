@@ -46,10 +46,11 @@ inline double product_rounding(int64_t columns, int64_t step, double product, do
 }
 
 // Whether float projections g·y, in sums of `step` columns, are precise enough for dx: four times
-// their error, root mean square, within 1e-5 of ‖g‖. together: √Σ_j w_j² of the references that are
-// projected in float, at most, where their errors are independent, else 1.
+// their error, root mean square, within 1e-5 of ‖g‖. norm: ‖y‖ of those that count. together:
+// √Σ_j w_j² of the references that are projected in float, at most, where their errors are
+// independent, else 1.
 inline bool resolves_pull(const FieldParams& p, const Operands& o, int64_t b, double distance,
-                          int64_t step, double together) {
+                          double norm, int64_t step, double together) {
   const int64_t ld = round_up(p.dim, kPad);
   const double *g = p.grad_displacement + b * ld, *x = p.x + b * ld;
   double square = 0, product = p.projection[b];  // of g and the mean of y
@@ -58,7 +59,7 @@ inline bool resolves_pull(const FieldParams& p, const Operands& o, int64_t b, do
     product += g[c] * (x[c] - o.origin[c]);
   }
   const double size = ::sqrt(square);
-  const double error = product_rounding(p.dim, step, product, size * o.unit * o.radius);
+  const double error = product_rounding(p.dim, step, product, size * o.unit * norm);
   const double slope = RadialKernel(p.half_k, p.t[b]).slope(distance * distance);
   return 4 * 2 * slope * distance * error * together <= 1e-5 * size;
 }

@@ -168,7 +168,7 @@ struct FusedBackward : FusedPass {
     return square + kernel.offset >= queries[i].least_s &&
            p.anchor_log_weight[b] >= kLeastLogWeight &&
            std::max(lost, o.unit * o.deviation) <= kFusedPull * distance &&
-           resolves_pull(p, o, b, distance, sum_depth(p.dim), together);
+           resolves_pull(p, o, b, distance, o.radius, sum_depth(p.dim), together);
   }
 
   // r of a reference whose weight is exp(−depth), or at most that where there is an error.

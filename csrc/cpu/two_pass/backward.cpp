@@ -100,10 +100,11 @@ struct Backward : TwoPass {
   double anchor_square(int64_t b, int64_t) const override { return p.anchor_square[b]; }
 
   // Float sums of y must resolve what the distances weigh: gradients are held to 1e-5.
-  bool resolved(int64_t b, double square) const override {
+  bool resolved(int64_t b, int64_t nearest, double square) const override {
+    const double norm = o.alike ? o.radius : o.roots[nearest];
     const double together = o.alike ? 1 : ::exp(p.anchor_log_weight[b] / 2);
     return ::sqrt(square) >= resolved_distance(o, 64) &&
-           resolves_pull(p, o, b, ::sqrt(square), kColumnBlock, together);
+           resolves_pull(p, o, b, ::sqrt(square), norm, kColumnBlock, together);
   }
 
   void finish_dense(const SecondPass& pass) const override {

@@ -35,7 +35,7 @@ struct TwoPass {
   // How far below the anchor's logit those lie that count.
   virtual double depth(int64_t) const { return cutoff_depth(p); }
   // Whether float sums resolve what the distances weigh where the anchor is at this squared one.
-  virtual bool resolved(int64_t, double) const { return true; }
+  virtual bool resolved(int64_t, int64_t, double) const { return true; }
   // Finishes the queries that take part in a second pass, or marks them as uncertified.
   virtual void finish_dense(const SecondPass& pass) const = 0;
 
@@ -92,7 +92,7 @@ struct TwoPass {
       const int64_t b = tiles.rows[i];
       if (!candidates[b].too_many) continue;
       const double square = anchor_square(b, candidates[b].nearest);
-      uncertified[b] = !resolved(b, square);
+      uncertified[b] = !resolved(b, candidates[b].nearest, square);
       if (uncertified[b]) continue;
       if (!certify(screen, b, candidates[b].nearest, square)) coarse.push_back(i);
       anchors.set(screen, i, square, depth(b));
