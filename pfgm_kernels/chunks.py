@@ -2,7 +2,7 @@
 """The loops over chunks that every backend shares, forward, backward and in forward mode.
 
 Whatever the number of queries and references, a call takes its result, the workspace and at most
-32 MiB. A quarter of the workspace and 16 MiB hold rows of queries in float64; where references
+32 MiB. A quarter of the workspace and 12 MiB hold rows of queries in float64; where references
 have to be copied (16-bit floats, strides) or get gradients, another quarter holds theirs; the rest
 is the backend's.
 """
@@ -22,9 +22,9 @@ from pfgm_kernels.backends._values import decode
 from pfgm_kernels.merge import mass_weights, merge
 from pfgm_kernels.outputs import Output
 
-SLACK = 16 << 20
+SLACK = 12 << 20
 """Bytes beyond the workspace for rows of queries, so that a small workspace is not slow."""
-QUERY_ROWS = 12
+QUERY_ROWS = 16
 """Rows of d + 8 float64 that a query takes at most, here and in a backend."""
 REFERENCE_ROWS = 3
 """Rows of float64 that a reference takes which is copied or gets gradients."""

@@ -17,7 +17,8 @@ Fast choose(const FieldParams& p, Fast direct, Fast fused, Fast two_pass) {
   constexpr double kMostHalfK = 1e7;  // float has no digits of 1 + u where this is a logit of note
   const bool gaussian = p.half_k == INFINITY;
   if (!p.single || p.value_type == ValueType::kFloat64) return nullptr;
-  if (p.dim <= PFGM_ISA::kMaxDirectDim) return p.half_k <= kMostHalfK || gaussian ? direct : nullptr;
+  if (p.dim <= PFGM_ISA::kMaxDirectDim)
+    return p.half_k <= kMostHalfK || gaussian ? direct : nullptr;
   return p.dim <= PFGM_ISA::kMaxFusedDim && !has_codes(p) ? fused : two_pass;
 }
 

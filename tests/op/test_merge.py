@@ -19,6 +19,7 @@ from oracle import (
 
 from pfgm_kernels import ReferenceSet, merge
 from pfgm_kernels.backends import BACKENDS, _native, cpu
+from pfgm_kernels.chunks import Chunks, Inputs
 
 NAMES = ["normal d=2", "normal d=17", "normal d=64", "normal d=784", "D=inf d=64", "D=2.5 d=3"]
 MIB = 1 << 20
@@ -90,9 +91,11 @@ def test_a_small_workspace(backend, monkeypatch, d, count, batch, D, references)
     g_m = torch.randn(batch, dtype=torch.float64, generator=generator)
     expected = solve(x, t, x0, D)
     assert expected.effective_sample_size.max() > 2
-    sizes = BACKENDS["eager"].chunk_shape(batch, count, d, MIB, False, False)
-    assert sizes[1] * 3 < count
-    assert sizes[0] * 3 < batch or d < 100
+    monkeypatch.setattr("pfgm_kernels.chunks.SLACK", 0)
+    inputs = Inputs(x, t, x0, x0.new_empty(0), [], d + D)
+    chunks = Chunks(inputs, MIB, BACKENDS["eager"])
+    assert len(chunks.references) > 3
+    assert len(chunks.queries) > 3 or d < 100
 
     monkeypatch.setattr("pfgm_kernels.field.DEFAULT_WORKSPACE", MIB)
     inputs = [x, t]

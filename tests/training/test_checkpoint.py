@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from pfgm_kernels import files
 from pfgm_kernels.training import checkpoint
 from pfgm_kernels.training.checkpoint import Checkpoints, match, read, write
 
@@ -89,8 +90,8 @@ def test_the_disk_has_the_content_before_the_name(
         events.append("name")
         replace_file(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", fsync)
-    monkeypatch.setattr(checkpoint.os, "replace", replace)
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    monkeypatch.setattr(files.os, "replace", replace)
     write(path, TENSORS, STATE)
     assert events == ["content", "name", "folder"]
 

@@ -19,7 +19,8 @@ constexpr int64_t kMeanRows = 64;         // references that the origin is the m
 // that, and what they are off the grid by would show in the result.
 constexpr double kGridTolerance = 0x1p-22;
 
-// codes ↦ low + step · code, within tolerance. step = 0: no grid. off: by how much a value is at most.
+// codes ↦ low + step · code, within tolerance. step = 0: no grid. off: by how much a value is at
+// most.
 struct Grid {
   double low = 0, step = 0, tolerance = 0, off = 0;
 };
@@ -153,8 +154,8 @@ std::vector<int32_t> write_grid(const FieldParams& p, const Grid& grid) {
   return origin_codes;
 }
 
-// Moves the origin by what the values of a sample are off the grid by, column by column: where these
-// are few, that is the same for most references, and far from a query it adds up.
+// Moves the origin by what the values of a sample are off the grid by, column by column: where
+// these are few, that is the same for most references, and far from a query it adds up.
 void centre_rounding(const FieldParams& p, const Grid& grid, const uint8_t* codes) {
   const int64_t rows = std::min(p.count, kMeanRows);
   for (int64_t i = 0; i < rows; ++i) {

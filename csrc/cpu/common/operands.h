@@ -30,8 +30,8 @@ struct Operands {
   Buffer<double> roots;  // (N,) ‖y‖
 };
 
-// FieldParams' grid: unit, deviation (negative: there are no codes), whether references are alike (2:
-// and their values rounded), what code 0 stands for, origin (d,).
+// FieldParams' grid: unit, deviation (negative: there are no codes), whether references are alike
+// (2: and their values rounded), what code 0 stands for, origin (d,).
 constexpr int64_t kGridHeader = 4;
 
 // Whether the references are codes on a grid, as prepare_references found.

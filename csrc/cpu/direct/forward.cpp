@@ -25,7 +25,7 @@ struct Pass {
   const FieldParams& p;
   Weights weights;
   int64_t ld, begin, end;  // the references' part
-  bool alike, gaussian;  // alike: the references' distances err alike
+  bool alike, gaussian;    // alike: the references' distances err alike
 
   Pass(const FieldParams& p, int64_t begin, int64_t end, bool alike)
       : p(p),

@@ -14,12 +14,9 @@ namespace {
 
 // A reference with more than this share of the weight so far is taken by direct differences.
 constexpr double kFusedHeavy = 1.0 / 32;
-constexpr size_t kMostListed = 64;  // heavy references that wait to be taken
-// Displacements of light references may be off by this much, relative to the distance.
-constexpr double kFusedDisplacement = 4e-7;
-
-// Log masses may be off by this much, four times their root mean square.
-constexpr double kLogMassTolerance = 1e-6;
+constexpr size_t kMostListed = 64;           // heavy references that wait to be taken
+constexpr double kFusedDisplacement = 4e-7;  // error of the light references' over the distance
+constexpr double kLogMassTolerance = 1e-6;   // four times the root mean square of the error
 
 // What a task found for a query: the weights are relative to state.nearest.
 struct Partial {
@@ -336,8 +333,8 @@ struct FusedForward : FusedPass {
       if (!all.certified) continue;
       const OnlineState::Factors factors = all.state.merge(other.state, kernel);
       all.light = factors.own * all.light + factors.theirs * other.light;
-      all.squares = factors.own * factors.own * all.squares +
-                    factors.theirs * factors.theirs * other.squares;
+      all.squares =
+          factors.own * factors.own * all.squares + factors.theirs * factors.theirs * other.squares;
       const double* theirs = row(part, i, p.displacement);
       for (int64_t c = 0; c < p.dim; ++c) v[c] = factors.own * v[c] + factors.theirs * theirs[c];
     }

@@ -31,8 +31,8 @@ inline bool certify(const Screen& screen, int64_t b, int64_t anchor, double anch
   // The product of the anchor, from its squared distance: partial sums get as far as that, and by
   // chance as far as ‖x'‖ ‖y‖/√d.
   const double product = (o.norms[anchor] + bound.squared - anchor_square / (o.unit * o.unit)) / 2;
-  const double rounding = bound.roundings == 0 ? 0 : product_rounding(p.dim, kColumnBlock, product,
-                                                                     x_norm * o.radius);
+  const double rounding =
+      bound.roundings == 0 ? 0 : product_rounding(p.dim, kColumnBlock, product, x_norm * o.radius);
   // What is left out of the query points nowhere in particular.
   const double unit = 2 * slope * o.unit * o.unit, rest = bound.residual * o.radius / root_dim;
   return unit * rest <= kResidualTolerance && unit * (rounding + rest) <= kDenseTolerance;

@@ -37,8 +37,8 @@ inline void read_columns(const RowReader& reader, int64_t j, int64_t first, int6
 }
 
 // Puts what direct differences give for r − r of the anchor in the place of the products of some
-// queries, and returns which references are the nearest to these. indices: their positions among the
-// queries of the screen.
+// queries, and returns which references are the nearest to these. indices: their positions among
+// the queries of the screen.
 inline std::vector<int64_t> subtract(const Screen& screen, const Anchors& anchors,
                                      const std::vector<int64_t>& indices) {
   const FieldParams& p = screen.p;
