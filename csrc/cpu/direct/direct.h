@@ -33,6 +33,7 @@ constexpr double kCrowdTolerance = 6e-7;  // log masses of equal references may 
 // slope of a logit times its squared distance, and of a weight.
 constexpr double kLogMassTolerance = 1e-6;
 constexpr double kSquareRounding = 4e-8, kWeightRounding = 5e-8;
+constexpr double kMostAlikeSlope = 1.5;
 constexpr double kLeastAlike = 4;  // k/2 from which on references that are alike matter
 
 constexpr int kMaxPower = 40;  // beyond it the rounding of powers exceeds that of logarithms

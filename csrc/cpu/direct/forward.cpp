@@ -184,6 +184,8 @@ void add_block_low(const DirectBlock& block, int32_t first_run, Queries& queries
 // Whether the other references' weights are precise enough. share: of the nearest, which is exact;
 // none of the others has more.
 bool precise(double slope, double share, bool alike) {
+  // Equal terms round alike where they are added to a large one, too.
+  if (alike && slope > kMostAlikeSlope) return false;
   const double error = slope * kSquareRounding + kWeightRounding;
   const double others = alike ? 1 - share : ::sqrt(share * (1 - share));
   return 4 * error * others <= kLogMassTolerance;
