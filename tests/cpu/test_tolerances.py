@@ -59,8 +59,8 @@ def test_near_ties_on_a_grid(d, size, seed):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("d", [3, 8, 16, 24, 40, 250, 300])
 @pytest.mark.parametrize("copies", [40, 150, 900])
-def test_a_crowd_that_a_sample_does_not_see(d, copies, seed):
-    """The sample takes every other row of 2,048."""
+def test_a_crowd_in_every_other_row(d, copies, seed):
+    """That references are alike is judged by a sample of 1,024 in 2,048."""
     x0 = normal(2048, d, seed=seed)
     rows = 1 + 2 * torch.randperm(1024, generator=seeded(seed))[:copies]
     x0[rows] = x0[rows[0]].clone()

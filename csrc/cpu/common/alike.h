@@ -34,7 +34,10 @@ inline bool coincide(const FieldParams& p, int64_t a, int64_t b, double norm) {
 inline bool has_crowds(const FieldParams& p) {
   constexpr int64_t kSampleRows = 1024, kSampleColumns = 16, kCrowd = 8;
   const int64_t rows = std::min(p.count, kSampleRows), columns = std::min(p.dim, kSampleColumns);
-  const auto row = [&](int64_t i) { return p.count * i / rows; };
+  const auto row = [&](int64_t i) {  // one of the i-th share, at random: an order may have a period
+    const int64_t first = p.count * i / rows, share = p.count * (i + 1) / rows - first;
+    return first + static_cast<int64_t>((static_cast<uint32_t>(i) * 2654435761u) >> 16) % share;
+  };
   const auto value = [&](int64_t i, int64_t c) {
     return decode(p, row(i) * p.dim + p.dim * c / columns);
   };
