@@ -1,24 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mistakes in the CPU kernels: those that cpu.txt lists, each with tests that it should fail.
 
-The kernels are built as setup.py builds them, a mistake for the instruction set alone that runs
+The kernels are built as csrc/ninja_build.py says, a mistake for the instruction set alone that runs
 here.
 """
 
 from __future__ import annotations
 
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import ninja
-from mutants.runner import ROOT, Found, Mutant, read, run_pytest
-
-sys.path.append(str(ROOT / "tests" / "cpu"))
-from sanitize import read_setup
+from mutants.runner import Found, Mutant, read, run_pytest
 
 from pfgm_kernels import _C
 
@@ -41,12 +38,11 @@ class Worker:
     def __init__(self, tree: Path) -> None:
         self.tree, self.unchanged = tree, tree / "build" / "unchanged"
         self.unchanged.mkdir(parents=True)
-        os.environ["PFGM_CUDA"] = "0"
-        setup = read_setup(tree)
         self.output = tree / "pfgm_kernels" / Path(_C.__file__).name
-        (self.unchanged / "build.ninja").write_text(setup["ninja_file"](self.output))
+        build = runpy.run_path(str(tree / "csrc" / "ninja_build.py"))
+        build["prepare"](self.unchanged, self.output)
         isa = _C.build_info()["instruction set"]
-        self.targets = ["dispatch.o", *(f"{name}_{isa}.o" for name in setup["CPU_SOURCES"])]
+        self.targets = ["dispatch.o", *(f"{name}_{isa}.o" for name in build["CPU_SOURCES"])]
         self._age(None)
         self._ninja(self.unchanged)
 
@@ -54,7 +50,7 @@ class Worker:
         if mutant is not None:
             work = self.tree / "build" / "changed"
             shutil.rmtree(work, ignore_errors=True)
-            shutil.copytree(self.unchanged, work)
+            shutil.copytree(self.unchanged, work, symlinks=True)
             self._age(mutant.file)
             try:
                 self._ninja(work, *self.targets)
@@ -76,5 +72,5 @@ class Worker:
         subprocess.run(command, check=True, capture_output=True)
 
     def _link(self, work: Path) -> None:
-        objects = sorted(work.glob("*.o"))
+        objects = sorted(work.rglob("*.o"))
         subprocess.run(["g++", "-shared", "-fopenmp", *objects, "-o", self.output], check=True)
