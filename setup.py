@@ -10,17 +10,15 @@ import os
 import re
 import shutil
 import sys
-import sysconfig
 from pathlib import Path
 from subprocess import CalledProcessError, check_call, check_output
 
 import ninja
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
-from ninja_build import SOURCES, cxx, find_compiler, ninja_file
+from ninja_build import cxx, find_compiler, prepare
 
 
 def find_nvcc() -> str | None:
@@ -47,18 +45,10 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output, work = Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp)
         compiler, nvcc = find_compiler(), find_nvcc()
-        links = {compiler.name: compiler, "csrc": SOURCES, "output": output.parent}
-        links["pybind11"] = Path(pybind11.get_include())
-        links["python"] = Path(sysconfig.get_path("include"))
-        for folder in (work, output.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        for name, target in links.items():
-            (work / name).unlink(missing_ok=True)
-            (work / name).symlink_to(target.absolute())
         try:
             host = ["-ccbin", f"./{compiler.name}"] if os.environ.get("CXX") else []
             cuda = ([nvcc, *host], cuda_version(nvcc), cuda_archs(nvcc)) if nvcc else ()
-            (work / "build.ninja").write_text(ninja_file(output.name, *cuda))
+            prepare(work, output, *cuda)
             check_call([str(Path(ninja.BIN_DIR, "ninja")), "-C", str(work)])
         except (CalledProcessError, OSError) as error:
             hint = f" and {nvcc}: PFGM_CUDA=0 leaves the CUDA part out" if nvcc else ""

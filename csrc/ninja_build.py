@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the extension is compiled: sources, flags and the file that ninja reads."""
+"""How the extension is compiled: sources, flags and the folder that ninja works in."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import shutil
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import pybind11
 
 SOURCES = Path(__file__).resolve().parent
 CPU = SOURCES / "cpu"
@@ -40,14 +44,27 @@ def quoted(command: Sequence[str]) -> str:
     return shlex.join(command).replace("$", "$$")
 
 
+def prepare(work: Path, output: Path, *cuda: Any) -> None:
+    """Lets ninja make `output` in the folder `work`; `cuda` are the arguments of `ninja_file`.
+
+    It goes by links to all else. So no path has to be escaped, for which nvcc knows no way.
+    """
+    compiler = find_compiler()
+    links = {compiler.name: compiler, "csrc": SOURCES, "output": output.parent}
+    links["pybind11"] = Path(pybind11.get_include())
+    links["python"] = Path(sysconfig.get_path("include"))
+    for folder in (work, output.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, target in links.items():
+        (work / name).unlink(missing_ok=True)
+        (work / name).symlink_to(target.absolute())
+    (work / "build.ninja").write_text(ninja_file(output.name, *cuda))
+
+
 def ninja_file(
     output: str, nvcc: Sequence[str] = (), cuda_version: str = "", archs: Sequence[str] = ()
 ) -> str:
-    """Builds output/`output`; without the CUDA part where there is no command `nvcc`.
-
-    ninja runs in a folder with links to all else: csrc, output, and the include folders pybind11
-    and python. So no path has to be escaped, for which nvcc knows no way.
-    """
+    """Without the CUDA part where there is no command `nvcc`."""
     edges = {"dispatch.o": ("cxx", "cpu/dispatch.cpp", "-O2")}  # object: (rule, source, flags)
     link, defines = f"{quoted(cxx())} -shared -fopenmp", ""
     if nvcc:

@@ -40,7 +40,8 @@ def test_float32(backend, name):
     assert v.dtype == torch.float32
     assert_displacement(v, expected, tolerance)
     assert_log_mass(log_mass, expected)
-    assert_field(backend.field(case.x, case.t, case.x0, D=case.D), expected, tolerance)
+    if not backend.interpreted:  # where the same pass again takes seconds
+        assert_field(backend.field(case.x, case.t, case.x0, D=case.D), expected, tolerance)
 
 
 @pytest.mark.parametrize("name", CASES)

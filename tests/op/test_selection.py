@@ -24,7 +24,7 @@ def of_tests(items: set[pytest.Item]) -> dict[str, set[tuple[str, str]]]:
 def test_the_thin_part(backend, request):
     collected = request.config.stash[selection.COLLECTED]
     here = [item for item in collected if selection.place(item) == backend.name]
-    if {selection.named_case(item) for item in here} < {*CASES}:
+    if not {*CASES} <= {selection.named_case(item) for item in here}:
         pytest.skip("not all tests of the op are there to choose from")
     slow = set(here) if backend.interpreted else set()
     interpreted = slow if backend.name == "triton" else set()
