@@ -92,9 +92,8 @@ class Chunks:
         """rows (N, …)[index (n,)] as float64 (n, d)."""
         return decode(flatten(rows[index]), self.inputs.table)
 
-    def forward(self, queries: slice) -> Partial:
+    def forward(self, x: Tensor, t: Tensor) -> Partial:
         """The four outputs of the backend for a chunk of queries and all references."""
-        x, t = self.rows(queries)
         total: Partial | None = None
         for references in self.references:
             part = self.module.forward(x, t, *self.reference_rows(references), self.k)
@@ -138,8 +137,8 @@ def field_forward(
     result = empty_result(inputs, output)
     log_mass, residual, anchor, anchor_log_weight = empty_rows(inputs, output, save)
     for queries in chunks.queries:
-        v, *rows = chunks.forward(queries)
         x, t = chunks.rows(queries)
+        v, *rows = chunks.forward(x, t)
         output.write(v, x, t, flatten(result[queries]))
         if output.name == "displacement":
             log_mass[queries] = rows[0]
@@ -274,13 +273,11 @@ def field_jvp(
             )
             pull += part[0]
             slope += part[1]
-        singular = rows.singular
         pull -= slope[:, None] * rows.v
         tangent = output.push(pull, x_rows, t_rows, rows.v, rows.t)
-        tangent = tangent.masked_fill(singular[:, None], 0.0)
-        flatten(result[queries]).copy_(tangent)
+        _write(tangent.masked_fill(rows.singular[:, None], 0.0), result[queries])
         if output.name == "displacement":
-            log_mass[queries] = slope.add_(centre).masked_fill_(singular, 0.0)
+            log_mass[queries] = slope.add_(centre).masked_fill_(rows.singular, 0.0)
     return result, log_mass
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,6 +13,11 @@ from pfgm_kernels.backends._values import decode
 
 WORK = 1 << 30
 """Columns of pairs in a chunk, so that an interrupt is noticed within about a second."""
+
+
+MOST_AWAY = 1024
+"""How many times as far as a sum's terms are long what they are relative to may lie: a sum in
+float64 loses as many of its roundings."""
 
 
 def unsupported_reason(
@@ -28,11 +34,11 @@ def chunk_shape(
     """Queries and references per chunk that keep the float64 temporaries within `workspace`, and a
     chunk to about a second.
 
-    A reference costs two rows of d (and its decoding indices), a pair six matrix entries, in the
+    A reference costs two rows of d (and its decoding indices), a pair seven matrix entries, in the
     backward pass.
     """
     count = max(1, min(count, workspace // 2 // (3 * 8 * d)))
-    pairs = max(1, min(workspace // 2 // (6 * 8), WORK // (d + 8)))
+    pairs = max(1, min(workspace // 2 // (7 * 8), WORK // (d + 8)))
     rows = max(1, min(batch, pairs // min(count, 64)))
     return rows, max(1, min(count, pairs // rows))
 
@@ -59,13 +65,11 @@ def forward(
     anchor_weight = weights.gather(1, anchor[:, None])
     weights.scatter_(1, anchor[:, None], 0.0 * anchor_weight)  # a NaN row stays NaN
     # v = (x0_a − x) + Σ_{j≠a} w_j (x0_j − x0_a): nothing cancels where one reference dominates.
-    # The shift by a reference near the queries keeps data far from the origin exact.
-    anchor_rows = rows[anchor]
-    shift = anchor_rows[:1].sum(0)
-    rows = rows - shift
-    displacement = weights @ rows
-    displacement -= weights.sum(1, keepdim=True) * (anchor_rows - shift)
-    displacement += anchor_rows - x
+    anchor_rows, shared = rows[anchor], weights.sum(1)
+    displacement = anchor_rows - x
+    for queries, shift in _regions(anchor_rows, shared, weights, squares):
+        displacement[queries] += weights[queries] @ (rows - shift)
+        displacement[queries] -= shared[queries, None] * (anchor_rows[queries] - shift)
     if math.isfinite(k):
         log_mass = -(k / 2) * (nearest + offset).log() + total.log()
     else:
@@ -100,11 +104,7 @@ def backward(
     dx = pairs.sum(coefficients)
     if not values_grad:
         return dx, dt, None
-    # A reference on the query itself pulls on nothing, but its coefficient may be huge.
-    coefficients.masked_fill_(pairs.squares == 0, 0.0)
-    dvalues = pairs.weights.T @ grad_displacement + 2 * (coefficients.T @ pairs.x)
-    dvalues -= 2 * coefficients.sum(0)[:, None] * pairs.rows
-    return dx, dt, dvalues
+    return dx, dt, pairs.weights.T @ grad_displacement + pairs.sum_over_queries(coefficients)
 
 
 def jvp(
@@ -151,8 +151,8 @@ def jvp(
 
 
 class _Pairs:
-    """Queries (n, d) and references (m, d) of a chunk, both less `shift`, a reference near the
-    queries, with the weights (n, m), recomputed from those of the anchors.
+    """Queries (n, d) and references (m, d) of a chunk with the weights (n, m), recomputed from
+    those of the anchors.
     """
 
     def __init__(
@@ -165,18 +165,19 @@ class _Pairs:
         anchor_x0: Tensor,
         anchor_log_weight: Tensor,
     ) -> None:
-        x, rows = x.double(), decode(values, table)
-        self.t, self.k, self.to_anchor = t, k, anchor_x0 - x
-        self.squares, self.nearest = _squared_distances(x, rows), self.to_anchor.square().sum(1)
+        self.x, self.rows = x.double(), decode(values, table)
+        self.t, self.k = t, k
+        self.anchor_x0, self.to_anchor = anchor_x0, anchor_x0 - self.x
+        self.squares = _squared_distances(self.x, self.rows)
+        self.nearest = self.to_anchor.square().sum(1)
         logits = _relative_logits(self.squares, self.nearest, t, k).add_(anchor_log_weight[:, None])
-        self.weights = logits.clamp_(
-            max=0
-        ).exp_()  # beside rounding, which a large slope multiplies
+        # At most 1 beside rounding, which a large slope multiplies.
+        self.weights = logits.clamp_(max=0).exp_()
         if math.isfinite(k):
             self.singular = (self.nearest + _offset(t, k) == 0)[:, None]
             self.weights.masked_fill_(self.singular, 0.0)
-        shift = anchor_x0[:1].sum(0)
-        self.rows, self.x, self.anchor_x0 = rows - shift, x - shift, anchor_x0 - shift
+        shared = torch.minimum(self.weights.sum(1), -anchor_log_weight.expm1())
+        self.regions = list(_regions(anchor_x0, shared, self.weights, self.squares))
 
     def project(
         self, g: Tensor, moving: Tensor | None = None, anchor_moving: Tensor | None = None
@@ -185,15 +186,21 @@ class _Pairs:
 
         What may be rounding alone is 0: then the anchor's is, whose s may be next to nothing.
         """
-        rows, row_sizes = self.rows, self.rows.norm(dim=1)
-        projection = (g @ rows.T).sub_((g * self.anchor_x0).sum(1)[:, None])
-        noise = (row_sizes + self.anchor_x0.norm(dim=1)[:, None]) * g.norm(dim=1)[:, None]
-        if moving is not None and anchor_moving is not None:
-            projection += self.x @ moving.T - (rows * moving).sum(1)
-            projection += (self.to_anchor * anchor_moving).sum(1)[:, None]
-            noise += (row_sizes + self.x.norm(dim=1)[:, None]) * moving.norm(dim=1)
-        noise *= 8 * torch.finfo(noise.dtype).eps
-        return projection.masked_fill_(projection.abs() <= noise, 0.0)
+        projections = torch.empty_like(self.weights)
+        for queries, shift in self.regions:
+            rows, anchors = self.rows - shift, self.anchor_x0[queries] - shift
+            directions, row_sizes = g[queries], rows.norm(dim=1)
+            projection = (directions @ rows.T).sub_((directions * anchors).sum(1)[:, None])
+            noise = row_sizes + anchors.norm(dim=1)[:, None]
+            noise *= directions.norm(dim=1)[:, None]
+            if moving is not None and anchor_moving is not None:
+                x, to_anchor = self.x[queries] - shift, self.to_anchor[queries]
+                projection += x @ moving.T - (rows * moving).sum(1)
+                projection += (to_anchor * anchor_moving[queries]).sum(1)[:, None]
+                noise += (row_sizes + x.norm(dim=1)[:, None]) * moving.norm(dim=1)
+            noise *= 8 * torch.finfo(noise.dtype).eps
+            projections[queries] = projection.masked_fill_(projection.abs() <= noise, 0.0)
+        return projections
 
     def excess(self) -> Tensor:
         """(s_j − s_a)/s_a (n, m), or ‖x − x0_j‖² − ‖x − x0_a‖² for D = ∞."""
@@ -212,9 +219,44 @@ class _Pairs:
 
     def sum(self, coefficients: Tensor) -> Tensor:
         """2 Σ_j c_j (x0_j − x) (n, d)."""
+        apart, sums = self._apart(coefficients), torch.empty_like(self.x)
+        for queries, shift in self.regions:
+            part = apart[queries]
+            sums[queries] = part @ (self.rows - shift)
+            sums[queries] -= part.sum(1, keepdim=True) * (self.x[queries] - shift)
+        return sums.mul_(2)
+
+    def sum_over_queries(self, coefficients: Tensor) -> Tensor:
+        """2 Σ_i c_i (x_i − x0) (m, d)."""
+        apart, sums = self._apart(coefficients), torch.zeros_like(self.rows)
+        for queries, shift in self.regions:
+            part = apart[queries]
+            sums += part.T @ (self.x[queries] - shift)
+            sums -= part.sum(0)[:, None] * (self.rows - shift)
+        return sums.mul_(2)
+
+    def _apart(self, coefficients: Tensor) -> Tensor:
         # A reference on the query itself pulls on nothing, but its coefficient may be huge.
-        apart = coefficients.masked_fill(self.squares == 0, 0.0)
-        return 2 * (apart @ self.rows - apart.sum(1, keepdim=True) * self.x)
+        return coefficients.masked_fill(self.squares == 0, 0.0)
+
+
+def _regions(
+    anchors: Tensor, shared: Tensor, weights: Tensor, squares: Tensor
+) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    """Which queries, and a reference (d,) relative to which their sums lose no digits.
+
+    All at once, unless their anchors (n, d) lie very much farther apart than the references that
+    have their weights (n, m). shared: the weight of those beside the anchor (n,).
+    """
+    reach = (weights * squares.sqrt()).sum(1)
+    left = torch.arange(len(anchors), device=anchors.device)
+    while len(left):
+        shift = anchors[left[0]]
+        away = (anchors[left] - shift).norm(dim=1) * shared[left]
+        far = away > MOST_AWAY * reach[left]
+        here = left[~far]
+        yield (slice(None) if len(here) == len(anchors) else here), shift
+        left = left[far]
 
 
 def _squared_distances(x: Tensor, rows: Tensor) -> Tensor:

@@ -26,14 +26,8 @@ def test_the_case_is_what_it_claims(name):
         assert truth(name).effective_sample_size.max() > 2
 
 
-def known_miss(backend, name: str) -> None:
-    if backend.name == "eager" and name.startswith("two clusters"):
-        pytest.xfail("its sums are relative to one reference, for queries near another cluster too")
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_float32(backend, name):
-    known_miss(backend, name)
     case, expected = build(name), truth(name)
     tolerance = float32_contract(backend.name, case.named)
     v, log_mass = backend.displacement(case.x, case.t, case.x0, D=case.D)
@@ -46,7 +40,6 @@ def test_float32(backend, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_float64(backend, name):
-    known_miss(backend, name)
     case, expected = build(name), truth(name)
     x, x0 = case.x.double(), case.x0.double()
     v, log_mass = backend.displacement(x, case.t, x0, D=case.D)

@@ -29,8 +29,6 @@ def tangents_of(*tensors: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("moving", [False, True], ids=["x, t", "x, t, x0"])
 def test_named_cases(backend, name, dtype, moving):
-    if name.startswith("two clusters") and (moving or backend.name != "cpu"):
-        pytest.xfail("eager's sums are relative to one reference: see test_accuracy.py")
     case = build(name)
     everything = [a.to(dtype) for a in (case.x, case.t, case.x0)]
     primals = everything if moving else everything[:2]
