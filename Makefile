@@ -20,8 +20,9 @@ BIN := .venv/bin
 CLANG_FORMAT := $(BIN)/python -c '__import__("clang_format").clang_format()'
 CXX_SOURCES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 READY := .venv/.ready
-# tests/op/selection.py says what is in the parts of the tests.
-PYTEST := $(BIN)/python -m pytest -q -n 2
+# tests/op/selection.py says what is in the parts of the tests. Two workers share the cores: a thread
+# that waits has to leave its own.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2
 # The Triton kernels run on the CPU under Triton's interpreter, whose matrix products are numpy's.
 INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PYTEST) -k triton
 # The CUDA kernels run on the CPU on an emulated GPU, once with every test of the op and then with
@@ -52,7 +53,7 @@ test: $(READY)
 check: test
 	$(PYTEST) --part rest
 	$(INTERPRETED) --part rest tests/op
-	$(INTERPRETED) --part spread --cov tests/op/test_gradients.py tests/triton/test_triton.py
+	$(INTERPRETED) --cov --part spread tests/op/test_gradients.py tests/triton/test_triton.py
 	$(EMULATED) plain -q -n 2 --part rest tests/op
 	$(EMULATED) races -q -n 2 --part spread $(SEARCHED_TESTS)
 	$(EMULATED) address -q -n 2 --part spread $(SEARCHED_TESTS)

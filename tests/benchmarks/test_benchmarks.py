@@ -33,10 +33,8 @@ def runs() -> Iterator[Any]:
     for shape, provider, direction in itertools.product(SHAPES, ALL, DIRECTIONS):
         compiled = provider.name in COMPILED
         if not compiled or shape == SHAPES[0]:
-            long = compiled and direction == "gradient"
-            yield pytest.param(
-                shape, provider, direction, marks=[pytest.mark.exhaustive] if long else []
-            )
+            marks = [pytest.mark.exhaustive] if compiled else []
+            yield pytest.param(shape, provider, direction, marks=marks)
 
 
 @cache

@@ -30,6 +30,7 @@ def short_races(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "SECONDS", 0.0)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(
     ("shape", "worst"),
@@ -266,6 +267,7 @@ def test_the_script_checks_the_intrinsics_where_there_is_nvcc(
     assert not (out / "gpu-intrinsics").exists()
 
 
+@pytest.mark.exhaustive
 def test_without_a_gpu_the_script_says_so(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     hidden = {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "OUT": out}

@@ -91,6 +91,7 @@ def test_values_and_gradients(d, B, N, codes, D):
         assert (errors(v, truth) > EXACT).any(), "the products took no part"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(
     (os.environ.get("PFGM_EMULATION") or "plain") != "plain", reason="a search takes minutes for it"
 )

@@ -146,6 +146,7 @@ print("done")
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("program", "mistake", "found"),
     [

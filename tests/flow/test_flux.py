@@ -53,7 +53,9 @@ def landings(field_of, x0: Tensor, count: int, T: float, steps: int) -> tuple[Te
     return nearest.values, nearest.indices
 
 
-@pytest.mark.parametrize(("count", "d", "steps"), [(7, 2, 160), (10, 64, 40)])
+@pytest.mark.parametrize(
+    ("count", "d", "steps"), [(7, 2, 160), pytest.param(10, 64, 40, marks=pytest.mark.exhaustive)]
+)
 def test_the_prior_lands_uniformly_on_the_data(count, d, steps):
     x0 = points(count, d)
     distance, landed = landings(closed_form, x0, 20_000, 50.0, steps)

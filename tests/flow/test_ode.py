@@ -50,7 +50,7 @@ class Counted:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("event", [(2,), (1, 3, 3)])
+@pytest.mark.parametrize("event", [(2,), pytest.param((1, 3, 3), marks=pytest.mark.exhaustive)])
 def test_one_source_is_reached_exactly(solver, event):
     x0 = sources(1, math.prod(event)).view(1, *event)
     x = sample_prior(50, event, T=40, max_radius=400, generator=seeded(), dtype=torch.float64)
@@ -119,6 +119,7 @@ def test_times_path_and_progress_tell_the_same_story(solver):
     assert torch.equal(up.path[-1], up.x)
 
 
+@pytest.mark.exhaustive
 def test_errors_fall_with_the_order_of_the_solver():
     # On [0.1, T], where the field of several sources is smooth; errors against a fine rk45.
     field = exact_field(sources(7, 3))

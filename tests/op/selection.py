@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which of the tests run: all, or a part.
 
-"thin" is what `make test` takes. Of the tests that run on several backends (or instruction sets) it
-takes, on each of them, every test, every value of every parameter of a test, and every named case
-at least once; it leaves out what combines these in further ways. A named case is taken by one of
-the tests that are made for named cases, another one from case to case. Under Triton's interpreter,
-where a call takes seconds, it takes every test and, in the test of values, every named case. Of the
-tests that run once it takes all but those marked `exhaustive`.
+"thin" is what `make test` takes: on each backend (or instruction set), every test but those marked
+`exhaustive`, every value of every parameter of a test, and every named case at least once. It
+leaves out what combines these in further ways. A named case is taken by one of the tests that are
+made for named cases, another one from case to case. Of kernels that are interpreted or emulated,
+where a call takes seconds, it takes every named case and, of every other test, one value; under
+Triton's interpreter the cases are those of the test of values.
 
 "rest" is what that leaves; "spread" is what runs without regard to it: everything, but on backends
 that are interpreted or emulated so many parametrisations of each test, evenly spread.
@@ -25,32 +25,34 @@ PARTS = ("thin", "rest", "spread")
 SPREAD = 5
 PLACES = ("backend", "instruction_set")
 
-Group = dict[tuple[str, str], list[pytest.Item]]  # by test and by where it runs
+Group = dict[tuple[str, str | None], list[pytest.Item]]  # by test and by where it runs
+
+
+def parameters(item: pytest.Item) -> dict[str, object]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 def place(item: pytest.Item) -> str | None:
     """Where a test runs that runs on several."""
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    found = [str(getattr(parameters[p], "name", parameters[p])) for p in PLACES if p in parameters]
-    return found[0] if found else None
+    found = [p for p in map(parameters(item).get, PLACES) if p is not None]
+    return str(getattr(found[0], "name", found[0])) if found else None
 
 
 def named_case(item: pytest.Item) -> str | None:
-    name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
+    name = parameters(item).get("name")
     return name if name in CASES else None
 
 
 def values(item: pytest.Item) -> set[tuple[str, str]]:
     """Of a test's parameters, but for the place and the named case; and that it runs at all."""
     apart = (*PLACES, *(["name"] if named_case(item) else []))
-    return {("", ""), *((k, repr(v)) for k, v in item.callspec.params.items() if k not in apart)}
+    return {("", ""), *((k, repr(v)) for k, v in parameters(item).items() if k not in apart)}
 
 
 def by_test_and_place(items: Iterable[pytest.Item]) -> Group:
     groups: Group = defaultdict(list)
     for item in items:
-        if (where := place(item)) is not None:
-            groups[item.nodeid.partition("[")[0], where].append(item)
+        groups[item.nodeid.partition("[")[0], place(item)].append(item)
     return groups
 
 
@@ -82,15 +84,17 @@ def cover(group: list[pytest.Item], taken: set[pytest.Item]) -> set[pytest.Item]
     return more
 
 
-def thin(items: list[pytest.Item], interpreted: set[pytest.Item]) -> set[pytest.Item]:
+def thin(
+    items: list[pytest.Item], emulated: set[pytest.Item], interpreted: set[pytest.Item]
+) -> set[pytest.Item]:
     items = [item for item in items if item.get_closest_marker("exhaustive") is None]
     taken = one_test_for_each_case(items, interpreted)
     for group in by_test_and_place(items).values():
-        if group[0] not in interpreted:
+        if group[0] not in interpreted | emulated:
             taken |= cover(group, taken)
         elif taken.isdisjoint(group):
             taken.add(group[0])
-    return taken | {item for item in items if place(item) is None}
+    return taken
 
 
 def spread(items: list[pytest.Item], slow: set[pytest.Item]) -> set[pytest.Item]:
@@ -108,5 +112,5 @@ def choose(
     interpreted: set[pytest.Item],
 ) -> set[pytest.Item]:
     """Those of the part, or of all."""
-    few, many = thin(items, interpreted), spread(items, emulated | interpreted)
+    few, many = thin(items, emulated, interpreted), spread(items, emulated | interpreted)
     return {"thin": few, "rest": many - few, "spread": many}.get(str(part), many | few)

@@ -81,7 +81,7 @@ def test_results_are_deterministic(backend, d, count, batch):
     arguments = inputs((d,), count, batch)
     torch.use_deterministic_algorithms(False)  # the module's poison turns it on
     runs = []
-    for _ in range(4):
+    for _ in range(2 if backend.interpreted else 4):
         v, log_mass = backend.displacement(*arguments)
         gradients = torch.autograd.grad(v.sum() + log_mass.sum(), arguments)
         runs.append([v, log_mass, *gradients])

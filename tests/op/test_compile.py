@@ -36,7 +36,9 @@ def tensors(backend, d: int, dtype: torch.dtype = torch.float64) -> list[Tensor]
 
 
 @pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize(("d", "k"), [(3, 4.0), (40, math.inf)])
+@pytest.mark.parametrize(
+    ("d", "k"), [(3, 4.0), pytest.param(40, math.inf, marks=pytest.mark.exhaustive)]
+)
 def test_opcheck(backend, stored, d, k):
     x, t, x0 = tensors(backend, d, torch.float32)
     values, table = STORED[stored](x0)

@@ -131,6 +131,7 @@ def skip_where_memory_cannot_be_measured(backend) -> None:
         pytest.skip(meter.reason)
 
 
+@pytest.mark.exhaustive
 def test_a_whole_data_set(backend):
     skip_where_memory_cannot_be_measured(backend)
     for batch, count in SIZES.get(backend.name, [(128, 50_000)]):
@@ -141,6 +142,7 @@ def test_a_whole_data_set(backend):
         assert 0 <= backward < LIMIT
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", MANY)
 def test_a_small_workspace(backend, name):
     """Each output, its backward pass and a tangent, with a workspace of 1 MiB."""

@@ -22,6 +22,7 @@ SEEDS, PROBLEMS = (10, 2000) if THOROUGH else (1, 200)
 SHARE_OF_SLOW = 100
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_no_problem_misses(backend, seed):
     count = PROBLEMS // SHARE_OF_SLOW if backend.interpreted else PROBLEMS

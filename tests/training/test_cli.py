@@ -61,7 +61,14 @@ def test_runs_as_a_module() -> None:
     assert result.stdout == f"{pfgm_kernels.report()}\n"
 
 
-@pytest.mark.parametrize("arguments", [["report"], ["train", "--help"], ["train"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["report"],
+        pytest.param(["train", "--help"], marks=pytest.mark.exhaustive),
+        pytest.param(["train"], marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_closed_pipe_ends_it_quietly(tmp_path: Path, arguments: list[str]) -> None:
     """By SIGPIPE, as any other command: a shell calls that 141."""
     if arguments == ["train"]:

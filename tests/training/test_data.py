@@ -318,6 +318,7 @@ def test_cifar10_is_put_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert cifar.held_out_labels.tolist() == [9, 19]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not os.environ.get("PFGM_DATA"), reason="PFGM_DATA is not set")
 @pytest.mark.parametrize(
     ("name", "train", "held_out", "mean"),

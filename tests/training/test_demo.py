@@ -77,6 +77,7 @@ def test_the_time_is_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
     assert demo._median_seconds(lambda: None) == 2
 
 
+@pytest.mark.exhaustive
 def test_wrong_op_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     digits = data.load("digits")
     config = TrainConfig.for_data(digits)
@@ -103,6 +104,7 @@ def test_peak_memory_is_seen() -> None:
     assert nothing < 10
 
 
+@pytest.mark.exhaustive
 def test_demo_leaves_what_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole demo with a network that has learned next to nothing."""
     real = TrainConfig.for_data

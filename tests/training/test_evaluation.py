@@ -138,6 +138,7 @@ def test_real_digits_as_samples(digits: DataSet) -> None:
     np.testing.assert_allclose(shares, result.class_shares)
 
 
+@pytest.mark.exhaustive
 def test_bad_samples_are_found_out(digits: DataSet) -> None:
     """Copies, noise and a single class each show in the measure that is there for them."""
     train = digits.decode(digits.train)

@@ -294,6 +294,7 @@ def start_endless(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.exhaustive
 def test_killed_at_any_moment(moons: DataSet, tmp_path: Path) -> None:
     """Killed while it does little but save: the newest checkpoint is whole and goes on exactly."""
     process = start_endless(tmp_path / "killed")

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -242,8 +242,10 @@ def compile_chip(chip: str, uses: tuple[str, ...], once: bool) -> list[Compiled 
     return list(out.values())
 
 
-def compile_all(uses: tuple[str, ...], cache: str, once: bool = False) -> list[Compiled | Failed]:
-    """The kernels of the uses on all chips, in processes that do not interpret."""
+def compile_all(
+    uses: tuple[str, ...], cache: str, chips: Iterable[str] = CHIPS, once: bool = False
+) -> list[Compiled | Failed]:
+    """The kernels of the uses on the chips, in processes that do not interpret."""
     # Which way Triton goes is settled when it is imported.
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
     job = functools.partial(compile_chip, uses=uses, once=once)
@@ -252,7 +254,7 @@ def compile_all(uses: tuple[str, ...], cache: str, once: bool = False) -> list[C
         mock.patch.dict(os.environ, environment),
         ProcessPoolExecutor(os.cpu_count(), context) as pool,
     ):
-        return [found for part in pool.map(job, CHIPS) for found in part]
+        return [found for part in pool.map(job, chips) for found in part]
 
 
 def table(found: list[Compiled | Failed]) -> str:

@@ -253,7 +253,8 @@ struct FusedBackward : FusedPass {
     const double u = kernel.argument(pair.distance, p.anchor_square[b]);
     const TotalPull all(p, b);
     const double a = pair.projection - p.projection[b] + p.grad_log_mass[b] - all.tilt * u;
-    const double c = ::exp(logit + p.anchor_log_weight[b]) * a * kernel.slope(pair.distance);
+    const double c =
+        ::exp(std::min(0.0, logit + p.anchor_log_weight[b])) * a * kernel.slope(pair.distance);
     add_row(reader, p.x + b * ld, j, 2 * c, out);
     return all.moment ? c * pair.distance : c;
   }
