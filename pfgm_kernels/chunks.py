@@ -26,6 +26,9 @@ SLACK = 12 << 20
 """Bytes beyond the workspace for rows of queries, so that a small workspace is not slow."""
 QUERY_ROWS = 16
 """Rows of d + 8 float64 that a query takes at most, here and in a backend."""
+DIFFERENCES_DIM = 32
+"""Up to so many columns kernels may sum float32 differences from the query. Where that is far, they
+have too few digits of a mean."""
 REFERENCE_ROWS = 3
 """Rows of float64 that a reference takes which is copied or gets gradients."""
 
@@ -136,6 +139,8 @@ def field_forward(
     chunks = Chunks(inputs, workspace, BACKENDS[backend])
     result = empty_result(inputs, output)
     log_mass, residual, anchor, anchor_log_weight = empty_rows(inputs, output, save)
+    if output.name == "mean" and chunks.d <= DIFFERENCES_DIM:
+        chunks.dtype = torch.float64
     for queries in chunks.queries:
         x, t = chunks.rows(queries)
         v, *rows = chunks.forward(x, t)

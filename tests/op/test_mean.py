@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from cases import seeded
-from oracle import differentiate, solve
+from oracle import differentiate, float32_contract, solve
 
 from pfgm_kernels import posterior_mean
 
@@ -40,3 +40,28 @@ def test_value_and_derivatives(backend, d, D):
     # The product with a tangent of x is that of its gradient: (g·ṁ) = (∂(g·m)/∂x)·ẋ.
     _, tangent = torch.func.jvp(mean, (x.detach(),), (dx,))
     torch.testing.assert_close((g * tangent).sum(), (gradients[0] * dx).sum())
+
+
+@pytest.mark.parametrize("D", [1, 128, 1e6, math.inf])
+@pytest.mark.parametrize("kind", ["normal", "grid", "crowd"])
+@pytest.mark.parametrize("d", [1, 3, 16, 24, 25, 100, 256, 257, 784])
+def test_far_from_the_data(backend, d, kind, D):
+    """By the contract's share of the mean's norm, though x is up to 1e8 away."""
+    generator = seeded(d)
+    x0 = 1 + torch.randn(70, d, generator=generator)
+    if kind == "grid":
+        x0 = x0.round()
+    elif kind == "crowd":
+        x0[20:] = x0[20]
+    away = torch.randn(9, d, generator=generator)
+    distance = torch.logspace(0, 8, 9)
+    x = x0[:9] + away * (distance / away.norm(dim=1))[:, None]
+    # Where references share the weight: their logits differ by about the distance times the width
+    # of the data, over t² for D = ∞ and else times k/s.
+    t = (distance * math.sqrt(d)).sqrt() if math.isinf(D) else (D * distance).sqrt()
+    found = backend.mean(x, t, x0, D=D)
+    truth = solve(x, t, x0, D)
+    mean = truth.weights @ x0.double()
+    assert (truth.effective_sample_size > 1.5).sum() > 3
+    error = (found.double() - mean).norm(dim=1)
+    assert (error / mean.norm(dim=1)).max() <= float32_contract(backend.name, named=d <= 16)
