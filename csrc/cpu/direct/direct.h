@@ -33,6 +33,9 @@ constexpr double kCrowdTolerance = 6e-7;  // log masses of equal references may 
 // slope of a logit times its squared distance, and of a weight.
 constexpr double kLogMassTolerance = 1e-6;
 constexpr double kSquareRounding = 4e-8, kWeightRounding = 5e-8;
+inline double rounding_of_weights(double slope) {
+  return slope * kSquareRounding + kWeightRounding;
+}
 constexpr double kMostAlikeSlope = 1.5;
 constexpr double kLeastAlike = 4;  // k/2 from which on references that are alike matter
 

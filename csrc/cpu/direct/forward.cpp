@@ -26,6 +26,7 @@ struct Pass {
   Weights weights;
   int64_t ld, begin, end;  // the references' part
   bool alike, gaussian;    // alike: the references' distances err alike
+  bool steep;              // whether the weights of some may be too imprecise
 
   Pass(const FieldParams& p, int64_t begin, int64_t end, bool alike)
       : p(p),
@@ -34,7 +35,8 @@ struct Pass {
         begin(begin),
         end(end),
         alike(alike),
-        gaussian(p.half_k == INFINITY) {}
+        gaussian(p.half_k == INFINITY),
+        steep(2 * rounding_of_weights(p.half_k) > kLogMassTolerance) {}
 
   // References whose distance falls below the scale by more than this, in u, move it: close to it
   // u keeps its precision and logits are small.
@@ -64,6 +66,7 @@ struct Queries {
   bool low = false;                                           // which of the scales counts
   alignas(64) double offset[kFloatLanes], rate[kFloatLanes];  // of s, and 1/(2t²)
   alignas(64) double sum[kFloatLanes], displacement[kMaxDim][kFloatLanes];
+  alignas(64) double squares[kFloatLanes];  // of the weights, where the pass is steep
 
   // Lanes beyond the last query repeat it.
   void start(const FieldParams& p, int64_t first) {
@@ -74,7 +77,7 @@ struct Queries {
       offset[i] = kernel.offset;
       rate[i] = kernel.inverse_two_t2;
       for (int c = 0; c < p.dim; ++c) x[c][i] = static_cast<float>(p.x[b * ld + c]);
-      sum[i] = 0;
+      sum[i] = squares[i] = 0;
       for (int c = 0; c < p.dim; ++c) displacement[c][i] = 0;
       scale.square[i] = INFINITY;
     }
@@ -143,6 +146,7 @@ struct Queries {
                             : log1p((from - to) / (to + load(offset + i))) * -pass.p.half_k;
       const Vec factor = before == 0.0 ? Vec{} : exp(logit);
       store(sum + i, before * factor);
+      store(squares + i, load(squares + i) * factor * factor);
       for (int c = 0; c < pass.p.dim; ++c) {
         store(displacement[c] + i, load(displacement[c] + i) * factor);
       }
@@ -161,6 +165,11 @@ void add_block(const Pass& pass, const DirectBlock& block, int32_t first_run, Qu
     pass.weights.weigh<kWeighing, kGroup>(queries.scale, v + r);
   }
   for (int r = block.count; r < block.padded; ++r) v[r] = VecF{};
+  if (pass.steep) {
+    VecF squares = {};
+    for (int r = 0; r < block.count; ++r) squares += v[r] * v[r];
+    accumulate(queries.squares, squares);
+  }
   gather(block, queries.x, v, queries.sum, queries.displacement);
 }
 
@@ -181,14 +190,12 @@ void add_block_low(const DirectBlock& block, int32_t first_run, Queries& queries
   for (int c = 0; c < kDim; ++c) accumulate(queries.displacement[c], total.sums[c]);
 }
 
-// Whether the other references' weights are precise enough. share: of the nearest, which is exact;
-// none of the others has more.
-bool precise(double slope, double share, bool alike) {
+// Whether the other references' weights are precise enough. others: how their errors add up, the
+// root of Σ w² of theirs where they are independent, and Σ w where they are not.
+bool precise(double slope, double others, bool alike) {
   // Equal terms round alike where they are added to a large one, too.
   if (alike && slope > kMostAlikeSlope) return false;
-  const double error = slope * kSquareRounding + kWeightRounding;
-  const double others = alike ? 1 - share : ::sqrt(share * (1 - share));
-  return 4 * error * others <= kLogMassTolerance;
+  return 4 * rounding_of_weights(slope) * others <= kLogMassTolerance;
 }
 
 // Completes a query's part: sums become relative to the nearest reference, whose weight in them,
@@ -222,8 +229,11 @@ void finish(const Pass& pass, const Queries& queries, int lane, double nearest_w
   // What the correction would be for all others that may be copies of the nearest.
   const double share = 1 / part->state.sum, copies = queries.equal[lane] - 1;
   const double off = std::abs(correction) * std::min(1 - share, copies * share);
-  part->certified = finite == 0 && fits_float(kernel, distance) && off <= kCrowdTolerance &&
-                    precise(kernel.slope(distance) * distance, share, pass.alike);
+  const double known = std::max(queries.squares[lane] - nearest_weight * nearest_weight, 0.0);
+  const double root = pass.steep ? factor * share * ::sqrt(known) : 0.5;  // at most, of any
+  part->certified =
+      finite == 0 && fits_float(kernel, distance) && off <= kCrowdTolerance &&
+      precise(kernel.slope(distance) * distance, pass.alike ? 1 - share : root, pass.alike);
 }
 
 // Calls add(block, index of its first run, queries) for the blocks of the pass and vectors of up to
