@@ -64,4 +64,5 @@ def test_far_from_the_data(backend, d, kind, D):
     mean = truth.weights @ x0.double()
     assert (truth.effective_sample_size > 1.5).sum() > 3
     error = (found.double() - mean).norm(dim=1)
-    assert (error / mean.norm(dim=1)).max() <= float32_contract(backend.name, named=d <= 16)
+    tolerance = max(1e-6, float32_contract(backend.name, named=d <= 16))  # it is in float32
+    assert (error / mean.norm(dim=1)).max() <= tolerance
