@@ -77,7 +77,7 @@ def forward(
         log_mass=log_mass,
         anchor_log_weight=anchor_log_weight,
     )
-    return displacement[:, :d].contiguous(), log_mass, anchor, anchor_log_weight
+    return displacement[:, :d], log_mass, anchor, anchor_log_weight
 
 
 def backward(

@@ -149,6 +149,14 @@ def test_crowds(dtype):
         assert prepare(values, table)[1][2] == (dtype == torch.uint8 and count == 3000)
 
 
+@pytest.mark.parametrize("factor", [1, 1 + 1e-7])
+def test_two_that_coincide_among_few(factor):
+    values = torch.randn(60, D, generator=seeded())
+    assert prepare(values)[1][2] == 0
+    values[7] = values[41] * factor
+    assert prepare(values)[1][2] > 0
+
+
 @pytest.mark.parametrize("d", [3, 16, 40, 300])
 def test_values_of_an_uneven_table(d):
     """No caller has one so far, but all kernels read any."""

@@ -33,10 +33,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = shutil.ignore_patterns(".*", "build", "out", "__pycache__", "*.egg-info")
 SECONDS = 300  # of the processor, for the tests of one mistake; six times as long by the clock
-# Imported once, for all mistakes. Not triton, whose interpreter the environment switches.
+# Imported once, for all mistakes. Not triton, whose interpreter the environment switches, and which
+# torch._dynamo imports.
 PRELOADED = [
     "torch",
-    "torch._dynamo",
     "torch.utils.tensorboard",
     "pytest",
     "hypothesis",

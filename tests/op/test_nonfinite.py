@@ -64,6 +64,16 @@ def test_in_a_plain_x0(backend, d, count, value, where):
             assert backend.field(x, t, x0, D=D).isnan().all()
 
 
+@pytest.mark.parametrize("d", [3, 40])
+def test_a_nan_with_all_bits_set(backend, d):
+    x0 = torch.randn(70, d, dtype=torch.float64, generator=seeded(d))
+    x = torch.randn(5, d, dtype=torch.float64, generator=seeded(1))
+    x0[20, 1] = torch.full((), -1, dtype=torch.int64).view(torch.float64)
+    v, log_mass = backend.displacement(x, 1.0, x0)
+    assert v.isnan().any(1).all()
+    assert log_mass.isnan().all()
+
+
 def test_across_chunks(backend):
     x0 = torch.randn(6000, 24, generator=seeded())
     references = ReferenceSet(x0.clone(), workspace=1 << 20)
