@@ -38,8 +38,10 @@ namespace {
 // below. Equal references err alike, as one that may hold all weight. The mean |logit| is at most
 // log(N/Σ_j exp(logit_j)), by Jensen's inequality: that is added to the reach twice, for the other
 // errors too, and at kCrowdReach they are a quarter of the contract. Gradients may be off by 1e-5
-// of their terms: at kGradientReach they are by 2e-6 in a crowd.
+// of their terms: at kGradientReach they are by 2e-6 in a crowd. On a reference v is of the others
+// alone: where they have less than kFaint of the weight, 1.3 ρ |logit_j| may be 1e-6 of it.
 constexpr double kSmallReach = 7, kRootReach = 4.6, kCrowdReach = 5, kGradientReach = 50;
+constexpr double kFaint = 1e-3;
 constexpr int kDimGroup = 4;
 
 constexpr int kMaxPower = 40;  // of 1/√(1 + u): higher ones are rounded more than logarithms

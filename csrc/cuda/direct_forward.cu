@@ -183,15 +183,19 @@ __global__ void __launch_bounds__(kDirectThreads)
   const int64_t anchor = p.anchor[b];
   const double square = a.square[b];
   const Scale scale(p, b, square);
-  const double logit = scale.logit(square), weight = ::exp(logit);
+  const double logit = scale.logit(square), weight = ::exp(logit), others = total;
   total += weight;
+  double column = 0;
   if (lane < p.dim) {
     const int64_t at = b * p.dim + lane;
     const double difference = load_float(p, anchor * p.dim + lane) - p.x[at];
-    p.displacement[at] = (sum + weight * difference) / total;
+    column = (sum + weight * difference) / total;
+    p.displacement[at] = column;
   }
+  const double length = warp_sum(column * column);
+  const bool faint = others < kFaint * total && square < kFaint * length;
   const double log_total = ::log(total);
-  const bool sure = is_sure(a, scale.reach(square), logit - log_total);
+  const bool sure = !faint && is_sure(a, scale.reach(square), logit - log_total);
   const float limit = choose_limit(sure, sum, total);
   if (lane != 0) return;
   p.log_mass[b] = scale.own_logit() + log_total;

@@ -218,6 +218,16 @@ def huge_D(d: int, D: float) -> Case:  # noqa: N802
     return Case(x, t, x0, D, dense=True, named=d <= 16)
 
 
+def alone(d: int, D: float) -> Case:
+    """On references of which all others have e^-8 … e^-18 of the weight: it alone makes v."""
+    x0 = torch.randn(40, d, generator=seeded(d))
+    x = x0[:12]
+    square = (x0.double() - x[:, None].double()).square().sum(2).kthvalue(2, dim=1).values
+    logit = torch.linspace(8, 18, 12, dtype=torch.float64)
+    t = square / (2 * logit if math.isinf(D) else (2 * logit / (d + D)).expm1())
+    return Case(x, t.sqrt(), x0, D, named=d <= 16)
+
+
 def register(name: str, build: Callable[..., Case], *arguments: float, **options: float) -> None:
     assert name not in CASES
     CASES[name] = lambda: build(*arguments, **options)
@@ -257,6 +267,8 @@ for d, distance in ((2, 1e-3), (64, 1e-5), (64, 1e-2), (784, 1e-4)):
     register(f"near-duplicates d={d} distance={distance:g}", near_duplicates, d, distance)
 for d in (1, 3, 64, 100):
     register(f"on data points d={d}", on_data_points, d)
+for d, D in ((1, 40), (4, math.inf), (20, 1e4), (40, math.inf)):
+    register(f"alone d={d} D={D:g}", alone, d, D)
 for d in (3, 33, 64, 256, 300, 3072):
     register(f"crowds d={d}", crowds, d)
 for d in (64, 300, 784):

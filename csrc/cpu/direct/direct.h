@@ -33,6 +33,7 @@ constexpr double kCrowdTolerance = 6e-7;  // log masses of equal references may 
 // slope of a logit times its squared distance, and of a weight.
 constexpr double kLogMassTolerance = 1e-6;
 constexpr double kSquareRounding = 4e-8, kWeightRounding = 5e-8;
+constexpr double kFaint = 1e-3;  // share of the weight, and of a squared distance
 inline double rounding_of_weights(double slope) {
   return slope * kSquareRounding + kWeightRounding;
 }

@@ -219,11 +219,12 @@ void finish(const Pass& pass, const Queries& queries, int lane, double nearest_w
   part->state.nearest = distance;
   part->state.sum = factor * queries.sum[lane] + correction;
   part->anchor = anchor;
-  double finite = part->state.sum - part->state.sum;
+  double finite = part->state.sum - part->state.sum, length = 0;
   for (int c = 0; c < p.dim; ++c) {
     const double difference = decode(p, anchor * p.dim + c) - x[c];
     displacement[c] = factor * queries.displacement[c][lane] + correction * difference;
     finite += displacement[c] - displacement[c];
+    length += displacement[c] * displacement[c];
   }
   for (int64_t c = p.dim; c < pass.ld; ++c) displacement[c] = 0;
   // What the correction would be for all others that may be copies of the nearest.
@@ -231,8 +232,11 @@ void finish(const Pass& pass, const Queries& queries, int lane, double nearest_w
   const double off = std::abs(correction) * std::min(1 - share, copies * share);
   const double known = std::max(queries.squares[lane] - nearest_weight * nearest_weight, 0.0);
   const double root = pass.steep ? factor * share * ::sqrt(known) : 0.5;  // at most, of any
+  // On a reference all of the sum is of others; float has few digits of a weight that is tiny.
+  const bool faint =
+      1 - share * (copies + 1) < kFaint && distance < kFaint * length * share * share;
   part->certified =
-      finite == 0 && fits_float(kernel, distance) && off <= kCrowdTolerance &&
+      finite == 0 && !faint && fits_float(kernel, distance) && off <= kCrowdTolerance &&
       precise(kernel.slope(distance) * distance, pass.alike ? 1 - share : root, pass.alike);
 }
 

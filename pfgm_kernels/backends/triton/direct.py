@@ -36,7 +36,6 @@ from pfgm_kernels.backends.triton.operands import SAMPLE, crowded, sample
 MAX_DIM = 32
 MAX_POWER = 40  # of 1/√(1 + u): the rounding of higher ones exceeds that of logarithms
 
-
 # Whether float32 does. Let ρ = 2⁻²⁴. A squared distance is off by δ ≈ 1.5 ρ/√d of itself (root mean
 # square, and no more than ρ): 0.9 ρ/√d by its terms, 1.2 ρ/√d by their sums in groups of GROUP, and
 # nothing by the sum of these, which is compensated. That moves a logit by δ (k/2) ‖x − x0_j‖²/s_j,
@@ -51,9 +50,9 @@ MAX_POWER = 40  # of 1/√(1 + u): the rounding of higher ones exceeds that of l
 # below. Equal references err alike, as one that may hold all weight. The mean |logit| is at most
 # log(N/Σ_j exp(logit_j)), by Jensen's inequality: that is added to the reach twice, for the other
 # errors too, and at CROWD_REACH they are a quarter of the contract. Gradients may be off by 1e-5
-# of their terms: at GRADIENT_REACH they are by 2e-6 in a crowd.
-SMALL_REACH, ROOT_REACH, CROWD_REACH, GRADIENT_REACH = 7.0, 4.6, 5.0, 50.0
-
+# of their terms: at GRADIENT_REACH they are by 2e-6 in a crowd. On a reference v is of the others
+# alone: where they have less than FAINT of the weight, 1.3 ρ |logit_j| may be 1e-6 of it.
+SMALL_REACH, ROOT_REACH, CROWD_REACH, GRADIENT_REACH, FAINT = 7.0, 4.6, 5.0, 50.0, 1e-3
 NARROW = 16  # columns up to which a block of references is larger
 GROUP = tl.constexpr(4)
 RUN = tl.constexpr(16)
@@ -362,7 +361,8 @@ def direct_forward(call: Call, out: Outputs) -> None:
     anchor_log_weight.copy_(logit - total.log())
 
     reach, half_k = scale.reach(distance), call.k / 2
-    sure = reach <= max(SMALL_REACH, ROOT_REACH * math.sqrt(call.d))
+    faint = (sums[0] < FAINT * total) & (distance < FAINT * displacement.square().sum(1))
+    sure = (reach <= max(SMALL_REACH, ROOT_REACH * math.sqrt(call.d))) & ~faint
     if not _is_power(call.k) or half_k > CROWD_REACH:
         spread = anchor_log_weight + math.log(call.N)
         most = (reach + 2 * spread).clamp(max=half_k if _is_power(call.k) else math.inf)
