@@ -25,7 +25,7 @@ CHUNK = 7  # references
 def watched(monkeypatch) -> list[str]:
     """`eager` in small chunks, with operands that have to be its values' sums; what was called."""
     called: list[str] = []
-    real = {name: getattr(eager, name) for name in ("forward", "backward")}
+    real = {name: getattr(eager, name) for name in ("forward", "backward", "jvp")}
 
     def prepare(values: Tensor, *_: object) -> list[Tensor]:
         called.append("prepare")
@@ -66,6 +66,13 @@ def test_operands_are_those_of_the_chunk(watched, kind, chunk, monkeypatch):
     assert watched.count("forward") == watched.count("backward") == chunks
     if kind == "set" or chunk > CHUNK:  # once for the set, or for each pass
         assert watched.count("prepare") == (1 if kind == "set" else 2)
+
+
+def test_autocast_is_off_in_forward_mode(watched):
+    x, x0 = torch.ones(2, 3), torch.randn(9, 3, generator=seeded())
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.func.jvp(lambda x: poisson_displacement(x, 1.0, x0, backend="eager"), (x,), (x,))
+    assert "jvp" in watched
 
 
 def test_codes_are_cut_with_the_references(backend):

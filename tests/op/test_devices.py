@@ -140,6 +140,13 @@ def test_every_allocation_names_its_device(file):
     assert calls_without_device(file.read_text()) == []
 
 
+def test_x_and_x0_on_two_devices():
+    with FakeTensorMode():  # no GPU is needed for what has no values
+        x, x0 = torch.empty(2, 3, device="cuda"), torch.empty(9, 3)
+        with pytest.raises(ValueError, match="one device, got cuda:0 and cpu"):
+            poisson_displacement(x, 1.0, x0)
+
+
 def test_the_search_finds_allocations():
     source = (
         "a = torch.empty(3)\nwith torch.device('cpu'):\n  b = torch.zeros(1)\ntorch.Generator()"

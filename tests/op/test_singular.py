@@ -67,6 +67,15 @@ def test_t_0_off_the_references_is_regular(backend, d, D):
     assert_field(backend.field(x, 0, x0, D=D), expected, FLOAT64)
 
 
+def test_t_0_beside_a_reference_in_one_coordinate_has_a_gradient(backend):
+    x0 = torch.tensor([[0.0, 1.0], [3.0, -2.0]], dtype=torch.float64)
+    x = torch.tensor([[0.0, 1.5]], dtype=torch.float64, requires_grad=True)
+    outputs = backend.displacement(x, 0.0, x0)
+    cotangents = [torch.ones_like(output) for output in outputs]
+    (dx,) = torch.autograd.grad(outputs, x, cotangents)
+    assert_gradients(differentiate(solve(x, 0.0, x0), x, x0, *cotangents), dx)
+
+
 @pytest.mark.parametrize("d", [1, 3, 40])
 @pytest.mark.parametrize("gamma", [0.0, 5.0])
 def test_a_field_of_zero_norm_is_zero_with_zero_gradient(backend, d, gamma):
