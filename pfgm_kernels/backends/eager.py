@@ -176,8 +176,8 @@ class _Pairs:
         if math.isfinite(k):
             self.singular = (self.nearest + _offset(t, k) == 0)[:, None]
             self.weights.masked_fill_(self.singular, 0.0)
-        shared = torch.minimum(self.weights.sum(1), -anchor_log_weight.expm1())
-        self.regions = list(_regions(anchor_x0, shared, self.weights, self.squares))
+        counted = self.weights.sum(1)
+        self.regions = list(_regions(anchor_x0, counted, self.weights, self.squares))
 
     def project(
         self, g: Tensor, moving: Tensor | None = None, anchor_moving: Tensor | None = None
@@ -241,12 +241,12 @@ class _Pairs:
 
 
 def _regions(
-    anchors: Tensor, shared: Tensor, weights: Tensor, squares: Tensor
+    anchors: Tensor, counted: Tensor, weights: Tensor, squares: Tensor
 ) -> Iterator[tuple[slice | Tensor, Tensor]]:
     """Which queries, and a reference (d,) relative to which their sums lose no digits.
 
     All at once, unless their anchors (n, d) lie very much farther apart than the references that
-    have their weights (n, m). shared: the weight of those beside the anchor (n,). On a GPU always
+    have their weights (n, m). counted: the weight of those that are summed so (n,). On a GPU always
     at once, whatever digits that loses: the host must not wait for values.
     """
     if anchors.device.type != "cpu":
@@ -256,8 +256,8 @@ def _regions(
     left = torch.arange(len(anchors), device=anchors.device)
     while len(left):
         shift = anchors[left[0]]
-        away = (anchors[left] - shift).norm(dim=1) * shared[left]
-        far = away > MOST_AWAY * reach[left]
+        away = (anchors[left] - shift).norm(dim=1) * counted[left]
+        far = (away > MOST_AWAY * reach[left]) & (reach[left] > 0)
         here = left[~far]
         yield (slice(None) if len(here) == len(anchors) else here), shift
         left = left[far]
