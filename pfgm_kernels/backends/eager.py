@@ -176,7 +176,7 @@ class _Pairs:
         if math.isfinite(k):
             self.singular = (self.nearest + _offset(t, k) == 0)[:, None]
             self.weights.masked_fill_(self.singular, 0.0)
-        counted = self.weights.sum(1)
+        counted = self._apart(self.weights).sum(1)
         self.regions = list(_regions(anchor_x0, counted, self.weights, self.squares))
 
     def project(
@@ -257,7 +257,7 @@ def _regions(
     while len(left):
         shift = anchors[left[0]]
         away = (anchors[left] - shift).norm(dim=1) * counted[left]
-        far = (away > MOST_AWAY * reach[left]) & (reach[left] > 0)
+        far = away > MOST_AWAY * reach[left]
         here = left[~far]
         yield (slice(None) if len(here) == len(anchors) else here), shift
         left = left[far]
