@@ -160,3 +160,11 @@ def test_products_of_parts_are_nearly_float32(generator):
     y = (x0.to(DEVICE).double() - prepared.origin).cpu()
     error = (out.cpu().double() - a @ y.T).abs()
     assert (error <= 3 * 2**-18 * (a.abs() @ y.abs().T)).all()
+
+
+@pytest.mark.parametrize("d", [40, 300])
+def test_parts_have_the_digits_of_bfloat16(generator, d):
+    """Interpreted, they are held in float32, which would keep more."""
+    values = torch.randn(70, d, generator=generator).to(DEVICE)
+    parts = operands.prepare(values, values.new_empty(0)).parts
+    assert torch.equal(parts.float(), parts.bfloat16().float())
