@@ -24,6 +24,8 @@ from pfgm_kernels.outputs import Output
 
 SLACK = 12 << 20
 """Bytes beyond the workspace for rows of queries, so that a small workspace is not slow."""
+TILE = 64
+"""Queries that kernels take at a time: of more, a chunk has a multiple."""
 QUERY_ROWS = 16
 """Rows of d + 8 float64 that a query takes at most, here and in a backend."""
 DIFFERENCES_DIM = 32
@@ -66,6 +68,7 @@ class Chunks:
             max(1, batch), count, self.d, self.workspace, bool(inputs.operands), values_grad
         )
         rows = min(rows, max(1, (share + SLACK) // (8 * QUERY_ROWS * (self.d + 8))))
+        rows = rows // TILE * TILE or rows
         if copied:
             references = min(references, max(1, share // (8 * REFERENCE_ROWS * self.d)))
         self.queries, self.references = _slices(batch, rows), _slices(count, references)

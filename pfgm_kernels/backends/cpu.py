@@ -14,7 +14,7 @@ from pfgm_kernels.backends import _native
 PAD = 8  # the kernels read rows padded to a multiple of this
 TILE = 64  # queries that they take at a time
 WORK_PER_THREAD = 1 << 20  # columns of pairs that take longer than a thread takes to wake up
-WORK = 1 << 32  # columns of pairs in a chunk, so that an interrupt is noticed within a second
+WORK = 1 << 34  # columns of pairs in a chunk, so that an interrupt is noticed within a second or so
 MAX_DIRECT_DIM = 24  # up to here they need nothing prepared
 
 
