@@ -21,7 +21,7 @@ from pfgm_kernels.backends import BACKENDS, cpu
 
 settings.register_profile("default", max_examples=100, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=5_000, deadline=None)
-settings.register_profile("interpreted", max_examples=8, deadline=None, derandomize=True)
+settings.register_profile("interpreted", max_examples=15, deadline=None, derandomize=True)
 
 EMULATED = emulated.build(kind) if (kind := os.environ.get("PFGM_EMULATION")) else None
 if EMULATED is not None:

@@ -38,7 +38,7 @@ def chunk_shape(
         return batch, max(1, min(count, WORK // (batch * (d + 8))))
     pairs = (workspace if prepared else workspace * 3 // 8) // (2 * 4)
     count = max(1, min(count, pairs // TILE, WORK // (min(batch, 2 * TILE) * d)))
-    return max(TILE, pairs // count // TILE * TILE), count
+    return max(TILE, pairs // count), count
 
 
 def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:

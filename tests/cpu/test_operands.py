@@ -149,12 +149,12 @@ def test_crowds(dtype):
         assert prepare(values, table)[1][2] == (dtype == torch.uint8 and count == 3000)
 
 
-@pytest.mark.parametrize("factor", [1, 1 + 1e-7])
-def test_two_that_coincide_among_few(factor):
+@pytest.mark.parametrize(("apart", "alike"), [(0, True), (1e-7, True), (3e-5, True), (1e-3, False)])
+def test_two_that_coincide_among_few(apart, alike):
     values = torch.randn(60, D, generator=seeded())
     assert prepare(values)[1][2] == 0
-    values[7] = values[41] * factor
-    assert prepare(values)[1][2] > 0
+    values[7] = values[41] * (1 + apart)
+    assert (prepare(values)[1][2] > 0) == alike
 
 
 @pytest.mark.parametrize("d", [3, 16, 40, 300])

@@ -33,12 +33,15 @@ constexpr double kCrowdTolerance = 6e-7;  // log masses of equal references may 
 // slope of a logit times its squared distance, and of a weight.
 constexpr double kLogMassTolerance = 1e-6;
 constexpr double kSquareRounding = 4e-8, kWeightRounding = 5e-8;
-constexpr double kFaint = 1e-3;  // share of the weight, and of a squared distance
+constexpr double kMostAlikeSlope = 1.5;
+constexpr double kLeastAlike = 4;  // k/2 from which on references that are alike matter
+// On a reference the sum is of others: below this share of the weight, and with the nearest's
+// squared distance below this share of the sum's, float has too few digits of theirs.
+constexpr double kFaint = 1e-3;
+
 inline double rounding_of_weights(double slope) {
   return slope * kSquareRounding + kWeightRounding;
 }
-constexpr double kMostAlikeSlope = 1.5;
-constexpr double kLeastAlike = 4;  // k/2 from which on references that are alike matter
 
 constexpr int kMaxPower = 40;  // beyond it the rounding of powers exceeds that of logarithms
 

@@ -232,7 +232,6 @@ void finish(const Pass& pass, const Queries& queries, int lane, double nearest_w
   const double off = std::abs(correction) * std::min(1 - share, copies * share);
   const double known = std::max(queries.squares[lane] - nearest_weight * nearest_weight, 0.0);
   const double root = pass.steep ? factor * share * ::sqrt(known) : 0.5;  // at most, of any
-  // On a reference all of the sum is of others; float has few digits of a weight that is tiny.
   const bool faint =
       1 - share * (copies + 1) < kFaint && distance < kFaint * length * share * share;
   part->certified =
