@@ -30,6 +30,7 @@ from pfgm_kernels.backends.triton.backward_pass import Cotangents, exact_backwar
 from pfgm_kernels.backends.triton.call import Call
 from pfgm_kernels.backends.triton.configurations import Blocks, blocks, multiprocessors
 from pfgm_kernels.backends.triton.forward_pass import Outputs, exact_forward
+from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import logits_float
 from pfgm_kernels.backends.triton.operands import SAMPLE, crowded, sample
 
@@ -123,7 +124,7 @@ def sum_runs(v, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
         return tl.sum(tl.sum(tl.reshape(v, (BLOCK_N // RUN, RUN, BLOCK_M)), 1).to(tl.float64), 0)
 
 
-@triton.jit
+@Kernel
 def nearest_kernel(
     x_ptr,  # (B, DIM) float32
     values_ptr,  # (N, DIM) float32
@@ -154,7 +155,7 @@ def nearest_kernel(
     tl.store(block_ptr + to, nearest, mask=b < B)
 
 
-@triton.jit
+@Kernel
 def sum_kernel(
     x_ptr,  # (B, DIM) float32
     values_ptr,  # (N, DIM) float32
@@ -291,10 +292,8 @@ def _nearest(call: Call) -> tuple[Tensor, Tensor, Tensor]:
         call.x, call.values, distances, found, call.B, call.N, per_split, **options
     )
     block = found.gather(0, distances.min(0).indices[None])[0].long()
-    rows = block[:, None] * options["BLOCK_N"] + torch.arange(
-        options["BLOCK_N"], device=block.device
-    )
-    rows.clamp_(max=call.N - 1)
+    inside = torch.arange(options["BLOCK_N"], device=block.device)
+    rows = (block[:, None] * options["BLOCK_N"] + inside).clamp_(max=call.N - 1)
     differences = call.values[rows].double() - call.x[:, None].double()
     distance, best = differences.square().sum(2).min(1)
     each = torch.arange(call.B, device=block.device)

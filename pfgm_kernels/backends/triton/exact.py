@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import (
     load_values,
     logit_of,
@@ -42,7 +43,7 @@ def members(chosen, rank, j, slots):
     return tl.sum(tl.where(hit, j[None, :], 0), 1).to(tl.int64)
 
 
-@triton.jit
+@Kernel
 def distances_kernel(
     x_ptr,  # (B, d)
     t_ptr,  # (B,) float64
@@ -107,7 +108,7 @@ def distances_kernel(
             start += GROUP
 
 
-@triton.jit
+@Kernel
 def weigh_kernel(
     t_ptr,  # (B,) float64
     half_k_ptr,  # (1,) float64
@@ -162,7 +163,7 @@ def weigh_kernel(
     tl.store(anchor_log_weight_ptr + b, -tl.log(total))
 
 
-@triton.jit
+@Kernel
 def coefficients_kernel(
     t_ptr,  # (B,) float64
     half_k_ptr,  # (1,) float64
@@ -216,7 +217,7 @@ def coefficients_kernel(
     tl.store(dt_ptr + b, dt)
 
 
-@triton.jit
+@Kernel
 def gather_kernel(
     x_ptr,  # (B, d)
     values_ptr,  # (N, d)
@@ -270,7 +271,7 @@ def gather_kernel(
     tl.store(out_ptr + b * d + column, scaled, mask=inside)
 
 
-@triton.jit
+@Kernel
 def references_kernel(
     x_ptr,  # (B, d)
     g_ptr,  # (B, d) float64

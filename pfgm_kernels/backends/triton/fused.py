@@ -34,6 +34,7 @@ from pfgm_kernels.backends.triton.fused_products import (
     load_slices,
     split_parts,
 )
+from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import (
     load_values,
     logit_of,
@@ -82,7 +83,7 @@ def largest_share(error):
     return tl.minimum(tl.maximum(ratio * ratio, 1) * HEAVY, MOST)
 
 
-@triton.jit
+@Kernel
 def fused_kernel(
     t_ptr,  # (B,) float64
     half_k_ptr,  # (1,) float64
@@ -207,7 +208,7 @@ def fused_kernel(
         tl.store(to, sums[c], mask=inside[:, None])
 
 
-@triton.jit
+@Kernel
 def finish_kernel(
     x_ptr,  # (B, d)
     t_ptr,  # (B,) float64

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pfgm_kernels.backends.triton.configurations import INTERPRETED, blocks
+from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import load_values, round_to_bfloat16
 
 PART = torch.float32 if INTERPRETED else torch.bfloat16
@@ -31,7 +32,7 @@ SAMPLE = 1024  # references among which equal ones are looked for
 CROWD = 8  # so many of them: rounding errors do not average out
 
 
-@triton.jit
+@Kernel
 def split_kernel(
     values_ptr,  # (rows, d)
     table_ptr,  # (256,) float32, for CODES

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import pitch
 
 
@@ -24,7 +25,7 @@ def dot_parts(a_high, a_low, b_high, b_low, B_PARTS: tl.constexpr):
     return tl.dot(a_high, b_high, total, input_precision="ieee")
 
 
-@triton.jit
+@Kernel
 def compare_kernel(
     a_ptr,  # (2, B, width) parts of queries or of cotangents
     y_ptr,  # (Y_PARTS, N, width), parts y_plane apart
@@ -75,7 +76,7 @@ def compare_kernel(
     tl.store(out, accumulator, mask=(b < B)[:, None] & (j < pitch(N))[None, :])
 
 
-@triton.jit
+@Kernel
 def list_kernel(
     active_ptr,  # (B, tiles) int8
     list_ptr,  # (blocks of queries, tiles) int32
@@ -98,7 +99,7 @@ def list_kernel(
     tl.store(length_ptr + block, tl.sum(wanted, 0))
 
 
-@triton.jit
+@Kernel
 def sum_kernel(
     weights_ptr,  # (2, B, tiles · BLOCK_K) parts, where cut is not −∞
     y_ptr,  # (Y_PARTS, N, width), parts y_plane apart

@@ -15,9 +15,9 @@ weight. Where float32 does not hold the squares, or is not finite, limit is NaN:
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import (
     load_values,
     logits_float,
@@ -32,7 +32,7 @@ LOGIT_ERROR = tl.constexpr(5e-6)  # of a dense sum's logits at most, root mean s
 DEPTH = tl.constexpr(16.0)  # weights below exp(−DEPTH)/N of the nearest's are not seen
 
 
-@triton.jit
+@Kernel
 def route_kernel(
     x_ptr,  # (B, d)
     t_ptr,  # (B,) float64
@@ -187,7 +187,7 @@ def route_kernel(
     tl.store(cut_ptr + b, cut_float)
 
 
-@triton.jit
+@Kernel
 def weights_kernel(
     half_k_ptr,  # (1,) float64
     r_ptr,  # (B, pitch) float32
@@ -246,7 +246,7 @@ def weights_kernel(
     tl.store(sums_ptr + B * tiles + to, tl.sum(w * u, 1), mask=tile < tiles)
 
 
-@triton.jit
+@Kernel
 def combine_kernel(
     x_ptr,  # (B, d)
     header_ptr,  # (5,) float64
