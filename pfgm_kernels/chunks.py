@@ -67,10 +67,9 @@ class Chunks:
             max(1, batch), count, self.d, self.workspace, bool(inputs.operands), values_grad
         )
         rows = min(rows, max(1, (share + SLACK) // (8 * QUERY_ROWS * (self.d + 8))))
-        rows = rows // TILE * TILE or rows
         if copied:
             references = min(references, max(1, share // (8 * REFERENCE_ROWS * self.d)))
-        self.queries, self.references = _slices(batch, rows), _slices(count, references)
+        self.queries, self.references = _slices(batch, rows, TILE), _slices(count, references)
         self._last: tuple[slice, tuple[Tensor, Tensor, list[Tensor]]] | None = None
 
     def rows(self, queries: slice) -> tuple[Tensor, Tensor]:
@@ -331,7 +330,12 @@ def _merge_partials(a: Partial, b: Partial) -> Partial:
     return displacement, log_mass, torch.where(nearest == 0, a[2], b[2]), anchor_log_weight
 
 
-def _slices(total: int, size: int) -> list[slice]:
-    """Slices of at most `size` that cover `total`; one empty slice where there is nothing."""
+def _slices(total: int, size: int, multiple: int = 1) -> list[slice]:
+    """As few slices of at most `size` as cover `total`, nearly even: all but the last a multiple
+    where that goes. One empty slice where there is nothing.
+    """
+    size = max(size // multiple * multiple or size, 1)
+    even = -(-total // max(-(-total // size), 1))
+    size = min(size, -(-even // multiple) * multiple)
     starts = range(0, max(total, 1), max(size, 1))
     return [slice(start, min(start + size, total)) for start in starts]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels.backends import _native
+from pfgm_kernels.backends._shapes import fit
 from pfgm_kernels.outputs import Output
 from pfgm_kernels.rows import Cotangents, Rows, Stored
 
@@ -23,7 +24,6 @@ MAX_DIRECT_DIM = 32
 CROWD_BLOCKS = 8  # parts of the sample in which equal references are counted
 DIM_MULTIPLE = 64  # parts are padded to this many columns, with zeros
 MAX_THREE_PART_DIM = 128
-MAX_BATCH = 1024
 
 
 def unsupported_reason(
@@ -65,20 +65,14 @@ def chunk_shape(
     """Direct differences keep a row of each query and next to nothing of a pair, unless references
     get gradients; products up to 16 bytes of a column and 24 of a pair.
     """
-    rows = workspace // 2 // (8 * (d + 9))
-    if d <= MAX_DIRECT_DIM and not values_grad:
-        return max(1, min(batch, rows)), count
     if d <= MAX_DIRECT_DIM:
-        pairs = workspace // 64
-        batch = min(batch, rows, max(MAX_BATCH, pairs // count))
-    else:
-        if not prepared:
-            count = min(count, workspace * 5 // 8 // _bytes_per_reference(d))
-            workspace = workspace * 3 // 8
-        rows, pairs = workspace // 4 // (16 * d), workspace // 32
-        batch = min(batch, rows, MAX_BATCH)
-    batch = max(1, min(batch, pairs // 128))
-    return batch, max(1, min(count, pairs // batch))
+        rows, pairs = workspace // 2 // (8 * (d + 9)), workspace // 64
+        return fit(batch, count, rows, pairs) if values_grad else (max(1, min(batch, rows)), count)
+    references = None
+    if not prepared:
+        references = workspace * 5 // 8 // _bytes_per_reference(d)
+        workspace = workspace * 3 // 8
+    return fit(batch, count, workspace // 4 // (16 * d), workspace // 32, references)
 
 
 def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:

@@ -18,6 +18,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
+from pfgm_kernels.backends._shapes import fit
 from pfgm_kernels.outputs import Output
 from pfgm_kernels.rows import Cotangents, Rows, Stored
 
@@ -60,14 +61,12 @@ def chunk_shape(
     from pfgm_kernels.backends.triton import direct, operands
 
     if d <= direct.MAX_DIM:
-        pairs = workspace // 16
-    elif prepared:
-        pairs = workspace // 32
-    else:
-        pairs = workspace * 3 // 8 // 32
-        count = min(count, workspace * 5 // 8 // operands.bytes_per_reference(d))
-    batch = max(1, min(batch, 1024, pairs // 128, workspace // 4 // (40 * d)))
-    return batch, max(1, min(count, pairs // batch))
+        return fit(batch, count, workspace // 4 // (40 * d), workspace // 16)
+    references = None
+    if not prepared:
+        references = workspace * 5 // 8 // operands.bytes_per_reference(d)
+        workspace = workspace * 3 // 8
+    return fit(batch, count, workspace // 4 // (40 * d), workspace // 32, references)
 
 
 def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:

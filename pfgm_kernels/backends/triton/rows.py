@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is done of each query before and after the sums over references. With the norm n of (v, −t),
 
-    finish   result = v,  x + v  or  scale · (v, −t)/(n + gamma), Eq. (12); residual = v − (x0_a − x)
+    finish   result = v,  x + v  or  scale · (v, −t)/(n + gamma), Eq. (12), and the residual
+             v − (x0_a − x)
     begin    the cotangents g of v and g_m of the log mass from those of the result, and what
              reaches x and t not by way of the weights:  −g, for x + v 0;  0, for a field g_t
 
