@@ -74,7 +74,7 @@ class Call:
         squares = self.pairs(torch.float64)
         projection = squares if g is None else self.pairs(torch.float64)
         counts = torch.empty(self.B, self.exact_tiles, dtype=torch.int32, device=squares.device)
-        exact.distances_kernel[self.B, self.exact_tiles](
+        exact.distances_kernel[self.B * self.exact_tiles,](
             self.x,
             self.t,
             self.t if g is None else g,
@@ -85,6 +85,7 @@ class Call:
             squares,
             projection,
             counts,
+            self.B,
             self.N,
             self.d,
             CODES=self.codes,
@@ -115,7 +116,6 @@ class Call:
             self.d,
             self.exact_tiles,
             CODES=self.codes,
-            TILES=triton.next_power_of_2(self.exact_tiles),
             **sizes,
         )
 
@@ -124,12 +124,13 @@ class Call:
         return {
             "GAUSSIAN": self.gaussian,
             "TILE": blocks("exact", self.x.device)["TILE"],
-            "TILES": triton.next_power_of_2(self.exact_tiles),
         }
 
     def _exact_blocks(self) -> dict[str, int]:
         sizes = blocks("exact", self.x.device)
-        return sizes | {"BLOCK_D": min(sizes["BLOCK_D"], triton.next_power_of_2(self.d))}
+        # Fewer columns than 16 would leave a row of TILE references to a thread.
+        columns = max(16, triton.next_power_of_2(self.d))
+        return sizes | {"BLOCK_D": min(sizes["BLOCK_D"], columns)}
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,6 @@ class Screen:
             BACKWARD=backward,
             Y_PARTS=min(2, len(operands.parts)),
             TILE=blocks("compare", call.x.device)["BLOCK_N"],
-            TILES=triton.next_power_of_2(tiles),
             BLOCK_D=min(1024, triton.next_power_of_2(call.d)),
         )
         return Screen(call, operands, r, limit, cut, base, scales)
@@ -223,7 +223,7 @@ class Screen:
         weights = torch.empty(2, call.B, tiles * tile, dtype=parts.dtype, device=device)
         active = torch.empty(call.B, tiles, dtype=torch.int8, device=device)
         sums = torch.empty(2, call.B, tiles, dtype=torch.float32, device=device)
-        route.weights_kernel[call.B, triton.cdiv(tiles, group)](
+        route.weights_kernel[call.B * triton.cdiv(tiles, group),](
             call.half_k,
             self.r,
             self.r if pull is None else pull,
@@ -235,6 +235,7 @@ class Screen:
             weights,
             active,
             sums,
+            call.B,
             call.N,
             tiles,
             GAUSSIAN=call.gaussian,
@@ -252,7 +253,8 @@ class Screen:
             call.B,
             tiles,
             BLOCK_M=sizes["BLOCK_M"],
-            TILES=triton.next_power_of_2(tiles),
+            GROUP=64,
+            num_warps=8,
         )
         width = parts.shape[2]
         column_blocks = triton.cdiv(width, sizes["BLOCK_D"])
@@ -310,7 +312,7 @@ def compare(
     pitch = triton.cdiv(call.N, PITCH.value) * PITCH.value
     out = torch.empty(call.B, pitch, dtype=torch.float32, device=call.x.device)
     minima = torch.empty(call.B, tiles, dtype=torch.float32, device=out.device)
-    products.compare_kernel[triton.cdiv(call.B, sizes["BLOCK_M"]), tiles](
+    products.compare_kernel[triton.cdiv(call.B, sizes["BLOCK_M"]) * tiles,](
         parts,
         operands.parts,
         operands.norms,

@@ -64,7 +64,7 @@ def load_columns(ptr, row, DIM: tl.constexpr):
     """Columns of rows (…, DIM) as a tuple."""
     columns = tl.tuple([])
     for c in tl.static_range(DIM):
-        columns += (tl.load(ptr + row * DIM + c),)
+        columns += (tl.load(ptr + row.to(tl.int64) * DIM + c),)
     return columns
 
 
@@ -226,7 +226,8 @@ def sum_kernel(
     to = out_ptr + split.to(tl.int64) * (DIM + 1) * B + b
     tl.store(to, total, mask=b < B)
     for c in tl.static_range(DIM):
-        tl.store(to + (c + 1) * B, sums[c], mask=b < B)
+        to += B
+        tl.store(to, sums[c], mask=b < B)
 
 
 @dataclass(frozen=True)

@@ -25,22 +25,31 @@ from pfgm_kernels.backends.triton.maths import (
     load_values,
     logit_of,
     pitch,
+    place,
     relative_logit,
     s_offset,
 )
 
+SCAN = tl.constexpr(128)  # tiles that are looked at together
+
 
 @triton.jit
-def next_tile(counts, tiles, after, TILES: tl.constexpr):
-    """The first of `tiles` beyond `after` that has a count; TILES where there is none."""
-    return tl.min(tl.where((counts > 0) & (tiles > after), tiles, TILES), 0)
+def next_tile(counts_ptr, first, tiles):
+    """The first tile from `first` on that has a count; `tiles` where there is none."""
+    first, found = tl.cast(first, tl.int32), tiles
+    while (found == tiles) & (first < tiles):
+        ids = first + tl.arange(0, SCAN)
+        counts = tl.load(counts_ptr + ids, mask=ids < tiles, other=0)
+        found = tl.min(tl.where(counts > 0, ids, tiles), 0)
+        first += SCAN
+    return found
 
 
 @triton.jit
 def members(chosen, rank, j, slots):
     """The values of j that are chosen, of the ranks `slots`; 0 beyond the last."""
     hit = (rank[None, :] == slots[:, None]) & chosen[None, :]
-    return tl.sum(tl.where(hit, j[None, :], 0), 1).to(tl.int64)
+    return tl.max(tl.where(hit, j[None, :], 0), 1).to(tl.int64)
 
 
 @Kernel
@@ -55,6 +64,7 @@ def distances_kernel(
     squares_ptr,  # (B, N) float64
     projection_ptr,  # (B, N) float64, for PROJECT
     counts_ptr,  # (B, tiles) int32
+    B,
     N,
     d,
     CODES: tl.constexpr,
@@ -68,8 +78,8 @@ def distances_kernel(
     """‖x − x0_j‖² of one query and one tile. References meant are taken GROUP at a time:
     the work follows their number.
     """
-    b = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
+    query, tile = place(B)
+    b = query.to(tl.int64)
     limit = tl.load(limit_ptr + b)
     j = tile * TILE + tl.arange(0, TILE)
     meant = j < tl.where(limit == -float("inf"), 0, N)
@@ -77,7 +87,7 @@ def distances_kernel(
         r = tl.load(r_ptr + b * pitch(N) + j, mask=meant, other=0.0)
         meant = meant & ((r > limit) == 0)  # which NaN does not leave out
     count = tl.sum(meant.to(tl.int32), 0)
-    tl.store(counts_ptr + b * tl.num_programs(1) + tile, count)
+    tl.store(counts_ptr + b * tl.cdiv(N, TILE) + tile, count)
     if count > 0:
         tl.store(squares_ptr + b * N + j, float("inf"), mask=(j < N) & (meant == 0))
         offset = s_offset(tl.load(t_ptr + b), GAUSSIAN)
@@ -125,7 +135,6 @@ def weigh_kernel(
     tiles,
     GAUSSIAN: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,
 ):
     """w_j relative to the anchor's in place of ‖x − x0_j‖², and log_mass, for one query. The anchor
     is the nearest reference, except where base is not NaN.
@@ -135,28 +144,27 @@ def weigh_kernel(
         return
     t, half_k = tl.load(t_ptr + b), tl.load(half_k_ptr)
     base, anchor, total = tl.load(base_ptr + b), tl.load(anchor_ptr + b), tl.load(rest_ptr + b)
-    ids = tl.arange(0, TILES)
-    counts = tl.load(counts_ptr + b * tiles + ids, mask=ids < tiles, other=0)
+    counts_ptr += b * tiles
     if base != base:
         base = float("inf") + 0 * total
-        tile = next_tile(counts, ids, -1, TILES)
-        while tile < TILES:
+        tile = next_tile(counts_ptr, 0, tiles)
+        while tile < tiles:
             j = tile * TILE + tl.arange(0, TILE)
             squares = tl.load(squares_ptr + b * N + j, mask=j < N, other=float("inf"))
             nearest = tl.min(squares, 0)
             if nearest < base:
                 base = nearest
                 anchor = tl.min(tl.where(squares == nearest, j, N), 0).to(tl.int64)
-            tile = next_tile(counts, ids, tile, TILES)
-    tile = next_tile(counts, ids, -1, TILES)
-    while tile < TILES:
+            tile = next_tile(counts_ptr, tile + 1, tiles)
+    tile = next_tile(counts_ptr, 0, tiles)
+    while tile < tiles:
         j = tile * TILE + tl.arange(0, TILE)
         squares = tl.load(squares_ptr + b * N + j, mask=j < N, other=float("inf"))
         logit = relative_logit(squares, base, half_k, t, GAUSSIAN)
         weights = tl.where(squares == float("inf"), 0.0, tl.exp(logit))
         total += tl.sum(weights, 0)
         tl.store(squares_ptr + b * N + j, weights, mask=j < N)
-        tile = next_tile(counts, ids, tile, TILES)
+        tile = next_tile(counts_ptr, tile + 1, tiles)
     tl.store(anchor_ptr + b, anchor)
     tl.store(total_ptr + b, total)
     tl.store(log_mass_ptr + b, logit_of(base, half_k, t, GAUSSIAN) + tl.log(total))
@@ -179,7 +187,6 @@ def coefficients_kernel(
     tiles,
     GAUSSIAN: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,
 ):
     """c_j = (k/2) w_j (a_j + g_m)/s_j in place of the projections of one query, w_j in place of
     q_j = ‖x − x0_j‖², and dt = −2t Σ_j c_j (Gaussian: c_j = w_j (a_j + g_m)/(2t²) and dt = (2/t)
@@ -191,13 +198,12 @@ def coefficients_kernel(
     t, half_k = tl.load(t_ptr + b), tl.load(half_k_ptr)
     base, log_weight = tl.load(base_ptr + b), tl.load(log_weight_ptr + b)
     constant = tl.load(constant_ptr + b)
-    ids = tl.arange(0, TILES)
-    counts = tl.load(counts_ptr + b * tiles + ids, mask=ids < tiles, other=0)
+    counts_ptr += b * tiles
     dt = 0 * half_k
     if GAUSSIAN:
         dt = 0 * base
-    tile = next_tile(counts, ids, -1, TILES)
-    while tile < TILES:
+    tile = next_tile(counts_ptr, 0, tiles)
+    while tile < tiles:
         j = tile * TILE + tl.arange(0, TILE)
         squares = tl.load(squares_ptr + b * N + j, mask=j < N, other=float("inf"))
         a = tl.load(projection_ptr + b * N + j, mask=squares < float("inf"), other=0.0) + constant
@@ -213,7 +219,7 @@ def coefficients_kernel(
             dt -= 2 * t * tl.sum(c, 0)
         tl.store(squares_ptr + b * N + j, weights, mask=j < N)
         tl.store(projection_ptr + b * N + j, c, mask=j < N)
-        tile = next_tile(counts, ids, tile, TILES)
+        tile = next_tile(counts_ptr, tile + 1, tiles)
     tl.store(dt_ptr + b, dt)
 
 
@@ -232,7 +238,6 @@ def gather_kernel(
     tiles,
     CODES: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -245,11 +250,10 @@ def gather_kernel(
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < d
     x = tl.load(x_ptr + b * d + column, mask=inside, other=0.0).to(tl.float64)
-    ids = tl.arange(0, TILES)
-    counts = tl.load(counts_ptr + b * tiles + ids, mask=ids < tiles, other=0)
+    counts_ptr += b * tiles
     accumulator = tl.zeros((BLOCK_D,), tl.float64)
-    tile = next_tile(counts, ids, -1, TILES)
-    while tile < TILES:
+    tile = next_tile(counts_ptr, 0, tiles)
+    while tile < tiles:
         j = tile * TILE + tl.arange(0, TILE)
         weights = tl.load(weights_ptr + b * N + j, mask=j < N, other=0.0)
         heavy = weights != 0
@@ -266,7 +270,7 @@ def gather_kernel(
             term = tl.where(mask, w[:, None] * (y - x[None, :]), 0.0)
             accumulator += tl.sum(term, 0)
             start += GROUP
-        tile = next_tile(counts, ids, tile, TILES)
+        tile = next_tile(counts_ptr, tile + 1, tiles)
     scaled = accumulator * tl.load(scale_ptr + b)
     tl.store(out_ptr + b * d + column, scaled, mask=inside)
 

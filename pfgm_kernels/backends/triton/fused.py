@@ -187,6 +187,7 @@ def fused_kernel(
                 w = tl.where((j[None, :] == at[:, None]) & heavy[:, None], 0.0, w)
                 heaviest = tl.max(w, 1)
             count += tl.where(heaviest > limit, CAP + 1, 0)
+            count = tl.minimum(count, CAP + 1)  # which would not hold the sum of all tiles'
         light += tl.sum(w, 1)
         if tl.max(heaviest, 0) > 0:
             weights = split_parts(w, x_ptr.dtype.element_ty)

@@ -87,6 +87,15 @@ def s_offset(t, GAUSSIAN: tl.constexpr):
         return t * t
 
 
+@triton.jit
+def place(inner):
+    """Where a program is in a grid of two axes, of which the first has so many. Launched along one:
+    others than the first end at 65,535.
+    """
+    program = tl.program_id(0)
+    return program % inner, program // inner
+
+
 PITCH = tl.constexpr(16)
 
 

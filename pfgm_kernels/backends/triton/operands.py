@@ -70,7 +70,7 @@ def split_kernel(
             y = tl.where(mask, (y - origin[None, :]) * inverse_unit, 0.0)
         norm += tl.sum(y * y, 1)
         if REFERENCES:
-            mark += tl.sum(y * ((column * 40503) % 65536).to(tl.float64)[None, :], 1)
+            mark += tl.sum(y * ((column % 32768) * 40503 % 65536).to(tl.float64)[None, :], 1)
         rest = y.to(tl.float32)
         for part in tl.static_range(PARTS):
             high = round_to_bfloat16(rest)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pfgm_kernels.backends.triton.launch import Kernel
-from pfgm_kernels.backends.triton.maths import pitch
+from pfgm_kernels.backends.triton.maths import pitch, place
 
 
 @triton.jit
@@ -47,10 +47,10 @@ def compare_kernel(
     BLOCK_N references. Nothing where none of BLOCK_M queries is wanted.
     """
     # Programs that run together share references: there are far more of these than of queries.
-    b = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    block, tile = place(tl.cdiv(B, BLOCK_M))
+    b = block * BLOCK_M + tl.arange(0, BLOCK_M)
     if tl.max(tl.load(wanted_ptr + b, mask=b < B, other=0).to(tl.int32), 0) == 0:
         return
-    tile = tl.program_id(1)
     j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(b, B - 1).to(tl.int64)[:, None] * width
     column = tl.minimum(j, N - 1).to(tl.int64)[None, :] * width
@@ -71,32 +71,35 @@ def compare_kernel(
         norms = tl.load(norms_ptr + reference, mask=reference < N, other=float("inf"))
         accumulator = norms[None, :] - 2 * accumulator
         smallest = tl.min(accumulator, 1)
-        tl.store(minima_ptr + b.to(tl.int64) * tl.num_programs(1) + tile, smallest, mask=b < B)
+        to = minima_ptr + b.to(tl.int64) * tl.cdiv(N, BLOCK_N) + tile
+        tl.store(to, smallest, mask=b < B)
     out = out_ptr + b.to(tl.int64)[:, None] * pitch(N) + j[None, :]
     tl.store(out, accumulator, mask=(b < B)[:, None] & (j < pitch(N))[None, :])
 
 
 @Kernel
 def list_kernel(
-    active_ptr,  # (B, tiles) int8
+    active_ptr,  # (B, tiles) int8: 0 or 1
     list_ptr,  # (blocks of queries, tiles) int32
     length_ptr,  # (blocks of queries,) int32
     B,
     tiles,
     BLOCK_M: tl.constexpr,
-    TILES: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """The tiles in which any of BLOCK_M queries has a weight, in order."""
     block = tl.program_id(0)
-    tile = tl.arange(0, TILES)
-    wanted = tl.zeros((TILES,), tl.int32)
-    for i in range(0, BLOCK_M):
-        b = tl.minimum(block * BLOCK_M + i, B - 1).to(tl.int64)
-        active = tl.load(active_ptr + b * tiles + tile, mask=tile < tiles, other=0)
-        wanted |= active.to(tl.int32)
-    rank = tl.cumsum(wanted, 0) - 1
-    tl.store(list_ptr + block.to(tl.int64) * tiles + rank, tile, mask=wanted > 0)
-    tl.store(length_ptr + block, tl.sum(wanted, 0))
+    b = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    active_ptr += tl.minimum(b, B - 1).to(tl.int64)[:, None] * tiles
+    list_ptr += block.to(tl.int64) * tiles
+    length = 0
+    for first in range(0, tiles, GROUP):
+        tile = first + tl.arange(0, GROUP)
+        active = tl.load(active_ptr + tile[None, :], mask=(tile < tiles)[None, :], other=0)
+        wanted = tl.max(active.to(tl.int32), 0)
+        tl.store(list_ptr + length + tl.cumsum(wanted, 0) - 1, tile, mask=wanted > 0)
+        length += tl.sum(wanted, 0)
+    tl.store(length_ptr + block, length)
 
 
 @Kernel

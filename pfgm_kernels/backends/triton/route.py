@@ -22,6 +22,7 @@ from pfgm_kernels.backends.triton.maths import (
     load_values,
     logits_float,
     pitch,
+    place,
     round_to_bfloat16,
     s_offset,
 )
@@ -29,6 +30,7 @@ from pfgm_kernels.backends.triton.maths import (
 FEW = tl.constexpr(64)  # candidates up to which a query is always finished by direct differences
 HEAVY = tl.constexpr(64.0)  # one over the share of the weight that is left to these
 LOGIT_ERROR = tl.constexpr(5e-6)  # of a dense sum's logits at most, root mean square
+SCAN = tl.constexpr(512)  # tiles that are looked at together
 DEPTH = tl.constexpr(16.0)  # weights below exp(−DEPTH)/N of the nearest's are not seen
 
 
@@ -59,12 +61,11 @@ def route_kernel(
     BACKWARD: tl.constexpr,
     Y_PARTS: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """limit and cut of one query, and what its logits are formed with."""
     b = tl.program_id(0).to(tl.int64)
-    B = tl.num_programs(0)
+    B = tl.num_programs(0).to(tl.int64)
     if tl.load(wanted_ptr + b) == 0:
         tl.store(limit_ptr + b, -float("inf"))
         tl.store(cut_ptr + b, -float("inf"))
@@ -81,9 +82,15 @@ def route_kernel(
     offset = squared + centre - 2 * tl.load(shared_ptr + b)
     length = tl.sqrt(squared)
 
-    ids = tl.arange(0, TILES)
-    minima = tl.load(minima_ptr + b * tiles + ids, mask=ids < tiles, other=float("inf"))
-    nearest = tl.min(minima, 0)
+    minima_ptr += b * tiles
+    nearest, nearest_tile = tl.full((), float("inf"), tl.float32), 0
+    for first in range(0, tiles, SCAN):
+        ids = first + tl.arange(0, SCAN)
+        minima = tl.load(minima_ptr + ids, mask=ids < tiles, other=float("inf"))
+        smallest = tl.min(minima, 0)
+        if smallest < nearest:
+            nearest = smallest
+            nearest_tile = tl.min(tl.where(minima == smallest, ids, tiles), 0)
     depth = tl.log(tl.cast(N, tl.float64)) + DEPTH
     heavy = tl.log(0 * depth + HEAVY)
     if BACKWARD:
@@ -92,8 +99,7 @@ def route_kernel(
         depth += log_weight
         heavy += log_weight
     else:
-        tile = tl.min(tl.where(minima == nearest, ids, TILES - 1), 0)
-        j = tile * TILE + tl.arange(0, TILE)
+        j = nearest_tile * TILE + tl.arange(0, TILE)
         r = tl.load(r_ptr + b * pitch(N) + j, mask=j < N, other=float("inf"))
         anchor = tl.minimum(tl.min(tl.where(r == nearest, j, N), 0), N - 1).to(tl.int64)
         base = 0 * t
@@ -134,7 +140,7 @@ def route_kernel(
     limit += tl.abs(limit) * 2e-7  # what rounding it took off
     count = 0
     for tile in range(0, tiles):
-        if tl.load(minima_ptr + b * tiles + tile) <= limit:
+        if tl.load(minima_ptr + tile) <= limit:
             j = tile * TILE + tl.arange(0, TILE)
             r = tl.load(r_ptr + b * pitch(N) + j, mask=j < N, other=float("inf"))
             count += tl.sum((r <= limit).to(tl.int32), 0)
@@ -166,7 +172,7 @@ def route_kernel(
         if not BACKWARD:
             total = 0 * depth
             for tile in range(0, tiles):
-                if tl.load(minima_ptr + b * tiles + tile) <= cut_float:
+                if tl.load(minima_ptr + tile) <= cut_float:
                     j = tile * TILE + tl.arange(0, TILE)
                     r = tl.load(r_ptr + b * pitch(N) + j, mask=j < N, other=float("inf"))
                     u = tl.minimum(((r - origin_high) - origin_low) * inverse, 1e30)
@@ -200,6 +206,7 @@ def weights_kernel(
     weights_ptr,  # (2, B, tiles · TILE) parts, not written for a query without a cut
     active_ptr,  # (B, tiles) int8
     sums_ptr,  # (2, B, tiles) float32: Σ w; Σ w u
+    B,
     N,
     tiles,
     GAUSSIAN: tl.constexpr,
@@ -210,9 +217,9 @@ def weights_kernel(
     """Weights of limit < r ≤ cut of one query and GROUP tiles, as two parts; for BACKWARD instead
     w_j (g·y_j + constant) s_a/s_j, to which c_j is proportional.
     """
-    b = tl.program_id(0).to(tl.int64)
-    B = tl.num_programs(0).to(tl.int64)
-    tile = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
+    query, group = place(B)
+    b, B = query.to(tl.int64), tl.cast(B, tl.int64)
+    tile = group * GROUP + tl.arange(0, GROUP)
     limit, cut = tl.load(limit_ptr + b), tl.load(cut_ptr + b)
     to = b * tiles + tile
     if cut == -float("inf"):
@@ -270,7 +277,9 @@ def combine_kernel(
     inside = column < d
     sums = tl.zeros((BLOCK_D,), tl.float64)
     for split in tl.static_range(SPLITS):
-        part = tl.load(sums_ptr + (split * B + b) * width + column, mask=inside, other=0.0)
+        part = tl.load(
+            sums_ptr + (tl.cast(B, tl.int64) * split + b) * width + column, mask=inside, other=0.0
+        )
         sums += part.to(tl.float64)
     x = tl.load(x_ptr + b * d + column, mask=inside, other=0.0).to(tl.float64)
     origin = tl.load(origin_ptr + column, mask=inside, other=0.0)
