@@ -9,8 +9,20 @@ Logits are only ever formed relative to a reference near the nearest one.
 
 from __future__ import annotations
 
+import struct
+
 import triton
 import triton.language as tl
+
+
+def bits_of(value: float) -> int:
+    """A number as kernels take it: Triton would round a float to float32."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+@triton.jit
+def as_double(bits):
+    return tl.cast(bits, tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
