@@ -131,7 +131,9 @@ class Call:
 
     def _exact_blocks(self) -> dict[str, int]:
         sizes = blocks("exact", self.x.device)
-        return sizes | {"BLOCK_D": min(sizes["BLOCK_D"], triton.next_power_of_2(self.d))}
+        # Fewer columns than 16 would leave a row of TILE references to a thread.
+        columns = max(16, triton.next_power_of_2(self.d))
+        return sizes | {"BLOCK_D": min(sizes["BLOCK_D"], columns)}
 
 
 @dataclass(frozen=True)
