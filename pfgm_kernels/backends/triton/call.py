@@ -199,6 +199,7 @@ class Screen:
             ALL=wanted is None,
             Y_PARTS=min(2, len(operands.parts)),
             TILE=blocks("compare", call.x.device)["BLOCK_N"],
+            GROUP=8,
             BLOCK_D=min(1024, triton.next_power_of_2(call.d)),
         )
         return Screen(call, operands, r, limit, cut, base, scales)

@@ -15,6 +15,7 @@ weight. Where float32 does not hold the squares, or is not finite, limit is NaN:
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
 from pfgm_kernels.backends.triton.exact import sum_tiles, summed_factor
@@ -34,6 +35,16 @@ HEAVY = tl.constexpr(64.0)  # one over the share of the weight that is left to t
 LOGIT_ERROR = tl.constexpr(5e-6)  # of a dense sum's logits at most, root mean square
 SCAN = tl.constexpr(512)  # tiles that are looked at together
 DEPTH = tl.constexpr(16.0)  # weights below exp(−DEPTH)/N of the nearest's are not seen
+
+
+@triton.jit
+def load_within(r_ptr, minima_ptr, first, N, tiles, limit, TILE: tl.constexpr, GROUP: tl.constexpr):
+    """r (GROUP, TILE) of a query and GROUP tiles, ∞ in those of which none is within the limit."""
+    ids = first + tl.arange(0, GROUP)
+    smallest = tl.load(minima_ptr + ids, mask=ids < tiles, other=float("inf"))
+    j = ids[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    mask = (smallest <= limit)[:, None] & (j < N)
+    return tl.load(r_ptr + j, mask=mask, other=float("inf"))
 
 
 @Kernel
@@ -64,6 +75,7 @@ def route_kernel(
     ALL: tl.constexpr,
     Y_PARTS: tl.constexpr,
     TILE: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """limit and cut of one query, and what its logits are formed with."""
@@ -142,12 +154,12 @@ def route_kernel(
     usable = (squared + offset_t / square < 1e30) & (radius < 1e15) & (cut == cut)
     limit = tl.where(usable, cut, float("nan")).to(tl.float32)
     limit += tl.abs(limit) * 2e-7  # what rounding it took off
-    count = 0
-    for tile in range(0, tiles):
-        if tl.load(minima_ptr + tile) <= limit:
-            j = tile * TILE + tl.arange(0, TILE)
-            r = tl.load(r_ptr + b * pitch(N) + j, mask=j < N, other=float("inf"))
-            count += tl.sum((r <= limit).to(tl.int32), 0)
+    r_ptr += b * pitch(N)
+    found = tl.zeros((GROUP, TILE), tl.int32)
+    for first in range(0, tiles, GROUP):
+        r = load_within(r_ptr, minima_ptr, first, N, tiles, limit, TILE, GROUP)
+        found += (r <= limit).to(tl.int32)
+    count = tl.sum(tl.sum(found, 1), 0)
 
     distance = tl.sqrt(base)
     share = 64.0 if BACKWARD else 4.0
@@ -175,13 +187,12 @@ def route_kernel(
         cut_float = limit
         if not BACKWARD:
             total = 0 * depth
-            for tile in range(0, tiles):
-                if tl.load(minima_ptr + tile) <= cut_float:
-                    j = tile * TILE + tl.arange(0, TILE)
-                    r = tl.load(r_ptr + b * pitch(N) + j, mask=j < N, other=float("inf"))
-                    u = tl.minimum(((r - origin_high) - origin_low) * inverse, 1e30)
-                    w = tl.exp(logits_float(u, half_k_float, correction, GAUSSIAN))
-                    total += tl.sum(tl.where(r <= cut_float, w, 0.0), 0).to(tl.float64)
+            for first in range(0, tiles, GROUP):
+                r = load_within(r_ptr, minima_ptr, first, N, tiles, limit, TILE, GROUP)
+                u = tl.minimum(((r - origin_high) - origin_low) * inverse, 1e30)
+                w = tl.exp(logits_float(u, half_k_float, correction, GAUSSIAN))
+                sums = tl.sum(tl.where(r <= cut_float, w, 0.0), 1)
+                total += tl.sum(sums.to(tl.float64), 0)
             heavy -= tl.log(total)
         # logit(u) = −heavy
         if GAUSSIAN:
