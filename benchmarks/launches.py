@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m benchmarks.launches`: how many kernels a call launches on a GPU. No GPU is needed.
 
-The op runs on tensors that hold no data, and what it would launch is counted: the backend's own
+The op runs on tensors that hold no data, and what it would launch is recorded: the backend's own
 kernels and those of the PyTorch functions around them, one for each call that computes something.
-The kernels of the backend `cuda` are those that its entry points say they would launch; where the
-extension has none, the emulated ones say it (tests/cuda).
+The kernels of the backend `cuda` are those that the emulated entry points say they would launch
+(tests/cuda).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pfgm_kernels.chunks import Inputs, Saved
 from pfgm_kernels.outputs import Output
 from pfgm_kernels.references import default_workspace
 
-MULTIPROCESSORS = 132  # an H100's
+H100 = (9, 0), 132  # capability and multiprocessors
 NO_LAUNCH = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "_unsafe_view")
 
 
@@ -75,6 +75,51 @@ OTHERS = [
 
 
 @dataclass(frozen=True)
+class Launch:
+    """One kernel of a backend. sizes: what it is called with, by the names of its parameters:
+    numbers, and of tensors the bytes of an element; of a kernel of `cuda` what its entry point is
+    called with.
+    """
+
+    kernel: str
+    programs: int
+    sizes: dict[str, int]
+
+
+CUDA_KERNELS: dict[tuple[str, bool], tuple[str, ...]] = {
+    ("field_forward_cuda", False): (
+        *("nearest", "anchor", "direct_sum", "direct_finish", "exact", "exact_combine"),
+    ),
+    ("field_backward_cuda", False): (
+        *("direct_sum", "direct_finish_backward", "exact", "exact_combine"),
+    ),
+    ("field_forward_cuda", True): (
+        *("split", "compare", "route", "weigh", "list", "rest", "sum"),
+        *("exact", "exact_combine", "combine"),
+    ),
+    ("field_backward_cuda", True): (
+        *("split", "compare", "route", "split", "compare", "weigh", "list", "rest", "sum"),
+        *("exact", "exact_combine", "combine"),
+    ),
+    ("prepare_references_cuda", False): ("crowd",),
+    ("prepare_references_cuda", True): ("origin", "split", "summarise"),
+}
+"""What the entry points launch, in this order, without and with products of matrices."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One direction of a call."""
+
+    own: list[Launch]
+    """of the backend"""
+    calls: dict[str, int]
+    """of PyTorch functions that launch a kernel, by name"""
+    allocations: int
+    host_us: float
+
+
+@dataclass(frozen=True)
 class Launches:
     batch: int
     count: int
@@ -85,7 +130,7 @@ class Launches:
     backend: str
     launches: int
     kernels: dict[str, int]
-    """launches of the backend, by kernel, or by entry point of the extension"""
+    """launches of the backend, by kernel"""
     calls: dict[str, int]
     """of PyTorch functions that launch a kernel, by name"""
     allocations: int
@@ -117,49 +162,75 @@ class Calls(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def pretended_gpu(backend: str) -> Iterator[Counter[str]]:
-    """Launches of the backend are counted by name, and do nothing."""
-    kernels: Counter[str] = Counter()
+def pretended_gpu(
+    backend: str, capability: tuple[int, int], multiprocessors: int
+) -> Iterator[list[Launch]]:
+    """Launches of the backend are recorded, and do nothing."""
+    found: list[Launch] = []
     with contextlib.ExitStack() as stack:
         if backend == "triton":
-            _count_triton(stack, kernels)
+            _record_triton(stack, found, capability, multiprocessors)
         else:
-            _count_cuda(stack, kernels)
-        yield kernels
+            _record_cuda(stack, found, multiprocessors)
+        yield found
 
 
-def _count_triton(stack: contextlib.ExitStack, kernels: Counter[str]) -> None:
+def _record_triton(
+    stack: contextlib.ExitStack,
+    found: list[Launch],
+    capability: tuple[int, int],
+    multiprocessors: int,
+) -> None:
     from triton.runtime.jit import JITFunction
 
     from pfgm_kernels.backends.triton import configurations
 
-    def run(self: Any, *_: Any, **__: Any) -> None:
-        kernels[self.fn.__name__] += 1
+    def run(self: Any, *arguments: Any, grid: tuple[int, ...], **options: Any) -> None:
+        sizes = dict(zip(self.arg_names, arguments, strict=False)) | options
+        for name, value in sizes.items():
+            sizes[name] = value.element_size() if isinstance(value, Tensor) else value
+        name = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
+        found.append(Launch(name.removesuffix("_kernel"), math.prod(grid), sizes))
 
-    gpu = SimpleNamespace(major=9, minor=0, multi_processor_count=MULTIPROCESSORS)
+    gpu = SimpleNamespace(
+        major=capability[0], minor=capability[1], multi_processor_count=multiprocessors
+    )
     for function in (configurations.kind, configurations.multiprocessors):
         function.cache_clear()
         stack.callback(function.cache_clear)
     stack.enter_context(mock.patch.object(JITFunction, "run", run))
     properties = mock.patch.object(torch.cuda, "get_device_properties", return_value=gpu)
     stack.enter_context(properties)
-    stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)))
+    known = mock.patch.object(torch.cuda, "get_device_capability", return_value=capability)
+    stack.enter_context(known)
 
 
-def _count_cuda(stack: contextlib.ExitStack, kernels: Counter[str]) -> None:
+def _record_cuda(stack: contextlib.ExitStack, found: list[Launch], multiprocessors: int) -> None:
     extension = cuda_extension()
+    extension.set_multiprocessors(multiprocessors)
+    stack.callback(extension.set_multiprocessors, 4)
 
     def launch(entry: str, **arguments: Any) -> int:
         if "workspace" in arguments:
             return 0
-        counted = ctypes.c_int64()
+        told = (ctypes.c_int64 * 32)()  # more than any entry point launches
         somewhere = 1 << 20  # an address: nothing is read
         pointers = {
             name: somewhere if isinstance(value, Tensor) else value
             for name, value in arguments.items()
         }
-        size = getattr(extension, entry)(**pointers, launches=ctypes.addressof(counted))
-        kernels[entry] += counted.value
+        size = getattr(extension, entry)(**pointers, launches=ctypes.addressof(told))
+        sizes = {
+            name: value.element_size() if isinstance(value, Tensor) else value
+            for name, value in arguments.items()
+        }
+        products = arguments["dim"] > BACKENDS["cuda"].MAX_DIRECT_DIM
+        once = (entry.removesuffix("_cuda").removeprefix("field_"),)  # finish, begin
+        kernels = CUDA_KERNELS.get((entry, products), once)
+        programs = told[1 : 1 + told[0]]
+        found.extend(
+            Launch(kernel, blocks, sizes) for kernel, blocks in zip(kernels, programs, strict=True)
+        )
         return size
 
     stack.enter_context(mock.patch.object(_native, "launch", launch))
@@ -180,8 +251,14 @@ def default_backend(d: int) -> str:
     return "cuda" if d <= BACKENDS["cuda"].MAX_DIRECT_DIM else "triton"
 
 
-def count(problem: Problem, backend: str) -> list[Launches]:
-    """Forward and backward."""
+def record(
+    problem: Problem,
+    backend: str,
+    capability: tuple[int, int] = H100[0],
+    multiprocessors: int = H100[1],
+    timed: bool = False,
+) -> dict[str, Recorded]:
+    """What the forward and the backward pass launch on such a GPU."""
     module = BACKENDS[backend]
     codes = problem.stored == "uint8"
     empty = functools.partial(torch.empty, device="meta")
@@ -189,8 +266,8 @@ def count(problem: Problem, backend: str) -> list[Launches]:
     table = empty(256 if codes else 0)
     x, t = empty(problem.batch, problem.dim), empty(problem.batch)
     output, workspace = Output("displacement", 0.0, 1.0), default_workspace(torch.device("cuda"))
-    found = []
-    with pretended_gpu(backend) as kernels:
+    found = {}
+    with pretended_gpu(backend, capability, multiprocessors) as launched:
         operands = module.prepare(values, table, values.nbytes) if problem.prepared else []
         inputs = Inputs(x, t, values, table, operands, problem.dim + 1.0)
 
@@ -207,24 +284,33 @@ def count(problem: Problem, backend: str) -> list[Launches]:
             )
 
         for direction, run in (("forward", forward), ("backward", backward)):
-            kernels.clear()
+            launched.clear()
             with Calls() as calls:
                 run()
-            own = dict(kernels)
-            goal = GOALS.get(problem)
-            found.append(
-                Launches(
-                    **asdict(problem),
-                    direction=direction,
-                    backend=backend,
-                    launches=sum(own.values()) + calls.calls.total(),
-                    kernels=own,
-                    calls={name: number for name, number in calls.calls.items() if number},
-                    allocations=calls.allocations,
-                    host_us=_host_us(run),
-                    goal=goal and goal[direction == "backward"],
-                )
+            own, numbers = list(launched), +calls.calls
+            host = _host_us(run) if timed else math.nan
+            found[direction] = Recorded(own, dict(numbers), calls.allocations, host)
+    return found
+
+
+def count(problem: Problem, backend: str) -> list[Launches]:
+    """Forward and backward."""
+    found = []
+    for direction, recorded in record(problem, backend, timed=True).items():
+        goal = GOALS.get(problem)
+        found.append(
+            Launches(
+                **asdict(problem),
+                direction=direction,
+                backend=backend,
+                launches=len(recorded.own) + sum(recorded.calls.values()),
+                kernels=dict(Counter(launch.kernel for launch in recorded.own)),
+                calls=recorded.calls,
+                allocations=recorded.allocations,
+                host_us=recorded.host_us,
+                goal=goal and goal[direction == "backward"],
             )
+        )
     return found
 
 

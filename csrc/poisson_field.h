@@ -67,7 +67,8 @@ struct FieldParams {
 
   int num_threads;
   // CUDA only. Where workspace is null, entry points compute nothing and return how many bytes of
-  // it they need; how many kernels they would launch is added to *launches, unless that is null.
+  // it they need; unless launches is null, they also say what they would launch: launches[0] grows
+  // by the number of kernels, and behind it stands of how many blocks each is.
   void* workspace;
   int64_t* launches;
   int device;

@@ -42,6 +42,7 @@ inline void define_controls(pybind11::module_& module) {
   module.def("set_schedule", &set_schedule, py::arg("order"), py::arg("seed") = 0,
              py::arg("late") = false);
   module.def("launches", &launches);
+  module.def("set_multiprocessors", [](int count) { multiprocessors = count; });
 }
 
 }  // namespace emulation

@@ -37,6 +37,7 @@ namespace emulation {
 constexpr int kWarpSize = 32;
 constexpr size_t kMaxValue = 48;  // bytes that a lane can hand to the others
 constexpr unsigned kFullMask = 0xffffffff;
+inline int multiprocessors = 4;  // few, so that small problems have more tiles than these
 
 // Where a thread waits.
 struct Site {
@@ -260,7 +261,7 @@ cudaError_t cudaMallocManaged(T** pointer, size_t bytes) {
 inline cudaError_t cudaFree(void* pointer) { return std::free(pointer), cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = 4, cudaSuccess;  // few, so that small problems have more tiles than processors
+  return *value = emulation::multiprocessors, cudaSuccess;
 }
 
 template <class Arguments>
