@@ -224,6 +224,7 @@ def _record_cuda(stack: contextlib.ExitStack, found: list[Launch], multiprocesso
             name: value.element_size() if isinstance(value, Tensor) else value
             for name, value in arguments.items()
         }
+        sizes["backward"] = entry == "field_backward_cuda"
         products = arguments["dim"] > BACKENDS["cuda"].MAX_DIRECT_DIM
         once = (entry.removesuffix("_cuda").removeprefix("field_"),)  # finish, begin
         kernels = CUDA_KERNELS.get((entry, products), once)

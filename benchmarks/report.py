@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.roofline import chip_of, floor, operations
+from benchmarks.chips import chip_of
+from benchmarks.roofline import floor, operations
 
 Row = dict[str, Any]
 

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Floors: the least time that a GPU can take for the field, by shape, precision and chip.
 
-`python -m benchmarks.roofline` writes the page roofline.md and its figure.
+`python -m benchmarks.roofline` writes the page roofline.md, predictions (predict.py) included, and
+its figure.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from benchmarks import predict
+from benchmarks.chips import CHIPS, Chip
+from benchmarks.predict import figures, table, time
 
 HERE = Path(__file__).parent
 PAGE, FIGURE = HERE / "roofline.md", HERE.parent / "docs" / "roofline.png"
@@ -30,49 +35,6 @@ WEIGHT_OPERATIONS, SCREEN_OPERATIONS = 40, 4
 """float32 operations for each pair: an accurate log1p, an exponential and sums; or, for screening,
 the distance from the product, its bound, the minimum and the comparison.
 """
-
-
-@dataclass(frozen=True)
-class Chip:
-    """Peaks in 10¹² operations a second, dense, at boost clock; bandwidth in 10¹² bytes a second.
-
-    device: the name that the driver gives it; one chip is sold in versions of different speed.
-    float64: by tensor cores where the chip has such. bfloat16: products with float32 sums.
-    """
-
-    name: str
-    device: str
-    float32: float
-    float64: float
-    bfloat16: float
-    bandwidth: float
-    multiprocessors: int
-    shared_bytes: int
-    source: str
-
-
-CHIPS = (
-    Chip(
-        *("H200 SXM", "NVIDIA H200", 66.9, 66.9, 989.4, 4.8, 132, 232_448),
-        "NVIDIA H100 architecture whitepaper (the same GPU), H200 datasheet (memory)",
-    ),
-    Chip(
-        *("H100 SXM", "NVIDIA H100 80GB HBM3", 66.9, 66.9, 989.4, 3.35, 132, 232_448),
-        "NVIDIA H100 architecture whitepaper and datasheet",
-    ),
-    Chip(
-        *("A100 SXM 80 GB", "NVIDIA A100-SXM4-80GB", 19.5, 19.5, 312, 2.039, 108, 166_912),
-        "NVIDIA A100 datasheet",
-    ),
-    Chip(
-        *("RTX 5090", "NVIDIA GeForce RTX 5090", 104.8, 1.64, 209.5, 1.792, 170, 101_376),
-        "NVIDIA RTX Blackwell GPU architecture whitepaper",
-    ),
-    Chip(
-        *("RTX 4090", "NVIDIA GeForce RTX 4090", 82.6, 1.29, 165.2, 1.008, 128, 101_376),
-        "NVIDIA Ada GPU architecture whitepaper",
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -103,11 +65,6 @@ class Floor:
 
     seconds: float
     bound: str
-
-
-def chip_of(device_name: str) -> Chip | None:
-    """The chip that the driver calls so; None where it is not in the table."""
-    return next((chip for chip in CHIPS if chip.device == device_name), None)
 
 
 def floor(
@@ -173,7 +130,8 @@ WORDS = f"""\
 
 How fast could the field be? For each shape, precision and chip the least time that the
 arithmetic, the memory or the conversion of distances into weights takes, whichever is longest, with
-every unit at its peak and perfectly overlapped: a ruler for measurements, not a forecast. Good
+every unit at its peak and perfectly overlapped: a ruler for measurements, not a forecast. What the
+kernels that there are should take is [predicted](#predictions) below. Good
 kernels reach 60 to 85 % of it where it is tens of microseconds or more; below, launching (about
 5 µs for each kernel) costs more than computing. `python -m benchmarks.roofline` writes this page.
 
@@ -209,26 +167,28 @@ def page() -> str:
     """The page, Markdown."""
     chips = [
         (
-            *(chip.name, f"{chip.float32:g}", f"{chip.float64:g}", f"{chip.bfloat16:g}"),
-            *(f"{chip.bandwidth:g}", str(chip.multiprocessors), f"{chip.shared_bytes:,}"),
-            chip.source,
+            *(chip.name, f"{chip.float32:g}", f"{chip.float64:g}", f"{chip.float64_units:g}"),
+            *(f"{chip.bfloat16:g}", f"{chip.bandwidth:g}", f"{chip.cache:g}"),
+            *(str(chip.multiprocessors), f"{chip.shared_bytes:,}", chip.source),
         )
         for chip in CHIPS
     ]
-    headings = ("chip", "float32", "float64", "bfloat16", "TB/s", "SMs", "shared bytes", "source")
+    headings = ("chip", "float32", "float64", "without tensor cores", "bfloat16", "TB/s")
+    more = ("L2 TB/s", "SMs", "shared bytes", "source")
     names = [method.name for method in METHODS]
     B, N, d = HEADLINE
     parts = [
         WORDS,
-        "## Chips\n\nPeaks in TFLOP/s, dense, bfloat16 with float32 sums; bytes of shared memory "
-        "for one thread block.\n",
-        _table(headings, chips),
+        "## Chips\n\nPeaks in TFLOP/s, dense, float64 with and without tensor cores, bfloat16 "
+        "with float32 sums; the bandwidth of the L2 cache, about, since vendors do not give it; "
+        "bytes of shared memory for one thread block.\n",
+        table((*headings, *more), chips),
         f"## All of CIFAR-10: B = {B}, N = {N:,}, d = {d:,}\n\n"
         "C: bound by compute, M: by memory, E: by the elementwise conversion into weights.\n",
-        _table(("chip", *names), [(chip.name, *_floors(chip, *HEADLINE)) for chip in CHIPS]),
+        table(("chip", *names), [(chip.name, *_floors(chip, *HEADLINE)) for chip in CHIPS]),
         "## Work\n\nGigaoperations of the products and of the weights, and megabytes moved: "
         "references by the bytes of an element, logits, queries with results.\n",
-        _table(
+        table(
             ("d", "N", "B", "products", "weights", *("8 B", "4 B", "1 B"), "logits", "queries"),
             [_work(*shape) for shape in SHAPES],
         ),
@@ -236,13 +196,13 @@ def page() -> str:
     for chip in CHIPS:
         ordered = [HEADLINE, *(shape for shape in SHAPES if shape != HEADLINE)]
         rows = [(f"{d:,}", f"{N:,}", f"{B:,}", *_floors(chip, B, N, d)) for B, N, d in ordered]
-        parts += [f"## {chip.name}\n", _table(("d", "N", "B", *names), rows)]
-    return "\n".join(parts)
+        parts += [f"## {chip.name}\n", table(("d", "N", "B", *names), rows)]
+    return "\n".join([*parts, predict.page()])
 
 
 def _floors(chip: Chip, B: int, N: int, d: int) -> list[str]:
     floors = [method_floor(chip, method, B, N, d) for method in METHODS]
-    return [f"{_time(floor.seconds)} {BOUNDS[floor.bound]}" for floor in floors]
+    return [f"{time(floor.seconds)} {BOUNDS[floor.bound]}" for floor in floors]
 
 
 def _work(B: int, N: int, d: int) -> tuple[str, ...]:
@@ -253,24 +213,8 @@ def _work(B: int, N: int, d: int) -> tuple[str, ...]:
         f"{d:,}",
         f"{N:,}",
         f"{B:,}",
-        *(_figures(n) for n in (*numbers, *(m / 1e6 for m in moved))),
+        *(figures(n) for n in (*numbers, *(m / 1e6 for m in moved))),
     )
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _time(seconds: float) -> str:
-    if seconds < 1e-3:
-        return f"{_figures(1e6 * seconds)} µs"
-    return f"{_figures(1e3 * seconds)} ms"
-
-
-def _figures(value: float) -> str:
-    """Three significant figures."""
-    return f"{float(f'{value:.3g}'):,.7g}"
 
 
 def draw(path: Path) -> None:

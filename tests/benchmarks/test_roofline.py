@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.chips import CHIPS, chip_of
 from benchmarks.roofline import (
-    CHIPS,
     FIGURE,
     FLOAT32,
     FLOAT64,
@@ -20,7 +20,6 @@ from benchmarks.roofline import (
     SPLIT,
     SPLIT_8BIT,
     Method,
-    chip_of,
     floor,
     main,
     method_floor,
@@ -101,7 +100,9 @@ def test_a_chip_is_known_by_the_whole_name_of_its_device() -> None:
 
 
 def test_the_page_in_the_repository_is_what_the_code_writes(tmp_path: Path) -> None:
+    """Where this fails, grids or models have changed: python -m benchmarks.roofline writes it."""
     pytest.importorskip("matplotlib")
+    pytest.importorskip("triton", "3.6")
     written, figure = tmp_path / "page.md", tmp_path / "figure.png"
     main(["--out", str(written), "--figure", str(figure)])
     assert written.read_text() == PAGE.read_text() == page()
@@ -110,8 +111,9 @@ def test_the_page_in_the_repository_is_what_the_code_writes(tmp_path: Path) -> N
 
 
 def test_every_chip_has_its_table_the_headline_first() -> None:
+    pytest.importorskip("triton", "3.6")
     for chip in CHIPS:
-        section = page().split(f"## {chip.name}\n")[1].split("## ")[0]
+        section = page().split(f"## {chip.name}\n")[1].split("\n#")[0]
         rows = [line.split("|")[1:-1] for line in section.strip().splitlines()]
         assert len(rows) == 2 + 5 * 2 * 3
         assert {len(row) for row in rows} == {3 + len(METHODS)}

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Are predictions made of all that is launched, and as the page says?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.chips import CHIPS
+from benchmarks.launches import Problem
+from benchmarks.models import TRITON, Work
+from benchmarks.models_cuda import CUDA
+from benchmarks.predict import CASES, RATES, Rates, kernels_of, launches_on, time_of, total
+from benchmarks.routing import CIFAR10, Routing, routing_of
+
+pytest.importorskip("triton", "3.6")
+
+H200, H100, A100, RTX_5090, RTX_4090 = CHIPS
+HEADLINE = Problem(512, 50_000, 3072)
+
+
+def predicted(name: str, backend: str = "triton", chip=H100, routing: Routing = CIFAR10):
+    kernels = {k.name: k for k in kernels_of(HEADLINE, routing, chip, backend)}
+    return kernels[name]
+
+
+@pytest.mark.parametrize("problem", [case[0] for case in CASES], ids=str)
+def test_every_kernel_has_a_model(problem: Problem) -> None:
+    for backend, models in (("triton", TRITON), ("cuda", CUDA)):
+        if backend == "triton" and problem.dim <= 32:
+            continue  # not what a GPU should take there
+        for own, torchs in launches_on(problem, backend, H100.capability, 132).values():
+            assert {launch.kernel for launch in own} <= models.keys()
+            assert min(launch.programs for launch in own) > 0
+            assert torchs > 0
+
+
+def test_products_by_hand() -> None:
+    """Two chunks of 256 queries: 2 × 391 programs, each 128 × 128 sums of 3072 terms, thrice."""
+    compare = predicted("products.compare")
+    assert (compare.launches, compare.programs) == (2, 782)
+    assert compare.work.tensor == 3 * 2 * 256 * 391 * 128 * 3072
+    # 782 programs are 5.92 for each of 132 multiprocessors, so six rounds.
+    seconds = compare.work.tensor / (RATES.wgmma * 989.4e12) * 6 / (782 / 132)
+    assert (compare.seconds, compare.bound) == (pytest.approx(2 * seconds), "tensor")
+    cuda = predicted("compare", "cuda")
+    assert cuda.work.tensor == compare.work.tensor
+    assert cuda.seconds == pytest.approx(2 * seconds * RATES.wgmma / RATES.mma_hopper)
+
+
+def test_direct_differences_by_hand() -> None:
+    """A conversion, a subtraction and a multiply-add of each of 256 × 8,594 × 3,072 elements, and
+    the conversion of a query for each group of eight.
+    """
+    work = predicted("exact.distances").work
+    assert work.float64 == 2 * 3072 * 256 * (3 * 8594 + 1085)
+    assert work.memory > 4 * 3072 * 50_000
+    on_4090 = predicted("exact.distances", chip=RTX_4090)
+    assert on_4090.bound == "float64"
+    assert on_4090.seconds == pytest.approx(2 * work.float64 / (RATES.float64 * 1.29e12))
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_grids_are_those_of_the_chip(backend: str) -> None:
+    name = "products.sum" if backend == "triton" else "sum"
+    blocks = 2 * 24  # of 256 queries and 3,072 columns
+    for chip in (H100, A100, RTX_4090):
+        found = predicted(name, backend, chip)
+        assert found.programs == blocks * -(-2 * chip.multiprocessors // blocks)
+
+
+def test_the_unit_that_takes_longest_takes_the_time() -> None:
+    rates = Rates(memory=1, float32=1, float64=1, mma=1)
+    work = Work(memory=2.039e6, float32=39e6, float64=9.7e6, tensor=312e6, cache=4.5e6)
+    assert time_of(work, 1, A100, "cuda", rates) == (pytest.approx(2e-6), "float32")
+    work = replace(work, longest=10)
+    assert time_of(work, 1, A100, "cuda", rates) == (pytest.approx(4e-6), "steps")
+    work = replace(work, steps=108 * 8 * 20)
+    assert time_of(work, 1, A100, "cuda", rates) == (pytest.approx(8e-6), "steps")
+
+
+def test_programs_that_are_alike_are_done_in_rounds() -> None:
+    work = Work(tensor=1e12, even=True)
+    full, one_more = (time_of(work, programs, H100, "triton")[0] for programs in (132, 133))
+    assert one_more == pytest.approx(full * 2 * 132 / 133)
+    assert time_of(replace(work, even=False), 133, H100, "triton")[0] == pytest.approx(full)
+
+
+def test_work_follows_the_data() -> None:
+    less = replace(CIFAR10, candidates=3, tiles=2, groups=2, most=64)
+    for backend in ("triton", "cuda"):
+        for chip in CHIPS:
+            assert total(HEADLINE, less, chip, backend) < total(HEADLINE, CIFAR10, chip, backend)
+    more = replace(less, dense=0.25, blocks=1)
+    assert total(HEADLINE, more, H100, "triton") > total(HEADLINE, less, H100, "triton")
+
+
+def test_routing_is_counted() -> None:
+    """Queries with 1, with 100 near ones, and with a cut that leaves one beside 64 to be summed."""
+    r = torch.full((3, 600), 9.0)
+    r[0, 300] = r[2, 0] = 0
+    r[1, 200:300] = 0
+    r[2, 64:128] = 1
+    limit, cut = torch.zeros(3), torch.tensor([-torch.inf, -torch.inf, 1])
+    assert routing_of(r, limit, cut) == Routing(
+        candidates=pytest.approx(102 / 3),
+        tiles=pytest.approx(4 / 3),
+        groups=pytest.approx((1 + 7 + 6 + 1) / 3),
+        listed=1.0,
+        many=pytest.approx(2 / 3),
+        dense=pytest.approx(1 / 3),
+        blocks=1.0,
+        active=pytest.approx(1 / 10),
+        most=100,
+    )
