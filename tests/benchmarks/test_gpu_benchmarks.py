@@ -139,14 +139,14 @@ def test_a_round_on_a_gpu_is_of_calls_that_follow_one_another(
         Event.calls += 1
         return ()
 
-    assert measure._timed(call, CUDA, 5) == pytest.approx(3e-3)
+    assert measure.timed(call, CUDA, 5) == pytest.approx(3e-3)
     assert Event.calls == 5
-    assert measure._calls_a_round(call, CUDA) == 3
+    assert measure.calls_a_round(call, CUDA) == 3
     monkeypatch.setattr(measure, "GPU_ROUND", 1.0)
-    assert measure._calls_a_round(call, CUDA) == measure.GPU_CALLS
+    assert measure.calls_a_round(call, CUDA) == measure.GPU_CALLS
     monkeypatch.setattr(measure, "GPU_ROUND", 1e-3)
-    assert measure._calls_a_round(call, CUDA) == 1
-    assert measure._calls_a_round(call, torch.device("cpu")) == 1
+    assert measure.calls_a_round(call, CUDA) == 1
+    assert measure.calls_a_round(call, torch.device("cpu")) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stages that run CUDA's tools: `python -m benchmarks.gpu.tools NAME [ARGUMENT ...]`.
+
+    build ARCH FOLDER         the extension for one chip, put in its place when it is complete
+    intrinsics ARCH FOLDER    device_check.cu: what the instructions that the kernels use do here
+    memcheck|racecheck        compute-sanitizer over the small shapes, CUDA kernels alone
+    ncu JSON                  Nsight Compute on the heaviest kernels in the JSON
+
+With `--dry-run` the first builds what is emulated, and the second does not run what it compiles. One
+whose tool is missing or may not run says so in its last line and exits with SKIPPED.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.gpu.results import Entry, Results, name_of
+from benchmarks.gpu.runner import SKIPPED
+
+ROOT = Path(__file__).parents[2]
+CUDA_CALL = "import torch; torch.zeros(1).cuda().add_(1).cpu()"
+PROBE_SECONDS, KERNEL_SECONDS = 30, 40
+HEAVIEST = 4
+
+
+def find(tool: str) -> str:
+    """Its path. Ends the stage where it is not there."""
+    home = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda", "bin")
+    found = shutil.which(tool) or shutil.which(tool, path=str(home))
+    return found or skip(f"{tool} is not installed")
+
+
+def dry_run() -> bool:
+    return "--dry-run" in sys.argv
+
+
+def skip(reason: str) -> str:
+    print(reason, flush=True)
+    raise SystemExit(SKIPPED)
+
+
+def call(command: Sequence[str], **environment: str) -> int:
+    print("$", *command, flush=True)
+    return subprocess.call(command, env={**os.environ, **environment}, cwd=ROOT)
+
+
+def build(arch: str, folder: str) -> int:
+    """Of a dry run the emulated kernels. Else without network, and beside what is there: a process that starts meanwhile finds the old
+    extension whole, or none.
+    """
+    if dry_run():
+        from tests.cuda import emulated
+
+        print(emulated.library())
+        return 0
+    find("nvcc")
+    library, work = Path(folder, "lib"), Path(folder, "work")
+    command = [sys.executable, "setup.py", "build_ext"]
+    command += ["--build-lib", str(library), "--build-temp", str(work)]
+    status = call(command, PFGM_CUDA="1", PFGM_CUDA_ARCHS=arch)
+    if status == 0:
+        for file in library.glob("pfgm_kernels/_C*.so"):
+            part = ROOT / "pfgm_kernels" / f"{file.name}.{os.getpid()}"
+            shutil.copy(file, part)
+            part.replace(part.with_suffix(""))
+    return status
+
+
+def intrinsics(arch: str, folder: str) -> int:
+    nvcc, program = find("nvcc"), str(Path(folder, "device_check"))
+    source = "tests/cuda/emulation/device_check.cu"
+    status = call([nvcc, "-std=c++17", f"-arch=sm_{arch}", "-o", program, source])
+    if status == 0 and dry_run():
+        skip("it compiles; in a dry run there is no GPU to run it on")
+    return status or call([program])
+
+
+def sanitize(tool: str) -> int:
+    """What torch and the driver try out and see fail is no error of ours; our launches are checked
+    where they are made.
+    """
+    command = [find("compute-sanitizer"), "--tool", tool, "--error-exitcode", "1"]
+    command += ["--report-api-errors", "no", "--target-processes", "all"]
+    probe(command)
+    # Each tensor an allocation of its own: otherwise what is read or written beyond its end is a
+    # neighbour's in the same block, and nobody notices.
+    small = [sys.executable, "-m", "benchmarks.gpu.small", "--backend", "cuda", "--runs", "1"]
+    return call([*command, *small, "--patience", "600"], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+def probe(command: Sequence[str]) -> None:
+    """Some virtual machines do not let tools at the device."""
+    command = [*command, sys.executable, "-c", CUDA_CALL]
+    print("$", *command, flush=True)
+    try:
+        tried = subprocess.run(
+            command, capture_output=True, text=True, timeout=PROBE_SECONDS, cwd=ROOT
+        )
+    except subprocess.TimeoutExpired:
+        skip(f"{command[0]} does not come to an end here")
+        return
+    print(tried.stdout, tried.stderr, flush=True)
+    errors = re.findall(r"^=+ ?(?:ERROR==|Error:) *(.*)", tried.stdout + tried.stderr, re.MULTILINE)
+    if tried.returncode or errors:
+        skip(f"{command[0]} cannot run here: {errors[0] if errors else tried.returncode}")
+
+
+def ncu(json: str) -> int:
+    """Clocks stay as they are: the measured times are of such, too."""
+    command = [find("ncu"), "--clock-control", "none", "--target-processes", "all"]
+    results = Results(Path(json))
+    wanted = heaviest(results.latest("kernels"))
+    if not wanted:
+        skip("no kernel has been listed")
+    probe([*command, "--launch-count", "1"])
+    from benchmarks.gpu.times import cases
+
+    numbers = {name_of(case.entry("")): n for n, case in enumerate(cases(dry_run()))}
+    failures = 0
+    for kernel, entry in wanted:
+        case = {**entry, "what": "ncu", "kernel": kernel}
+        del case["kernels"]
+        once = [sys.executable, "-m", "benchmarks.gpu.times", "once"]
+        once += ["--dry-run"] if dry_run() else []
+        once += ["--start", str(numbers[name_of(entry)])]
+        chosen = ["--kernel-name", kernel, "--launch-count", "1", "--profile-from-start", "off"]
+        print("$", *command, *chosen, *once, flush=True)
+        try:
+            found = subprocess.run(
+                [*command, *chosen, "--set", "detailed", *once],
+                capture_output=True,
+                text=True,
+                timeout=KERNEL_SECONDS,
+                cwd=ROOT,
+            )
+            print(found.stdout, found.stderr, flush=True)
+            metrics, reason = metrics_of(found.stdout), f"exit status {found.returncode}"
+        except subprocess.TimeoutExpired:
+            metrics, reason = {}, f"not done within {KERNEL_SECONDS} s"
+        failures += not metrics
+        outcome = {"status": "listed"} if metrics else {"status": "failed", "reason": reason}
+        results.append({**case, **outcome, "metrics": metrics})
+    return int(failures > 0)
+
+
+def heaviest(listed: Sequence[Entry], count: int = HEAVIEST) -> list[tuple[str, Entry]]:
+    """Our kernels that take longest, of each backend as many, and of each the first call listed:
+    shapes come in the order of worth.
+    """
+    first: dict[tuple[str, str], tuple[float, Entry]] = {}
+    for entry in listed:
+        for kernel in entry.get("kernels", []):
+            name = base_name(kernel["name"])
+            if name is not None:
+                first.setdefault((entry["backend"], name), (kernel["seconds"], entry))
+    ranks: dict[str, int] = {}
+    order = []
+    for (backend, name), (seconds, entry) in sorted(first.items(), key=lambda item: -item[1][0]):
+        ranks[backend] = ranks.get(backend, 0) + 1
+        order.append((ranks[backend], -seconds, name, entry))
+    order.sort(key=lambda item: item[:2])
+    return [(name, entry) for _, _, name, entry in order[:count]]
+
+
+def base_name(name: str) -> str | None:
+    """sum_kernel of "sum_kernel" or "void pfgm::(anonymous namespace)::sum_kernel<2>(Params)"; None
+    of what PyTorch and its libraries launch.
+    """
+    if "::" in name and "pfgm::" not in name:
+        return None
+    found = re.match(r"(?:.*::)?(\w+_kernel)(?:<|\(|$)", name)
+    return found and found[1]
+
+
+def metrics_of(text: str) -> dict[str, str]:
+    """What the tables say that ncu prints, of names, units and values under lines of dashes."""
+    found, columns = {}, []
+    for line in text.splitlines():
+        if re.fullmatch(r" +-+ -+ -+", line):
+            columns = [match.span() for match in re.finditer("-+", line)]
+        elif columns:
+            name, unit, value = (line[start:end].strip() for start, end in columns)
+            if re.fullmatch(r"[\d.,]+", value):
+                found[name] = f"{value} {unit}".strip()
+    return found
+
+
+STAGES: dict[str, Callable[..., int]] = {
+    "build": build,
+    "intrinsics": intrinsics,
+    "memcheck": lambda: sanitize("memcheck"),
+    "racecheck": lambda: sanitize("racecheck"),
+    "ncu": ncu,
+}
+
+if __name__ == "__main__":
+    sys.exit(STAGES[sys.argv[1]](*(word for word in sys.argv[2:] if word != "--dry-run")))
