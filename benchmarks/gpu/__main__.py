@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.gpu.results import Entry, Results, table
-from benchmarks.gpu.runner import Runner
+from benchmarks.gpu.runner import Runner, say
 from benchmarks.gpu.stages import SECONDS, Site, first, second
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +25,8 @@ def main() -> int:
     parser.add_argument("call", nargs="?", choices=CALLS, help="one of the two; else both")
     parser.add_argument("json", nargs="?", type=Path, help="what the first call left")
     given = parser.parse_args()
+    if given.json is not None and not given.json.exists():
+        parser.error(f"{given.json} is not there")
     name = "gpu-dry-run" if given.dry_run else "gpu"
     out = ROOT / (os.environ.get("OUT") or f"out/{name}")
     site = Site(out.resolve(), ROOT / "build" / name, given.dry_run)
@@ -32,7 +34,7 @@ def main() -> int:
     site.out.mkdir(parents=True, exist_ok=True)
     site.work.mkdir(parents=True, exist_ok=True)
     prepare_environment(site)
-    passed = True
+    passed, seconds = True, SECONDS * site.patience
     for call in [given.call] if given.call else CALLS:
         known: list[Entry] = []
         if call == "second":
@@ -41,13 +43,13 @@ def main() -> int:
             except ValueError as error:
                 parser.error(str(error))
             if not known:
-                print(f"There are no results of a first call in {before}.")
+                say(f"There are no results of a first call in {before}.")
         waves = first(site) if call == "first" else second(site, known)
-        print(f"{call} call, {SECONDS} s at most: results in {site.results.path}", flush=True)
-        passed &= Runner(call, site.results, site.logs, SECONDS).run(waves)
-    print(f"\n{table(site.results.read())}")
+        say(f"{call} call, {seconds} s at most: results in {site.results.path}")
+        passed &= Runner(call, site.results, site.logs, seconds).run(waves)
+    say(f"\n{table(site.results.read())}\n")
     for entry in site.results.latest("stage"):
-        print(f"{entry['call']:<7}{entry['stage']:<11}{entry['status']}  {entry['reason']}")
+        say(f"{entry['call']:<7}{entry['stage']:<11}{entry['status']}  {entry['reason']}")
     return int(not passed)
 
 

@@ -25,8 +25,10 @@ from benchmarks.machine import gpu
 from benchmarks.measure import timed
 
 ROOT = Path(__file__).parents[2]
-WANTED = ("triton", "numpy", "ninja", "pybind11", "setuptools", "typer", "pytest", "hypothesis")
-WANTED += ("pytest-benchmark", "pytest-xdist", "pytest-timeout", "pykeops")
+WANTED = [
+    *("triton", "numpy", "ninja", "pybind11", "setuptools", "typer", "pytest", "hypothesis"),
+    *("pytest-benchmark", "pytest-xdist", "pytest-timeout", "pykeops"),
+]
 ROUNDS = 10
 
 

@@ -71,9 +71,9 @@ class Results:
         with self._alone():
             self._write(entries)
 
-    def latest(self, what: str) -> list[Entry]:
-        """Of the entries that say the same thing of the same case the last ones."""
-        return list({key(entry): entry for entry in self.read() if entry["what"] == what}.values())
+    def latest(self, *what: str) -> list[Entry]:
+        """Of the entries that say the same thing of the same case the last ones, in their order."""
+        return latest(self.read(), *what)
 
     def _write(self, entries: list[Entry]) -> None:
         lines = ",\n".join(json.dumps(entry, allow_nan=False) for entry in entries)
@@ -92,6 +92,15 @@ class Results:
             os.close(folder)
 
 
+def latest(entries: list[Entry], *what: str) -> list[Entry]:
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        if entry["what"] in what:
+            found.pop(key(entry), None)
+            found[key(entry)] = entry
+    return list(found.values())
+
+
 def key(entry: Entry) -> str:
     """What the entry is about."""
     return json.dumps([entry.get(name) for name in KEY], sort_keys=True)
@@ -108,9 +117,9 @@ def _plain(value: Any) -> Any:
 
 def table(entries: list[Entry]) -> str:
     """Lines to read: what is right, how long it takes, and the heaviest kernels."""
-    launches = {key({**e, "what": "time"}): e for e in entries if e["what"] == "kernels"}
+    launches = {key({**e, "what": "time"}): e for e in latest(entries, "kernels")}
     lines = []
-    for entry in {key(e): e for e in entries if e["what"] in ("small", "time")}.values():
+    for entry in latest(entries, "small", "time"):
         words = f"{entry['status']:<8}{name_of(entry)}"
         if "error" in entry:
             words += f"  error {float(entry['error']):.1e}"
@@ -123,7 +132,7 @@ def table(entries: list[Entry]) -> str:
                 words += f", {sum(k['launches'] for k in kernels):.0f} launches, most "
                 words += f"{kernels[0]['name'][:40]} {1e3 * kernels[0]['seconds']:.3g} ms"
         elif entry["status"] not in GOOD:
-            words += f"  {entry['reason'][:100]}"
+            words += f"  {entry.get('reason', '')[:100]}"
         lines.append(words)
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ No more than the standard library is imported here: what is broken elsewhere bre
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -27,11 +28,12 @@ LONGEST_LOG = 4 << 20
 """Bytes of a log's end that go into the archive."""
 SKIPPED = 77
 """Exit status by which a stage says that it cannot run here; the last line of its log says why."""
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command and the seconds that it may take. finish(): more for its entry when it has ended."""
+    """A command and the seconds that it may take; finish(): more for its entry, at its end."""
 
     name: str
     seconds: float
@@ -104,11 +106,9 @@ class Running:
         if self.late:
             return "late", f"not done within {self.seconds:.0f} s"
         if code == SKIPPED:
-            return "skipped", (self.log.read_text(errors="replace").strip().splitlines() or [""])[
-                -1
-            ]
+            return "skipped", _last_lines(self.log, 1)[-1]
         if code < 0:
-            return "failed", f"ended by {signal.Signals(-code).name}"
+            return "failed", f"ended by signal {-code}"
         return ("failed", f"exit status {code}") if code else ("passed", "")
 
 
@@ -166,13 +166,14 @@ class Runner:
         self.entries.append(entry)
         self.results.append(entry)
         reason = f": {entry['reason']}" if entry["reason"] else ""
-        print(f"{name:<10} {entry['seconds']:>5} s  {entry['status']}{reason}", flush=True)
+        say(f"{name:<10} {entry['seconds']:>5} s  {entry['status']}{reason}")
         if entry["status"] in ("failed", "late") and (self.logs / log).exists():
-            print(*_last_lines(self.logs / log, 15), sep="\n  | ", flush=True)
+            say(*_last_lines(self.logs / log, 15))
 
     def save(self) -> None:
         """All logs and tables as the archive."""
         entries = self.results.read()
+        self.logs.mkdir(parents=True, exist_ok=True)
         Results(self.logs / self.results.path.name).start(entries)
         (self.logs / "table.txt").write_text(f"{table(entries)}\n")
         work = self.archive.with_name(f".{self.archive.name}.{os.getpid()}")
@@ -190,7 +191,10 @@ class Runner:
         raise SystemExit(128 + number)
 
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+def say(*lines: str) -> None:
+    """Whether or not anybody still reads."""
+    with contextlib.suppress(OSError):
+        print(*lines, sep="\n  | ", flush=True)
 
 
 def _end(file: Path, most: int) -> bytes:

@@ -72,14 +72,14 @@ def compute(
     """v, log_mass and the gradients of x, t and, where they are a tensor, the references."""
     # Copies: nothing of a run before is where the results come to lie.
     device = sources.device
-    leaves = [part.to(device, copy=True).requires_grad_() for part in (x, t)]
-    references = sources
+    x, t = (part.to(device, copy=True).requires_grad_() for part in (x, t))
+    leaves = [x, t]
     if isinstance(sources, Tensor):
-        references = sources.clone().requires_grad_()
-        leaves.append(references)
-    v, log_mass = poisson_displacement(*leaves[:2], references, backend=backend)
-    gradients = torch.autograd.grad((v, log_mass), leaves, (g_v.to(device), g_m.to(device)))
-    return [result.detach().cpu() for result in (v, log_mass, *gradients)]
+        sources = sources.clone().requires_grad_()
+        leaves.append(sources)
+    results = poisson_displacement(x, t, sources, backend=backend)
+    gradients = torch.autograd.grad(results, leaves, (g_v.to(device), g_m.to(device)))
+    return [result.detach().cpu() for result in (*results, *gradients)]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +19,20 @@ Wave = Sequence[Stage]
 
 SECONDS = 320
 """Of a call; with what ends late and the archive it stays under 330."""
-TESTS = ("tests/op", "tests/triton/test_triton.py", "tests/cuda/test_gpu.py")
-TESTS += ("tests/cuda/test_cuda_direct.py", "tests/cuda/test_cuda_two_pass.py")
-DRY_RUN_TESTS = ("tests/op/test_singular.py",)
-TEST_SECONDS = 60
-"""Of one test, where pytest-timeout is there."""
+PATIENCE = 5
+"""So many times as long a dry run may take, whose machine may be busy with other things."""
+TESTS = [
+    *("tests/op", "tests/triton/test_triton.py", "tests/cuda/test_gpu.py"),
+    *("tests/cuda/test_cuda_direct.py", "tests/cuda/test_cuda_two_pass.py"),
+]
+DRY_RUN_TESTS = ["tests/op/test_mean.py"]
+CASE_SECONDS, TEST_SECONDS = 40, 60
+"""Of one case that is measured, and of one test where pytest-timeout is there."""
 WORKERS = 12
 FIRST_WAVE = ("build", "fill", "intrinsics")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 NOT_INTERPRETED = {"TRITON_INTERPRET": "0"}
+NO_CHANGE: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,10 @@ class Site:
         return Results(self.out / "gpu.json")
 
     @property
+    def patience(self) -> int:
+        return PATIENCE if self.dry_run else 1
+
+    @property
     def environment(self) -> dict[str, str]:
         """Whatever is kept is kept in `work`: a home may be small, slow or not for writing."""
         folders = {
@@ -57,66 +66,74 @@ class Site:
             "CUDA_CACHE_PATH": "cuda",
             "XDG_CACHE_HOME": "cache",
         }
-        found = {name: str(self.work / folder) for name, folder in folders.items()}
-        return found | {
-            "PYTHONPATH": str(Path(__file__).parents[2]),
+        path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
+        return {name: str(self.work / folder) for name, folder in folders.items()} | {
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
             "PYTHONUNBUFFERED": "1",
             "TRITON_INTERPRET": "1" if self.dry_run else "0",
         }
 
     def stage(
-        self, name: str, seconds: float, module: str, *arguments: str, **environment: str
+        self,
+        name: str,
+        seconds: float,
+        *words: str,
+        environment: Mapping[str, str] = NO_CHANGE,
+        finish: Callable[[], Entry] = dict,
     ) -> Stage:
-        dry_run = ["--dry-run"] if self.dry_run else []
-        command = [sys.executable, "-m", f"benchmarks.gpu.{module}", *arguments, *dry_run]
-        return Stage(name, seconds, command, environment)
+        """`python -m` with these words, of which one of ours is told of a dry run."""
+        told = ["--dry-run"] if self.dry_run and words[0].startswith("benchmarks.gpu.") else []
+        command = [sys.executable, "-m", *words, *told]
+        return Stage(name, seconds * self.patience, command, environment, finish)
 
-    def measurement(self, name: str, seconds: float, module: str, *what: str) -> Stage:
-        return self.stage(name, seconds, module, *what, "--json", str(self.results.path))
+    def measurement(self, name: str, seconds: float, *words: str) -> Stage:
+        return self.stage(name, seconds, *words, "--json", str(self.results.path))
 
     def tool(self, name: str, seconds: float, *arguments: str) -> Stage:
-        return self.stage(name, seconds, "tools", name, *arguments)
+        return self.stage(name, seconds, "benchmarks.gpu.tools", name, *arguments)
 
-    def arch(self) -> str:
-        """ "90": for what chip there is to build."""
-        machine = self.results.latest("machine")[-1]
-        return str(machine.get("capability", "9.0")).replace(".", "")
-
-    def begin(self) -> Stage:
-        return self.measurement("machine", 60, "machine")
+    def machine(self) -> Stage:
+        """The first to import torch, which can take long on a machine that is new."""
+        return self.measurement("machine", 90, "benchmarks.gpu.machine")
 
     def ready(self) -> bool:
-        """Whether there is something to run on."""
-        return [e for e in self.results.read() if e["what"] == "stage"][-1]["status"] == "passed"
+        """Whether that found something to run on."""
+        return self.results.latest("stage")[-1]["status"] == "passed"
+
+    def arch(self) -> str:
+        """What to compile for, "90"."""
+        capability = self.results.latest("machine")[-1].get("capability", "9.0")
+        return str(capability).replace(".", "")
 
 
 def by_name(site: Site) -> dict[str, Stage]:
     """Those that a second call may have to run again."""
-    work, check = str(site.work), [sys.executable, "-m", "pfgm_kernels.cli", "report", "--check"]
+    work, patience = str(site.work), f"--patience={CASE_SECONDS * site.patience}"
     stages = [
         site.tool("build", 120, site.arch(), work),
-        site.stage("fill", 100, "fill", **NOT_INTERPRETED),
+        site.stage("fill", 100, "benchmarks.gpu.fill", environment=NOT_INTERPRETED),
         site.tool("intrinsics", 60, site.arch(), work),
-        Stage("check", 45, check, NOT_INTERPRETED),
-        site.measurement("small", 40, "small"),
-        site.measurement("time", 90, "times", "time"),
-        site.measurement("kernels", 45, "times", "kernels"),
-        tests(site),
+        site.stage(
+            "check", 45, "pfgm_kernels.cli", "report", "--check", environment=NOT_INTERPRETED
+        ),
+        site.measurement("small", 40, "benchmarks.gpu.small", patience),
+        site.measurement("time", 90, "benchmarks.gpu.times", "time", patience),
+        site.measurement("kernels", 45, "benchmarks.gpu.times", "kernels", patience),
+        run_tests(site),
         site.tool("memcheck", 90),
     ]
     return {stage.name: stage for stage in stages}
 
 
-def tests(site: Site, again: Sequence[str] = ()) -> Stage:
+def run_tests(site: Site, again: Sequence[str] = ()) -> Stage:
     """The thin part of the tests of what runs on a GPU; or some of them, by their names."""
-    cores = len(os.sched_getaffinity(0))
-    cache = site.work / "pytest"
-    command = [sys.executable, "-m", "pytest", "-q", "--durations=5", "-o", f"cache_dir={cache}"]
+    cache, workers = site.work / "pytest", min(WORKERS, len(os.sched_getaffinity(0)))
+    options = ["-q", "--durations=5", "-o", f"cache_dir={cache}"]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(WORKERS, cores))]
+        options += ["-n", str(workers)]
     if importlib.util.find_spec("pytest_timeout"):
-        # By a thread, that ends the process: no signal reaches one that waits for the GPU.
-        command += [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
+        # By a thread, which ends the process: no signal reaches one that waits for the GPU.
+        options += [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
     thin = [*(DRY_RUN_TESTS if site.dry_run else TESTS), "--part", "thin", "-k", "triton or cuda"]
 
     def failed() -> Entry:
@@ -125,7 +142,8 @@ def tests(site: Site, again: Sequence[str] = ()) -> Stage:
         except (OSError, ValueError):
             return {"failed": []}
 
-    return Stage("tests", 110, [*command, *(again or thin)], ONE_THREAD, failed)
+    words = ["pytest", *options, *(again or thin)]
+    return site.stage("tests", 110, *words, environment=ONE_THREAD, finish=failed)
 
 
 def first(site: Site) -> Iterator[Wave]:
@@ -133,7 +151,7 @@ def first(site: Site) -> Iterator[Wave]:
         shutil.rmtree(folder, ignore_errors=True)
     site.logs.mkdir(parents=True)
     site.results.start([])
-    yield [site.begin()]
+    yield [site.machine()]
     if not site.ready():
         return
     stages = by_name(site)
@@ -148,7 +166,7 @@ def second(site: Site, before: list[Entry]) -> Iterator[Wave]:
     """before: what a first call found, to which this one adds."""
     site.logs.mkdir(parents=True, exist_ok=True)
     site.results.start(before)
-    yield [site.begin()]
+    yield [site.machine()]
     if not site.ready():
         return
     stages = by_name(site)
@@ -157,7 +175,7 @@ def second(site: Site, before: list[Entry]) -> Iterator[Wave]:
     for entry in before:
         if entry["what"] == "stage" and entry["call"] == "first" and entry["status"] in BAD:
             if entry["stage"] == "tests":
-                yield [tests(site, entry["failed"])]
+                yield [run_tests(site, entry["failed"])]
             elif entry["stage"] in stages and entry["stage"] not in ("build", "fill"):
                 yield [stages[entry["stage"]]]
     yield [benchmark(site)]
@@ -166,9 +184,8 @@ def second(site: Site, before: list[Entry]) -> Iterator[Wave]:
 
 
 def benchmark(site: Site) -> Stage:
-    command = [sys.executable, "-m", "benchmarks", "--out", str(site.logs)]
-    command += ["--append", str(site.results.path)]
+    words = ["benchmarks", "--out", str(site.logs), "--append", str(site.results.path)]
     if site.dry_run:
         few = "64x1024-d2-normal and forward and not compile and (composite or pfgm_kernels)"
-        command += ["-k", few]
-    return Stage("benchmark", 150, command, NOT_INTERPRETED)
+        words += ["-k", few]
+    return site.stage("benchmark", 150, *words, environment=NOT_INTERPRETED)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks.gpu.times time`: how long the field and its gradients take, on shapes in the
-order of worth. What is timed is checked first, and again when a CUDA graph has replayed it.
+"""`python -m benchmarks.gpu.times time`: how long the field and its gradients take, on shapes in
+the order of worth. What is timed is checked first, and again when a CUDA graph has replayed it.
 
 `kernels` instead says which kernels a call launches: in a process of its own, since what
 torch.profiler leaves behind makes all that comes after it slower. `once` calls the case of the
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ TINY = [Shape(9, 70, 48, "synthetic"), Shape(5, 40, 3, "normal")]
 """Of a dry run."""
 DIRECTIONS = ("forward", "backward")
 ROUNDS, PROFILED = 10, 3
+"""Rounds that are timed, and calls that torch.profiler sees; in a dry run two and one."""
 
 
 def cases(dry_run: bool, backends: Sequence[str] = KERNELS) -> list[Case]:
@@ -135,14 +137,14 @@ def time_case(case: Case, given: Options) -> Entry:
     return entry | {"graph_seconds": rounds_of(replay, device, rounds)}
 
 
-def rounds_of(call: Callable[[], object], device: torch.device, rounds: int) -> list[float]:
+def rounds_of(call: Callable[[], Any], device: torch.device, rounds: int) -> list[float]:
     count = calls_a_round(call, device)
     return [timed(call, device, count) for _ in range(rounds)]
 
 
 def capture(
     prepare: Callable[[], Call], device: torch.device
-) -> tuple[Callable[[], object], tuple[Tensor, ...]]:
+) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
     """A CUDA graph of what `prepare` makes: its replay, and where that leaves the results."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -159,11 +161,11 @@ def capture(
 
 def list_kernels(case: Case, given: Options) -> Entry:
     """The GPU's kernels, copies and fills; on a CPU PyTorch's operations."""
-    on_gpu = given.device.type == "cuda"
+    on_gpu, calls = given.device.type == "cuda", 1 if given.dry_run else PROFILED
     call = Computation(case, given.device).call()
     call()
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
-        for _ in range(PROFILED):
+        for _ in range(calls):
             call()
         if on_gpu:
             torch.cuda.synchronize(given.device)
@@ -173,8 +175,8 @@ def list_kernels(case: Case, given: Options) -> Entry:
     kernels = [
         {
             "name": event.key,
-            "launches": event.count / PROFILED,
-            "seconds": getattr(event, time) / PROFILED / 1e6,
+            "launches": event.count / calls,
+            "seconds": getattr(event, time) / calls / 1e6,
         }
         for event in found.key_averages()
         if event.device_type == kind

@@ -6,8 +6,8 @@
     memcheck|racecheck        compute-sanitizer over the small shapes, CUDA kernels alone
     ncu JSON                  Nsight Compute on the heaviest kernels in the JSON
 
-With `--dry-run` the first builds what is emulated, and the second does not run what it compiles. One
-whose tool is missing or may not run says so in its last line and exits with SKIPPED.
+With `--dry-run` the first builds what is emulated, and the second does not run what it compiles.
+One whose tool is missing or may not run says so in its last line and exits with SKIPPED.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def call(command: Sequence[str], **environment: str) -> int:
 
 
 def build(arch: str, folder: str) -> int:
-    """Of a dry run the emulated kernels. Else without network, and beside what is there: a process that starts meanwhile finds the old
-    extension whole, or none.
+    """Without network, and beside what is there: a process that starts meanwhile finds the old
+    extension whole, or none. In a dry run the emulated kernels.
     """
     if dry_run():
         from tests.cuda import emulated
