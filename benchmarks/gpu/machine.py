@@ -82,7 +82,9 @@ def ceilings(device: torch.device) -> dict[str, Any]:
     of random bfloat16 matrices: medians.
     """
     on_gpu = device.type == "cuda"
-    count, size = (1 << 32, 8192) if on_gpu else (1 << 20, 64)
+    count, size = 1 << 20, 64
+    if on_gpu:
+        count, size = min(1 << 32, torch.cuda.mem_get_info(device)[0] // 8), 8192
     source = torch.ones(count // 4, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))

@@ -120,7 +120,7 @@ def by_name(site: Site) -> dict[str, Stage]:
         site.measurement("time", 90, "benchmarks.gpu.times", "time", patience),
         site.measurement("kernels", 45, "benchmarks.gpu.times", "kernels", patience),
         run_tests(site),
-        site.tool("memcheck", 90),
+        site.tool("memcheck", 100, str(site.logs)),
     ]
     return {stage.name: stage for stage in stages}
 
@@ -179,8 +179,8 @@ def second(site: Site, before: list[Entry]) -> Iterator[Wave]:
             elif entry["stage"] in stages and entry["stage"] not in ("build", "fill"):
                 yield [stages[entry["stage"]]]
     yield [benchmark(site)]
-    yield [site.tool("ncu", 100, str(site.results.path))]
-    yield [site.tool("racecheck", 60)]
+    yield [site.tool("ncu", 100, str(site.results.path), str(site.logs))]
+    yield [site.tool("racecheck", 60, str(site.logs))]
 
 
 def benchmark(site: Site) -> Stage:

@@ -69,7 +69,7 @@ def main(what: str, given: Options) -> int:
 
 
 class Computation:
-    """One case's op: `calls()` → the call that is measured and what its result's error is."""
+    """What is called for a case, and whether what comes of it is right."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         rounded = case.stored == "uint8" and case.shape.source == "normal"

@@ -3,8 +3,8 @@
 
     build ARCH FOLDER         the extension for one chip, put in its place when it is complete
     intrinsics ARCH FOLDER    device_check.cu: what the instructions that the kernels use do here
-    memcheck|racecheck        compute-sanitizer over the small shapes, CUDA kernels alone
-    ncu JSON                  Nsight Compute on the heaviest kernels in the JSON
+    memcheck|racecheck LOGS   compute-sanitizer over the small shapes, CUDA kernels alone
+    ncu JSON LOGS             Nsight Compute on the heaviest kernels in the JSON
 
 With `--dry-run` the first builds what is emulated, and the second does not run what it compiles.
 One whose tool is missing or may not run says so in its last line and exits with SKIPPED.
@@ -12,6 +12,8 @@ One whose tool is missing or may not run says so in its last line and exits with
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import re
 import shutil
@@ -24,9 +26,9 @@ from benchmarks.gpu.results import Entry, Results, name_of
 from benchmarks.gpu.runner import SKIPPED
 
 ROOT = Path(__file__).parents[2]
-CUDA_CALL = "import torch; torch.zeros(1).cuda().add_(1).cpu()"
-PROBE_SECONDS, KERNEL_SECONDS = 30, 40
-HEAVIEST = 4
+KERNEL_SECONDS, HEAVIEST = 40, 4
+OURS = ("process didn't terminate", "The application returned", "Target application")
+"""How tools begin to say that it is the program they look at which failed."""
 
 
 def find(tool: str) -> str:
@@ -81,91 +83,90 @@ def intrinsics(arch: str, folder: str) -> int:
     return status or call([program])
 
 
-def sanitize(tool: str) -> int:
+def sanitize(tool: str, logs: str) -> int:
     """What torch and the driver try out and see fail is no error of ours; our launches are checked
     where they are made.
     """
+    log, results = Path(logs, f"{tool}.txt"), Results(Path(logs, f"{tool}.json"))
+    for file in (log, results.path):
+        file.unlink(missing_ok=True)
     command = [find("compute-sanitizer"), "--tool", tool, "--error-exitcode", "1"]
-    command += ["--report-api-errors", "no", "--target-processes", "all"]
-    probe(command)
+    command += ["--report-api-errors", "no", "--target-processes", "all", "--log-file", str(log)]
+    small = [sys.executable, "-m", "benchmarks.gpu.small", "--backend", "cuda", "--runs", "1"]
+    small += ["--json", str(results.path), "--patience", "600"]
     # Each tensor an allocation of its own: otherwise what is read or written beyond its end is a
     # neighbour's in the same block, and nobody notices.
-    small = [sys.executable, "-m", "benchmarks.gpu.small", "--backend", "cuda", "--runs", "1"]
-    return call([*command, *small, "--patience", "600"], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    status = call([*command, *small], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    said = show(log)
+    if status and not results.read():
+        skip_if_refused("compute-sanitizer", said)
+    return status
 
 
-def probe(command: Sequence[str]) -> None:
-    """Some virtual machines do not let tools at the device."""
-    command = [*command, sys.executable, "-c", CUDA_CALL]
-    print("$", *command, flush=True)
-    try:
-        tried = subprocess.run(
-            command, capture_output=True, text=True, timeout=PROBE_SECONDS, cwd=ROOT
-        )
-    except subprocess.TimeoutExpired:
-        skip(f"{command[0]} does not come to an end here")
-        return
-    print(tried.stdout, tried.stderr, flush=True)
-    errors = re.findall(r"^=+ ?(?:ERROR==|Error:) *(.*)", tried.stdout + tried.stderr, re.MULTILINE)
-    if tried.returncode or errors:
-        skip(f"{command[0]} cannot run here: {errors[0] if errors else tried.returncode}")
-
-
-def ncu(json: str) -> int:
+def ncu(json: str, logs: str) -> int:
     """Clocks stay as they are: the measured times are of such, too."""
     command = [find("ncu"), "--clock-control", "none", "--target-processes", "all"]
-    results = Results(Path(json))
+    command += ["--launch-count", "1", "--profile-from-start", "off", "--set", "detailed"]
+    results, failures = Results(Path(json)), 0
     wanted = heaviest(results.latest("kernels"))
     if not wanted:
         skip("no kernel has been listed")
-    probe([*command, "--launch-count", "1"])
     from benchmarks.gpu.times import cases
 
     numbers = {name_of(case.entry("")): n for n, case in enumerate(cases(dry_run()))}
-    failures = 0
     for kernel, entry in wanted:
-        case = {**entry, "what": "ncu", "kernel": kernel}
-        del case["kernels"]
+        log = Path(logs, f"ncu-{entry['backend']}-{kernel}.txt")
+        chosen = ["--kernel-name", kernel, "--log-file", str(log)]
         once = [sys.executable, "-m", "benchmarks.gpu.times", "once"]
-        once += ["--dry-run"] if dry_run() else []
-        once += ["--start", str(numbers[name_of(entry)])]
-        chosen = ["--kernel-name", kernel, "--launch-count", "1", "--profile-from-start", "off"]
+        once += ["--start", str(numbers[name_of(entry)]), *(["--dry-run"] if dry_run() else [])]
         print("$", *command, *chosen, *once, flush=True)
+        log.unlink(missing_ok=True)
         try:
-            found = subprocess.run(
-                [*command, *chosen, "--set", "detailed", *once],
-                capture_output=True,
-                text=True,
-                timeout=KERNEL_SECONDS,
-                cwd=ROOT,
-            )
-            print(found.stdout, found.stderr, flush=True)
-            metrics, reason = metrics_of(found.stdout), f"exit status {found.returncode}"
+            status = subprocess.call([*command, *chosen, *once], cwd=ROOT, timeout=KERNEL_SECONDS)
+            reason = f"exit status {status}"
         except subprocess.TimeoutExpired:
-            metrics, reason = {}, f"not done within {KERNEL_SECONDS} s"
-        failures += not metrics
+            reason = f"not done within {KERNEL_SECONDS} s"
+        said = show(log)
+        metrics = metrics_of(said)
+        if not metrics:
+            skip_if_refused("ncu", said)
+            failures += 1
         outcome = {"status": "listed"} if metrics else {"status": "failed", "reason": reason}
-        results.append({**case, **outcome, "metrics": metrics})
+        about = {name: value for name, value in entry.items() if name != "kernels"}
+        about |= {"what": "ncu", "kernel": kernel}
+        results.append({**about, **outcome, "metrics": metrics})
     return int(failures > 0)
 
 
+def show(log: Path) -> str:
+    """What a tool said."""
+    said = log.read_text(errors="replace") if log.exists() else ""
+    print(said, flush=True)
+    return said
+
+
+def skip_if_refused(tool: str, said: str) -> None:
+    """Some virtual machines do not let tools at the device."""
+    errors = re.findall(r"^=+ ?(?:ERROR==|Error:) *(.*)", said, re.MULTILINE)
+    for error in errors:
+        if not error.startswith(OURS):
+            skip(f"{tool} cannot run here: {error}")
+
+
 def heaviest(listed: Sequence[Entry], count: int = HEAVIEST) -> list[tuple[str, Entry]]:
-    """Our kernels that take longest, of each backend as many, and of each the first call listed:
+    """Our kernels that take longest, of each backend in turn, and of each the first call listed:
     shapes come in the order of worth.
     """
-    first: dict[tuple[str, str], tuple[float, Entry]] = {}
+    found: dict[str, dict[str, tuple[float, Entry]]] = {}
     for entry in listed:
         for kernel in entry.get("kernels", []):
             name = base_name(kernel["name"])
             if name is not None:
-                first.setdefault((entry["backend"], name), (kernel["seconds"], entry))
-    ranks: dict[str, int] = {}
-    order = []
-    for (backend, name), (seconds, entry) in sorted(first.items(), key=lambda item: -item[1][0]):
-        ranks[backend] = ranks.get(backend, 0) + 1
-        order.append((ranks[backend], -seconds, name, entry))
-    order.sort(key=lambda item: item[:2])
-    return [(name, entry) for _, _, name, entry in order[:count]]
+                of_backend = found.setdefault(entry["backend"], {})
+                of_backend.setdefault(name, (kernel["seconds"], entry))
+    columns = [sorted(kernels.items(), key=lambda item: -item[1][0]) for kernels in found.values()]
+    rows = itertools.zip_longest(*columns)
+    return [(item[0], item[1][1]) for row in rows for item in row if item is not None][:count]
 
 
 def base_name(name: str) -> str | None:
@@ -194,8 +195,8 @@ def metrics_of(text: str) -> dict[str, str]:
 STAGES: dict[str, Callable[..., int]] = {
     "build": build,
     "intrinsics": intrinsics,
-    "memcheck": lambda: sanitize("memcheck"),
-    "racecheck": lambda: sanitize("racecheck"),
+    "memcheck": functools.partial(sanitize, "memcheck"),
+    "racecheck": functools.partial(sanitize, "racecheck"),
     "ncu": ncu,
 }
 

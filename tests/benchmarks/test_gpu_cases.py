@@ -3,19 +3,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import inspect
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEventAvg
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks.gpu import cases, fill, small, times
+from benchmarks.gpu import cases, small, times
 from benchmarks.gpu.cases import Case, Options, UsedUpError, work_through
 from benchmarks.gpu.results import Results
 from benchmarks.problems import Shape
@@ -232,6 +238,48 @@ def test_what_a_graph_replays_is_checked_before_it_is_timed(
         assert ("seconds" in entry) == (factor == 1)
 
 
+def test_a_graph_is_captured_on_the_stream_of_the_forward_pass(
+    graphs: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for a GPU that replays on the CPU."""
+    events: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            events.append("replay")
+
+    class Stream:
+        def __init__(self, device: object = None) -> None:
+            pass
+
+        def wait_stream(self, other: object) -> None:
+            events.append("wait")
+
+    def entered(name: str, signature: Any) -> Any:
+        @contextlib.contextmanager
+        def enter(*arguments: Any, **options: Any) -> Iterator[None]:
+            inspect.signature(signature).bind(*arguments, **options)
+            events.append(name)
+            yield
+
+        return enter
+
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, entered(name, getattr(torch.cuda, name)))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+
+    def prepare() -> Any:
+        events.append("prepare")
+        return lambda: events.append("call") or (torch.zeros(3),)
+
+    replay, (result,) = times.capture(prepare, CPU)
+    replay()
+    assert events == ["wait", "stream", "prepare", "call", "wait", "graph", "call", "replay"]
+    assert result.isnan().all(), "what nothing writes is no result"
+
+
 def test_a_call_that_cannot_be_captured_is_a_failure(
     graphs: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,27 +300,52 @@ def test_what_a_call_launches_is_listed(given: Options, monkeypatch: pytest.Monk
     assert field["seconds"] > 0
     seconds = [kernel["seconds"] for kernel in entry["kernels"]]
     assert seconds == sorted(seconds, reverse=True)
-    blind = SimpleNamespace(key_averages=list)
-    monkeypatch.setattr(times, "profile", lambda activities: _Context(blind))
+    assert "aten::empty" in {kernel["name"] for kernel in entry["kernels"]}
+
+
+def test_of_a_gpu_its_own_kernels_are_listed(
+    graphs: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for name, kind in (("sum_kernel", "CUDA"), ("cudaLaunchKernel", "CPU"), ("Memset", "CUDA")):
+        event = FunctionEventAvg()
+        event.key, event.device_type = name, getattr(DeviceType, kind)
+        event.count, event.self_device_time_total = 6, 3 * len(name)
+        found.append(event)
+    profiler = SimpleNamespace(key_averages=lambda: found)
+    monkeypatch.setattr(times, "profile", lambda activities: contextlib.nullcontext(profiler))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    case, given = (
+        Case(SHAPE, "float32", "forward", "cuda"),
+        dataclasses.replace(graphs, dry_run=False),
+    )
+    assert times.list_kernels(case, given)["kernels"] == [
+        {"name": "sum_kernel", "launches": 2, "seconds": pytest.approx(1e-5)},
+        {"name": "Memset", "launches": 2, "seconds": pytest.approx(6e-6)},
+    ]
+    found.clear()
     with pytest.raises(UsedUpError, match="saw no kernel"):
         times.list_kernels(case, given)
 
 
-class _Context(SimpleNamespace):
-    def __init__(self, value: object) -> None:
-        super().__init__(value=value)
+def test_a_call_is_made_once_for_a_profiler(
+    graphs: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled before that."""
+    events = []
+    for name in ("start", "stop"):
+        monkeypatch.setattr(torch.cuda.profiler, name, functools.partial(events.append, name))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    right = times.poisson_field
 
-    def __enter__(self) -> object:
-        return self.value
+    def field(*arguments: Any, **options: Any) -> Any:
+        events.append("call")
+        return right(*arguments, **options)
 
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-def test_a_call_alone_is_made_twice(given: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled, and then once for whoever looks on."""
-    assert times.main("once", dataclasses.replace(given, start=3)) == 0
-    assert entries(given) == []
+    monkeypatch.setattr(times, "poisson_field", field)
+    assert times.main("once", graphs) == 0
+    assert events == ["call", "start", "call", "stop"]
+    assert entries(graphs) == []
 
 
 def test_small_shapes_are_right_and_the_same_each_time(given: Options) -> None:
@@ -304,37 +377,3 @@ def test_small_shapes_show_what_is_wrong(
     assert small.main(given) == 1
     assert entries(given)[0]["status"] == "wrong"
     assert words in entries(given)[0]["reason"]
-
-
-def test_processes_share_the_kernels_that_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    from triton.runtime.jit import JITFunction
-
-    compiled: list[tuple[str, Any]] = []
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        assert warmup
-        compiled.append((self.name, *map(fill.kind_of, args), *options))
-        if self.name == "two":
-            raise RuntimeError("it does not compile")
-
-    class Kernel:
-        def __init__(self, name: str) -> None:
-            self.name, self.fn = name, SimpleNamespace(__name__=name)
-
-    def use(use: object) -> None:
-        launch = JITFunction.run
-        for name in ("one", "two", "three"):
-            for count in (100, 101, 1, 112, 1 << 40):  # 100 and 101 are compiled alike
-                launch(Kernel(name), torch.empty(3), count, grid=(count,), warmup=False, BLOCK=16)
-
-    monkeypatch.setattr(JITFunction, "run", run)
-    monkeypatch.setattr(fill.aot, "run", use)
-    shares = []
-    for number in range(4):
-        before = len(compiled)
-        with pytest.raises(RuntimeError, match="does not compile"):
-            fill.compile_share([None, None], number, 4)  # type: ignore[list-item]
-        shares.append(len(compiled) - before)
-    assert sorted(shares) == [3, 3, 3, 3]
-    assert len(set(map(str, compiled))) == len(compiled) == 3 * 4

@@ -58,9 +58,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (["build", "90", "."], "nvcc"),
         (["intrinsics", "90", "."], "nvcc"),
-        (["memcheck"], "compute-sanitizer"),
-        (["racecheck"], "compute-sanitizer"),
-        (["ncu", "gpu.json"], "ncu"),
+        (["memcheck", "."], "compute-sanitizer"),
+        (["racecheck", "."], "compute-sanitizer"),
+        (["ncu", "gpu.json", "."], "ncu"),
     ],
 )
 def test_a_tool_that_is_missing_is_told(path: Path, stage: list[str], tool: str) -> None:
@@ -115,36 +115,41 @@ def test_the_instructions_are_checked_where_there_is_nvcc(path: Path, tmp_path: 
     assert run("intrinsics", "90", str(tmp_path), "--dry-run").returncode == 2
 
 
-SANITIZER = """
-case "$*" in
-  *-c*) {probe} ;;
-  *) echo "========= ERROR SUMMARY"; exit {status} ;;
-esac
-"""
-REFUSES = 'echo "========= Error: Device not supported."; exit 1'
+SAYS = 'echo "========= {0}" >{1}/memcheck.txt'
+REFUSES = SAYS.format("Error: Device not supported.", "{0}") + "; exit 1"
 
 
 @pytest.mark.parametrize(
-    ("probe", "status", "outcome", "last"),
+    ("does", "outcome", "last"),
     [
-        ("true", 0, 0, "========= ERROR SUMMARY"),
-        ("true", 1, 1, "========= ERROR SUMMARY"),
-        (REFUSES, 0, SKIPPED, "cannot run here: Device not supported."),
-        ("exit 3", 0, SKIPPED, "cannot run here: 3"),
+        (SAYS.format("ERROR SUMMARY: 0 errors", "{0}"), 0, "ERROR SUMMARY: 0 errors"),
+        (SAYS.format("ERROR SUMMARY: 7 errors", "{0}") + "; exit 1", 1, "ERROR SUMMARY: 7 errors"),
+        (REFUSES, SKIPPED, "compute-sanitizer cannot run here: Device not supported."),
+        # What it looks at did begin.
+        (f"echo '[{{{{}}}}]' >{{0}}/memcheck.json; {REFUSES}", 1, "Error: Device not supported."),
+        # It is the program that fails.
+        (
+            SAYS.format("Error: process didn't terminate successfully", "{0}") + "; exit 1",
+            1,
+            "successfully",
+        ),
+        ("exit 3", 3, "--patience 600"),
     ],
 )
 def test_the_sanitizer_runs_where_it_can(
-    path: Path, probe: str, status: int, outcome: int, last: str
+    path: Path, tmp_path: Path, does: str, outcome: int, last: str
 ) -> None:
-    install(path, "compute-sanitizer", SANITIZER.format(probe=probe, status=status))
-    ran = run("memcheck")
+    install(path, "compute-sanitizer", does.format(tmp_path))
+    ran = run("memcheck", str(tmp_path))
     assert ran.returncode == outcome, ran.stderr
-    assert ran.stdout.splitlines()[-1].endswith(last)
-    if outcome != SKIPPED:
-        options = "--tool memcheck --error-exitcode 1 --report-api-errors no --target-processes all"
-        small = "-m benchmarks.gpu.small --backend cuda --runs 1 --patience 600"
-        expected = f"compute-sanitizer {options} {sys.executable} {small}"
-        assert calls(path)[1] == expected
+    assert ran.stdout.rstrip().splitlines()[-1].endswith(last)
+    general = "--tool memcheck --error-exitcode 1 --report-api-errors no --target-processes all"
+    small = "-m benchmarks.gpu.small --backend cuda --runs 1"
+    files = [f"{tmp_path}/memcheck.{kind}" for kind in ("txt", "json")]
+    assert calls(path) == [
+        f"compute-sanitizer {general} --log-file {files[0]} "
+        f"{sys.executable} {small} --json {files[1]} --patience 600"
+    ]
 
 
 PAGES = """==PROF== Connected to process 1
@@ -196,52 +201,49 @@ def test_the_heaviest_kernels_are_ours_and_of_each_backend() -> None:
     three = listed("cuda", "forward", **names)
     heaviest = tools.heaviest([one, two, three])
     assert [(name, entry["backend"], entry["direction"]) for name, entry in heaviest] == [
-        ("a_kernel", "cuda", "forward"),
         ("a_kernel", "triton", "forward"),
+        ("a_kernel", "cuda", "forward"),
         ("b_kernel", "triton", "forward"),
         ("c_kernel", "triton", "forward"),
     ]
     assert len(tools.heaviest([one, three], 2)) == 2
 
 
-def test_nsight_compute_looks_at_the_heaviest_kernels(path: Path, tmp_path: Path) -> None:
-    results = Results(tmp_path / "gpu.json")
+def look(path: Path, does: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """What ncu, which does that, is called for, and the last entry then."""
+    folder = path.parent
+    results = Results(folder / "gpu.json")
     results.start([listed("cuda", "backward", sum_kernel=2.0)])
+    install(path, "ncu", does)
+    ran = run("ncu", str(results.path), str(folder), "--dry-run")
+    return ran, results.read()[-1]
+
+
+def test_nsight_compute_looks_at_the_heaviest_kernels(path: Path, tmp_path: Path) -> None:
     (tmp_path / "pages").write_text(PAGES)
-    install(path, "ncu", f'case "$*" in *sum_kernel*) cat {tmp_path}/pages ;; esac')
-    ran = run("ncu", str(results.path), "--dry-run")
+    log = tmp_path / "ncu-cuda-sum_kernel.txt"
+    ran, entry = look(path, f"cat {tmp_path}/pages >{log}")
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    _, entry = results.read()
     assert entry["what"] == "ncu"
     assert entry["status"] == "listed"
     assert entry["kernel"] == "sum_kernel"
     assert entry["metrics"] == METRICS
-    chosen = "--kernel-name sum_kernel --launch-count 1 --profile-from-start off --set detailed"
-    once = f"{sys.executable} -m benchmarks.gpu.times once --dry-run --start 3"
-    general = "ncu --clock-control none --target-processes all"
-    assert calls(path)[1] == f"{general} {chosen} {once}"
+    general = "--clock-control none --target-processes all --launch-count 1"
+    which = f"--profile-from-start off --set detailed --kernel-name sum_kernel --log-file {log}"
+    once = f"{sys.executable} -m benchmarks.gpu.times once --start 3 --dry-run"
+    assert calls(path) == [f"ncu {general} {which} {once}"]
 
 
-@pytest.mark.parametrize(
-    ("does", "status", "reason"),
-    [
-        (
-            'echo "==ERROR== ERR_NVGPUCTRPERM - no permission"',
-            SKIPPED,
-            "ncu cannot run here: ERR_NVGPUCTRPERM - no permission",
-        ),
-        ("true", 1, "exit status 0"),
-    ],
-)
-def test_nsight_compute_that_shows_nothing_is_told(
-    path: Path, tmp_path: Path, does: str, status: int, reason: str
-) -> None:
-    results = Results(tmp_path / "gpu.json")
-    results.start([listed("cuda", "backward", sum_kernel=2.0)])
-    install(path, "ncu", does)
-    ran = run("ncu", str(results.path), "--dry-run")
-    assert ran.returncode == status, ran.stdout + ran.stderr
-    if status == SKIPPED:
-        assert ran.stdout.splitlines()[-1].endswith(reason)
-    else:
-        assert results.read()[-1]["reason"] == reason
+def test_nsight_compute_that_may_not_look_is_told(path: Path, tmp_path: Path) -> None:
+    error = "ERR_NVGPUCTRPERM - The user does not have permission"
+    ran, entry = look(path, f'echo "==ERROR== {error}" >{tmp_path}/ncu-cuda-sum_kernel.txt; exit 1')
+    assert ran.returncode == SKIPPED
+    assert ran.stdout.splitlines()[-1] == f"ncu cannot run here: {error}"
+    assert entry["what"] == "kernels"
+
+
+def test_nsight_compute_that_shows_nothing_has_failed(path: Path, tmp_path: Path) -> None:
+    error = "The application returned an error code (1)."
+    ran, entry = look(path, f'echo "==ERROR== {error}" >{tmp_path}/ncu-cuda-sum_kernel.txt; exit 9')
+    assert ran.returncode == 1
+    assert (entry["what"], entry["status"], entry["reason"]) == ("ncu", "failed", "exit status 9")
