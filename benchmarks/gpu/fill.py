@@ -24,8 +24,12 @@ from benchmarks.gpu import small, times
 from tests.triton import aot
 
 
+EDGES = (3, 32, 33, 128, 129, 300)
+"""Dimensions at both ends of what a road is for, which the self-check and the tests look at."""
+
+
 def uses() -> list[aot.Use]:
-    """What the other stages call, and what the tests do of each kind."""
+    """What the other stages call."""
     timed = [
         aot.Use(s.d, dtype, B=s.B, N=s.N)
         for s in times.SHAPES
@@ -35,7 +39,13 @@ def uses() -> list[aot.Use]:
         aot.Use(s.d, getattr(torch, stored), values_grad=stored == "float32", B=s.B, N=s.N)
         for s, stored in small.SHAPES
     ]
-    return [*timed, *checked, *aot.USES.values()]
+    edges = [
+        aot.Use(d, dtype, gaussian, dtype != torch.uint8, B=131, N=277)
+        for d in EDGES
+        for dtype in (torch.float32, torch.uint8, torch.float64)
+        for gaussian in (False, True)
+    ]
+    return [*timed, *checked, *edges, *aot.USES.values()]
 
 
 DRY_RUN = [aot.Use(16, B=40, N=300)]

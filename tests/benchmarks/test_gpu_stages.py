@@ -120,6 +120,17 @@ def test_the_environment_keeps_what_is_needed(
     assert sum(folder.startswith(str(tmp_path)) for folder in folders) == 4
 
 
+def test_another_folder_of_tests_is_not_taken_for_ours(tmp_path: Path) -> None:
+    """Some packages leave theirs among those that are installed."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "__init__.py").touch()
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    code = "import benchmarks.problems as p; print(p.oracle.__file__)"
+    command = [sys.executable, "-c", code]
+    found = subprocess.check_output(command, env=environment, cwd=tmp_path, text=True)
+    assert Path(found.strip()) == ROOT / "tests" / "op" / "oracle.py"
+
+
 def gpu_sh(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     script = str(ROOT / "benchmarks" / "gpu.sh")
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
