@@ -23,7 +23,6 @@ from torch import Tensor
 from benchmarks.gpu import small, times
 from tests.triton import aot
 
-
 EDGES = (3, 32, 33, 128, 129, 300)
 """Dimensions at both ends of what a road is for, which the self-check and the tests look at."""
 

@@ -127,7 +127,7 @@ def test_another_folder_of_tests_is_not_taken_for_ours(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     code = "import benchmarks.problems as p; print(p.oracle.__file__)"
     command = [sys.executable, "-c", code]
-    found = subprocess.check_output(command, env=environment, cwd=tmp_path, text=True)
+    found = subprocess.check_output(command, env=environment, cwd=ROOT, text=True)
     assert Path(found.strip()) == ROOT / "tests" / "op" / "oracle.py"
 
 
