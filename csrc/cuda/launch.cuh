@@ -66,7 +66,11 @@ class Workspace {
 template <class Arguments>
 void launch(void (*kernel)(Arguments), dim3 grid, dim3 block, size_t shared_bytes,
             const Arguments& arguments) {
-  if (arguments.p.workspace == nullptr || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (arguments.p.workspace == nullptr) {
+    if (arguments.p.launches != nullptr) ++*arguments.p.launches;
+    return;
+  }
   constexpr size_t kStaticLimit = 48 << 10;
   if (shared_bytes > kStaticLimit) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

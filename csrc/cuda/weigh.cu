@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t group = blockIdx.x % blocks * kWarps + threadIdx.x / kWarp;
   if (group >= a.groups) return;
   const int64_t to = b * a.groups + group;
-  const float limit = a.limit[b], cut = a.cut[b];
+  const float limit = a.left.limit[b], cut = a.cut[b];
   if (cut == -INFINITY) {
     if (lane == 0) a.active[to] = 0;
     return;
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int64_t index = b * p.dim + column;
   double* const out = a.backward ? p.dx : p.displacement;
-  out[index] += factor * (unit * sum + a.rest[b] * (p.origin[column] - p.x[index]));
+  out[index] += factor * (unit * sum + a.rest[b] * (p.origin[column] - load_query(p, index)));
 }
 
 }  // namespace

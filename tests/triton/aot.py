@@ -129,6 +129,8 @@ class Failed:
 def run(use: Use) -> None:
     """Calls the backend with tensors that hold nothing."""
     from pfgm_kernels.backends import triton as backend
+    from pfgm_kernels.outputs import Output
+    from pfgm_kernels.rows import Rows, Stored
 
     meta = functools.partial(torch.empty, device="meta")
     query = torch.float64 if use.dtype == torch.float64 else torch.float32
@@ -136,11 +138,14 @@ def run(use: Use) -> None:
     values, table = meta(use.N, use.d, dtype=use.dtype), meta(256)
     k = math.inf if use.gaussian else use.d + 1.0
     operands = backend.prepare(values, table, 1 << 30)
-    v, log_mass, _, log_weight = backend.forward(x, t, values, table, operands, k)
+    v, _, anchor, log_weight = backend.forward(x, t, values, table, operands, k)
+    output, stored = Output("field", 0.0, 1.0), Stored(values, table, anchor)
+    result, residual = meta(use.B, use.d + 1, dtype=query), meta(use.B, use.d, dtype=query)
+    backend.finish(output, v, x, t, result, residual, stored)
+    rows = Rows(x, t, residual, stored, log_weight, k)
     for values_grad in {False, use.values_grad}:
-        backend.backward(
-            x, t, values, table, operands, k, v, v, log_weight, v, log_mass, values_grad
-        )
+        cotangents = backend.begin(rows, output, result, log_weight)
+        backend.backward(rows, values, table, operands, cotangents, values_grad)
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ TABLE: dict[str, dict[str, Blocks]] = {
 }
 # Kernels without matrix products run alike on all chips.
 ANY: dict[str, Blocks] = {
-    "exact": dict(TILE=256, GROUP=16, BLOCK_D=256),
+    "exact": dict(TILE=256, GROUP=8, BLOCK_D=256),
     "references": dict(BLOCK_N=32, BLOCK_D=64),
     "split": dict(BLOCK_R=8, BLOCK_D=256),
     "direct": dict(BLOCK_M=32, BLOCK_N=16, num_warps=1),
