@@ -98,7 +98,7 @@ def sanitize(tool: str, logs: str) -> int:
     # neighbour's in the same block, and nobody notices.
     status = call([*command, *small], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     said = show(log)
-    if status and not results.read():
+    if status and not any(entry["status"] in ("right", "wrong") for entry in results.read()):
         skip_if_refused("compute-sanitizer", said)
     return status
 

@@ -116,6 +116,7 @@ def test_the_instructions_are_checked_where_there_is_nvcc(path: Path, tmp_path: 
 
 
 SAYS = 'echo "========= {0}" >{1}/memcheck.txt'
+CASE = """echo '[{{{{"status": "{0}"}}}}]' >{1}/memcheck.json; """
 REFUSES = SAYS.format("Error: Device not supported.", "{0}") + "; exit 1"
 
 
@@ -125,8 +126,9 @@ REFUSES = SAYS.format("Error: Device not supported.", "{0}") + "; exit 1"
         (SAYS.format("ERROR SUMMARY: 0 errors", "{0}"), 0, "ERROR SUMMARY: 0 errors"),
         (SAYS.format("ERROR SUMMARY: 7 errors", "{0}") + "; exit 1", 1, "ERROR SUMMARY: 7 errors"),
         (REFUSES, SKIPPED, "compute-sanitizer cannot run here: Device not supported."),
-        # What it looks at did begin.
-        (f"echo '[{{{{}}}}]' >{{0}}/memcheck.json; {REFUSES}", 1, "Error: Device not supported."),
+        (CASE.format("failed", "{0}") + REFUSES, SKIPPED, "cannot run here: Device not supported."),
+        # It did look at something.
+        (CASE.format("right", "{0}") + REFUSES, 1, "Error: Device not supported."),
         # It is the program that fails.
         (
             SAYS.format("Error: process didn't terminate successfully", "{0}") + "; exit 1",
