@@ -90,7 +90,8 @@ class Site:
         return self.stage(name, seconds, *words, "--json", str(self.results.path))
 
     def tool(self, name: str, seconds: float, *arguments: str) -> Stage:
-        return self.stage(name, seconds, "benchmarks.gpu.tools", name, *arguments)
+        words = ["benchmarks.gpu.tools", name, *arguments]
+        return self.stage(name, seconds, *words, environment=NOT_INTERPRETED)
 
     def machine(self) -> Stage:
         """The first to import torch, which can take long on a machine that is new."""
@@ -113,9 +114,7 @@ def by_name(site: Site) -> dict[str, Stage]:
         site.tool("build", 120, site.arch(), work),
         site.stage("fill", 100, "benchmarks.gpu.fill", environment=NOT_INTERPRETED),
         site.tool("intrinsics", 60, site.arch(), work),
-        site.stage(
-            "check", 45, "pfgm_kernels.cli", "report", "--check", environment=NOT_INTERPRETED
-        ),
+        site.tool("check", 60),
         site.measurement("small", 40, "benchmarks.gpu.small", patience),
         site.measurement("time", 90, "benchmarks.gpu.times", "time", patience),
         site.measurement("kernels", 45, "benchmarks.gpu.times", "kernels", patience),

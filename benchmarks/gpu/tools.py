@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stages that run CUDA's tools: `python -m benchmarks.gpu.tools NAME [ARGUMENT ...]`.
+"""Stages that run other programs: `python -m benchmarks.gpu.tools NAME [ARGUMENT ...]`.
 
     build ARCH FOLDER         the extension for one chip, put in its place when it is complete
     intrinsics ARCH FOLDER    device_check.cu: what the instructions that the kernels use do here
+    check                     the self-check of all families of kernels
     memcheck|racecheck LOGS   compute-sanitizer over the small shapes, CUDA kernels alone
     ncu JSON LOGS             Nsight Compute on the heaviest kernels in the JSON
 
-With `--dry-run` the first builds what is emulated, and the second does not run what it compiles.
-One whose tool is missing or may not run says so in its last line and exits with SKIPPED.
+With `--dry-run` the first builds what is emulated, the second does not run what it compiles, and
+the third may refuse. One whose tool is missing or may not run says so in its last line and exits
+with SKIPPED.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 from benchmarks.gpu.results import Entry, Results, name_of
 from benchmarks.gpu.runner import SKIPPED
 
 ROOT = Path(__file__).parents[2]
+REFUSAL = "report --check expects a GPU"
 KERNEL_SECONDS, HEAVIEST = 40, 4
 OURS = ("process didn't terminate", "The application returned", "Target application")
 """How tools begin to say that it is the program they look at which failed."""
@@ -81,6 +85,15 @@ def intrinsics(arch: str, folder: str) -> int:
     if status == 0 and dry_run():
         skip("it compiles; in a dry run there is no GPU to run it on")
     return status or call([program])
+
+
+def check() -> int:
+    command = [sys.executable, "-m", "pfgm_kernels.cli", "report", "--check"]
+    ran = subprocess.run(command, cwd=ROOT, stdout=PIPE, stderr=STDOUT, text=True)
+    print(ran.stdout, flush=True)
+    if dry_run() and REFUSAL in ran.stdout:
+        skip(REFUSAL)
+    return ran.returncode
 
 
 def sanitize(tool: str, logs: str) -> int:
@@ -195,6 +208,7 @@ def metrics_of(text: str) -> dict[str, str]:
 STAGES: dict[str, Callable[..., int]] = {
     "build": build,
     "intrinsics": intrinsics,
+    "check": check,
     "memcheck": functools.partial(sanitize, "memcheck"),
     "racecheck": functools.partial(sanitize, "racecheck"),
     "ncu": ncu,

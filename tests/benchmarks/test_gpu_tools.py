@@ -116,6 +116,34 @@ def test_the_instructions_are_checked_where_there_is_nvcc(path: Path, tmp_path: 
 
 
 SAYS = 'echo "========= {0}" >{1}/memcheck.txt'
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "options", "outcome"),
+    [
+        ("cuda, d ≤ 32, float, forward  proven", 0, [], 0),
+        ("cuda, d ≤ 32, float, forward  FAILED", 1, [], 1),
+        ("pfgm: report --check expects a GPU that kernels can run on", 2, ["--dry-run"], SKIPPED),
+        ("pfgm: report --check expects a GPU that kernels can run on", 2, [], 2),
+        ("No such option: --check", 2, ["--dry-run"], 2),
+    ],
+)
+def test_the_self_check_may_refuse_in_a_dry_run(
+    monkeypatch: pytest.MonkeyPatch, said: str, status: int, options: list[str], outcome: int
+) -> None:
+    def ran(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert command[1:] == ["-m", "pfgm_kernels.cli", "report", "--check"]
+        return subprocess.CompletedProcess(command, status, said)
+
+    monkeypatch.setattr(subprocess, "run", ran)
+    monkeypatch.setattr(sys, "argv", ["tools.py", "check", *options])
+    if outcome == SKIPPED:
+        with pytest.raises(SystemExit, match=str(SKIPPED)):
+            tools.check()
+    else:
+        assert tools.check() == outcome
+
+
 CASE = """echo '[{{{{"status": "{0}"}}}}]' >{1}/memcheck.json; """
 REFUSES = SAYS.format("Error: Device not supported.", "{0}") + "; exit 1"
 
