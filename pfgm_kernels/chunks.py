@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels.backends import BACKENDS, eager
-from pfgm_kernels.merge import mass_weights, merge
+from pfgm_kernels.merge import mass_weights
 from pfgm_kernels.outputs import Output
 from pfgm_kernels.rows import Rows, Stored, begin, finish
 
@@ -324,8 +324,8 @@ def _write(rows: Tensor, out: Tensor) -> None:
 
 
 def _merge_partials(a: Partial, b: Partial) -> Partial:
-    displacement, log_mass = merge([a[:2], b[:2]])
-    weights, _ = mass_weights(torch.stack([a[1], b[1]]))
+    weights, log_mass = mass_weights(torch.stack([a[1], b[1]]))
+    displacement = a[0] * weights[0, :, None] + b[0] * weights[1, :, None]
     anchor_log_weight, nearest = (torch.stack([a[3], b[3]]) + weights.log()).max(0)
     return displacement, log_mass, torch.where(nearest == 0, a[2], b[2]), anchor_log_weight
 

@@ -243,7 +243,7 @@ __device__ inline bool settle(const DirectArguments& a, int64_t b, bool sure, do
 // How a call is shared out among blocks.
 inline DirectArguments share_out(const FieldParams& p, double half_k, Workspace& workspace) {
   constexpr int kBlocksEach = 8, kLeast = 4;  // blocks to a multiprocessor, tiles to a part
-  DirectArguments a{p, Weighing(half_k), 1, 1, nullptr, nullptr, nullptr, nullptr, {}};
+  DirectArguments a{p, Weighing(half_k), 1, 1, nullptr, nullptr, nullptr, nullptr, Left()};
   switch_dim<2, 4, 8, 16, 24, 32>(p.dim, [&](auto dim) {
     constexpr int kQueries = Shape<decltype(dim)::value>::kQueries;
     while (a.shares < 32 && kDirectThreads / (2 * a.shares) * kQueries >= p.batch) a.shares *= 2;

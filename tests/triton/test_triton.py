@@ -91,8 +91,7 @@ def test_crowds_of_equal_references_are_seen(copies, crowded, generator):
 def screen_of(x, t, x0, k):
     call = Call(x, t.double(), x0, x0.new_empty(0), k)
     prepared = operands.prepare(x0, call.table)
-    wanted, anchor = call.rows(1, torch.int8), call.rows(0, torch.int64)
-    return Screen.make(call, prepared, wanted, anchor)
+    return Screen.make(call, prepared, anchor=call.rows(0, torch.int64))
 
 
 def test_the_error_of_the_products_is_within_its_bound(generator):
@@ -130,8 +129,7 @@ def test_flat_rows_of_images_take_the_dense_path_and_others_do_not(eight_bit, ge
     )
     prepared = operands.prepare(call.values, call.table)
     assert len(prepared.parts) == (1 if eight_bit else 2)
-    anchor = call.rows(0, torch.int64)
-    screen = Screen.make(call, prepared, call.rows(1, torch.int8), anchor)
+    screen = Screen.make(call, prepared, anchor=call.rows(0, torch.int64))
     dense = (screen.cut != -math.inf).cpu()
     assert not dense[:12].any()
     assert dense[12:].all()
@@ -153,10 +151,9 @@ def test_products_of_parts_are_nearly_float32(generator):
     x0 = torch.randn(200, 70, generator=generator)
     call = Call(a.float().to(DEVICE), torch.ones(3), x0.to(DEVICE), x0.new_empty(0), 71.0)
     prepared = operands.prepare(call.values, call.table)
-    one = torch.ones(1, dtype=torch.float64, device=DEVICE)
-    zero = torch.zeros(70, dtype=torch.float64, device=DEVICE)
-    parts, _, _ = operands.split(a.to(DEVICE), call.table, zero, one, 2)
-    out, _ = compare(call, prepared, parts, call.rows(1, torch.int8), distances=False)
+    given = call.x, call.t, call.t
+    parts = operands.split(a.to(DEVICE), call.table, prepared, 2, cotangents=given).parts
+    out, _ = compare(call, prepared, parts, None, distances=False)
     y = (x0.to(DEVICE).double() - prepared.origin).cpu()
     error = (out.cpu().double() - a @ y.T).abs()
     assert (error <= 3 * 2**-18 * (a.abs() @ y.abs().T)).all()

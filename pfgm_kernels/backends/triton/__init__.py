@@ -105,10 +105,10 @@ def forward(
     elif call.d <= direct.MAX_DIM:
         direct.direct_forward(call, out)
     else:
-        prepared, wanted = Operands(*operands), call.rows(1, torch.int8)
+        prepared, queries, wanted = Operands(*operands), None, None
         if call.d <= FUSED_MAX_DIM:
-            wanted = fused.fused_forward(call, prepared, out)
-        two_pass_forward(call, prepared, wanted, out)
+            queries, wanted = fused.fused_forward(call, prepared, out)
+        two_pass_forward(call, prepared, out, queries, wanted)
     return out
 
 
@@ -151,21 +151,14 @@ def backward(
     call = Call(queries.x.contiguous(), queries.t, values.contiguous(), table, queries.k)
     if call.B == 0:
         return torch.zeros_like(values) if values_grad else None
-    constant = cotangents.g_m - cotangents.projection
-    base, log_weight = cotangents.anchor_square, queries.anchor_log_weight
-    given = passes.Cotangents(cotangents.g, constant, base, log_weight)
-    dx, dt = torch.empty_like(cotangents.dx), torch.empty_like(cotangents.dt)
-    dvalues = None
+    log_weight = queries.anchor_log_weight
     if values_grad:
-        dvalues = passes.references_backward(call, given, dx, dt)
-    elif call.x.dtype == torch.float64:
+        return passes.references_backward(call, cotangents, log_weight)
+    if call.x.dtype == torch.float64:
         limit = call.rows(math.nan, torch.float32)
-        passes.exact_backward(call, limit, given, dx, dt, None)
+        passes.exact_backward(call, limit, cotangents, log_weight)
     elif call.d <= direct.MAX_DIM:
-        direct.direct_backward(call, given, dx, dt)
+        direct.direct_backward(call, cotangents, log_weight)
     else:
-        wanted = call.rows(1, torch.int8)
-        passes.two_pass_backward(call, Operands(*operands), wanted, given, dx, dt)
-    cotangents.dx.add_(dx)
-    cotangents.dt.add_(dt)
-    return dvalues
+        passes.two_pass_backward(call, Operands(*operands), cotangents, log_weight)
+    return None

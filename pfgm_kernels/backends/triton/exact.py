@@ -22,6 +22,7 @@ import triton.language as tl
 
 from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import (
+    as_double,
     load_values,
     logit_of,
     pitch,
@@ -43,6 +44,25 @@ def next_tile(counts_ptr, first, tiles):
         found = tl.min(tl.where(counts > 0, ids, tiles), 0)
         first += SCAN
     return found
+
+
+@triton.jit
+def sum_tiles(sums_ptr, b, tiles):
+    """Σ over the tiles of a row of sums (rows, tiles), in float64."""
+    total = tl.zeros((SCAN,), tl.float64)
+    for first in range(0, tiles, SCAN):
+        ids = first + tl.arange(0, SCAN)
+        total += tl.load(sums_ptr + b * tiles + ids, mask=ids < tiles, other=0.0).to(tl.float64)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def summed_factor(header_ptr, base, half_k, t, GAUSSIAN: tl.constexpr):
+    """c_j over what weights_kernel (route.py) has in its place."""
+    if GAUSSIAN:
+        return tl.load(header_ptr) * (0.5 / (t * t))
+    else:
+        return tl.load(header_ptr) * (half_k / (base + t * t))
 
 
 @triton.jit
@@ -121,32 +141,42 @@ def distances_kernel(
 @Kernel
 def weigh_kernel(
     t_ptr,  # (B,) float64
-    half_k_ptr,  # (1,) float64
+    half_k,
     limit_ptr,  # (B,) float32
     counts_ptr,  # (B, tiles) int32
     squares_ptr,  # (B, N) float64; becomes the weights
-    base_ptr,  # (B,) float64: the anchor's, of queries whose other references were summed
+    cut_ptr,  # (B,) float32, for SUMMED: −∞ where products summed no other references
+    base_ptr,  # (B,) float64, for SUMMED: ‖x − x0_a‖² of queries with a cut
+    sums_ptr,  # (B, dense_tiles) float32, for SUMMED: the weights of those others
     anchor_ptr,  # (B,) int64
-    rest_ptr,  # (B,) float64: the weight of those others
     total_ptr,  # (B,) float64
     log_mass_ptr,  # (B,) float64
     anchor_log_weight_ptr,  # (B,) float64
     N,
     tiles,
+    dense_tiles,
     GAUSSIAN: tl.constexpr,
+    SUMMED: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """w_j relative to the anchor's in place of ‖x − x0_j‖², and log_mass, for one query. The anchor
-    is the nearest reference, except where base is not NaN.
+    is the nearest reference, except of queries with a cut.
     """
     b = tl.program_id(0).to(tl.int64)
     if tl.load(limit_ptr + b) == -float("inf"):
         return
-    t, half_k = tl.load(t_ptr + b), tl.load(half_k_ptr)
-    base, anchor, total = tl.load(base_ptr + b), tl.load(anchor_ptr + b), tl.load(rest_ptr + b)
+    t, half_k = tl.load(t_ptr + b), as_double(half_k)
+    anchor = tl.full((), 0, tl.int64)
+    base = tl.full((), float("inf"), tl.float64)
+    total = tl.full((), 0, tl.float64)
+    chosen = False
+    if SUMMED:
+        chosen = tl.load(cut_ptr + b) != -float("inf")
+        if chosen:
+            base, anchor = tl.load(base_ptr + b), tl.load(anchor_ptr + b)
+            total = sum_tiles(sums_ptr, b, dense_tiles)
     counts_ptr += b * tiles
-    if base != base:
-        base = float("inf") + 0 * total
+    if not chosen:
         tile = next_tile(counts_ptr, 0, tiles)
         while tile < tiles:
             j = tile * TILE + tl.arange(0, TILE)
@@ -174,34 +204,48 @@ def weigh_kernel(
 @Kernel
 def coefficients_kernel(
     t_ptr,  # (B,) float64
-    half_k_ptr,  # (1,) float64
+    half_k,
     limit_ptr,  # (B,) float32
     counts_ptr,  # (B, tiles) int32
     squares_ptr,  # (B, N) float64; becomes the weights
     projection_ptr,  # (B, N) float64 g·(x0_j − x); becomes c_j
     base_ptr,  # (B,) float64, squared distance of the anchor
     log_weight_ptr,  # (B,) float64, log w of the anchor
-    constant_ptr,  # (B,) float64, g_m − g·v
+    g_m_ptr,  # (B,) float64
+    product_ptr,  # (B,) float64, g·v
+    header_ptr,  # (5,) float64, for SUMMED
+    cut_ptr,  # (B,) float32, for SUMMED: −∞ where products summed no other references
+    sums_ptr,  # (2, B, dense_tiles) float32, for SUMMED: Σ c and Σ c u of those, over a factor
     dt_ptr,  # (B,) float64
+    B,
     N,
     tiles,
+    dense_tiles,
     GAUSSIAN: tl.constexpr,
+    SUMMED: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """c_j = (k/2) w_j (a_j + g_m)/s_j in place of the projections of one query, w_j in place of
-    q_j = ‖x − x0_j‖², and dt = −2t Σ_j c_j (Gaussian: c_j = w_j (a_j + g_m)/(2t²) and dt = (2/t)
+    q_j = ‖x − x0_j‖², and adds to dt −2t Σ_j c_j (Gaussian: c_j = w_j (a_j + g_m)/(2t²) and (2/t)
     Σ_j c_j q_j).
     """
     b = tl.program_id(0).to(tl.int64)
     if tl.load(limit_ptr + b) == -float("inf"):
         return
-    t, half_k = tl.load(t_ptr + b), tl.load(half_k_ptr)
+    t, half_k = tl.load(t_ptr + b), as_double(half_k)
     base, log_weight = tl.load(base_ptr + b), tl.load(log_weight_ptr + b)
-    constant = tl.load(constant_ptr + b)
+    constant = tl.load(g_m_ptr + b) - tl.load(product_ptr + b)
     counts_ptr += b * tiles
-    dt = 0 * half_k
-    if GAUSSIAN:
-        dt = 0 * base
+    dt = tl.load(dt_ptr + b)
+    if SUMMED:
+        if tl.load(cut_ptr + b) != -float("inf"):
+            factor = summed_factor(header_ptr, base, half_k, t, GAUSSIAN)
+            rest = sum_tiles(sums_ptr, b, dense_tiles)
+            if GAUSSIAN:
+                moment = sum_tiles(sums_ptr, b + B, dense_tiles)
+                dt += (2 / t) * factor * (base * rest + 2 * t * t * moment)
+            else:
+                dt -= 2 * t * factor * rest
     tile = next_tile(counts_ptr, 0, tiles)
     while tile < tiles:
         j = tile * TILE + tl.arange(0, TILE)
@@ -231,18 +275,19 @@ def gather_kernel(
     limit_ptr,  # (B,) float32
     counts_ptr,  # (B, tiles) int32
     weights_ptr,  # (B, N) float64
-    scale_ptr,  # (B,) float64
+    total_ptr,  # (B,) float64, but for BACKWARD
     out_ptr,  # (B, d) float64
     N,
     d,
     tiles,
     CODES: tl.constexpr,
+    BACKWARD: tl.constexpr,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """scale · Σ_j w_j (x0_j − x) of one query over BLOCK_D columns. Only references with weight are
-    read.
+    """Σ_j w_j (x0_j − x) / total of one query over BLOCK_D columns; for BACKWARD adds twice the
+    sum. Only references with weight are read.
     """
     b = tl.program_id(0).to(tl.int64)
     if tl.load(limit_ptr + b) == -float("inf"):
@@ -271,8 +316,12 @@ def gather_kernel(
             accumulator += tl.sum(term, 0)
             start += GROUP
         tile = next_tile(counts_ptr, tile + 1, tiles)
-    scaled = accumulator * tl.load(scale_ptr + b)
-    tl.store(out_ptr + b * d + column, scaled, mask=inside)
+    out_ptr += b * d + column
+    if BACKWARD:
+        accumulator = tl.load(out_ptr, mask=inside, other=0.0) + 2 * accumulator
+    else:
+        accumulator /= tl.load(total_ptr + b)
+    tl.store(out_ptr, accumulator, mask=inside)
 
 
 @Kernel

@@ -30,13 +30,14 @@ def compare_kernel(
     a_ptr,  # (2, B, width) parts of queries or of cotangents
     y_ptr,  # (Y_PARTS, N, width), parts y_plane apart
     norms_ptr,  # (N,) float32, for DISTANCES
-    wanted_ptr,  # (B,) int8
+    wanted_ptr,  # (B,) int8, but for ALL
     out_ptr,  # (B, pitch) float32
     minima_ptr,  # (B, tiles) float32, for DISTANCES
     B,
     N,
     width,
     y_plane,
+    ALL: tl.constexpr,
     Y_PARTS: tl.constexpr,
     DISTANCES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -49,8 +50,9 @@ def compare_kernel(
     # Programs that run together share references: there are far more of these than of queries.
     block, tile = place(tl.cdiv(B, BLOCK_M))
     b = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    if tl.max(tl.load(wanted_ptr + b, mask=b < B, other=0).to(tl.int32), 0) == 0:
-        return
+    if not ALL:
+        if tl.max(tl.load(wanted_ptr + b, mask=b < B, other=0).to(tl.int32), 0) == 0:
+            return
     j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(b, B - 1).to(tl.int64)[:, None] * width
     column = tl.minimum(j, N - 1).to(tl.int64)[None, :] * width

@@ -200,10 +200,15 @@ def finish(
 
 def begin(rows: Rows, output: Output, g: Tensor | None, g_m: Tensor | None) -> Cotangents:
     anchor, x = rows.anchor, rows.x.contiguous()
-    matrices = (torch.empty_like(x, dtype=torch.float64) for _ in range(2))
-    numbers = (torch.empty_like(rows.t) for _ in range(4))
-    g_v, dx = matrices
-    found = Cotangents(g_v, *(next(numbers) for _ in range(3)), dx, next(numbers))
+    row, dx = rows.t, torch.empty_like(x, dtype=torch.float64)
+    found = Cotangents(
+        g=torch.empty_like(dx),
+        g_m=torch.empty_like(row),
+        projection=torch.empty_like(row),
+        anchor_square=torch.empty_like(row),
+        dx=dx,
+        dt=torch.empty_like(row),
+    )
     if len(x) == 0:
         return found
     begin_kernel[len(x),](
