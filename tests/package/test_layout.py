@@ -23,16 +23,18 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports run from higher layers to lower ones; within a layer, between modules of one package only.
 LAYERS = [
-    ("_C", "_checks"),
+    ("_C", "_checks", "files"),
     ("backends._native", "backends._values"),
     ("backends.eager", "backends.cpu", "backends.triton", "backends.cuda"),
     ("backends", "merge", "outputs"),
     ("chunks",),
+    ("proof",),
+    ("choice",),
     ("ops", "references"),
     ("autograd", "_traced"),
     ("field",),
     ("",),
-    ("flow", "files"),
+    ("flow",),
     ("training", "figures", "memory"),
     ("demo",),
     ("cli",),
