@@ -302,6 +302,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(each.contiguous().view(torch.uint8) for each in (a, b)))
 
 
+DRIVER = Path("/proc/driver/nvidia/version")
 _verdicts: dict[tuple[str, Family, torch.device], Verdict] = {}
 _proving = threading.Lock()
 
@@ -382,10 +383,9 @@ def environment(device: torch.device) -> dict[str, str]:
         "device": str(device.type),
     }
     if device.type == "cuda":
-        driver = Path("/proc/driver/nvidia/version")
         found["device"] = torch.cuda.get_device_name(device)
         found["capability"] = "{}.{}".format(*torch.cuda.get_device_capability(device))
-        found["driver"] = driver.read_text() if driver.exists() else ""
+        found["driver"] = DRIVER.read_text() if DRIVER.exists() else ""
     return found
 
 
