@@ -8,7 +8,7 @@ times with the same bits. The verdict stays in memory and in the user's cache fo
 device, versions and sources stay the same.
 
 float64 queries belong to the family of their d and their references: the same kernels finish the
-float32 queries that float32 does not do for, so that every family has a problem in float64.
+float32 queries that float32 does not do for. So each family has problems in float64.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import product, starmap
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,6 +119,7 @@ def problems(family: Family) -> dict[str, Problem]:
     on, above = points[:14].clone(), 10 ** even(-5, 4, 14)
     on[9, few // 2], on[11, 0], above[12], above[[0, 3]] = math.nan, math.inf, math.nan, 0
 
+    finer = normal(20, few).double() / 3
     crowds, far = stored(normal(4, few)).repeat(66, 1), even(10, 300, 12)
     return {
         "tails": Problem(normal(131, many), heights(131, many), stored(normal(277, many))),
@@ -135,10 +135,8 @@ def problems(family: Family) -> dict[str, Problem]:
         ),
         "points": Problem(on, above, points, strict=True),
         "crowds": Problem(normal(12, few), far * few**0.25, crowds, D=1e4, values_grad=True),
-        "float64": Problem(
-            *(normal(20, few).double() / 3, heights(20, few) / 3, normal(100, few).double() / 3),
-            values_grad=True,
-        ),
+        "float64": Problem(finer, heights(20, few), normal(99, few) + finer[:1], values_grad=True),
+        "float64 queries": Problem(finer, heights(20, few), stored(normal(99, few))),
     }
 
 
@@ -168,16 +166,10 @@ class _Poison(TorchFunctionMode):
         return result
 
 
-@contextmanager
-def _apart(device: torch.device) -> Iterator[None]:
-    """In poisoned memory, and on a GPU on a stream that is not the default one."""
-    with _Poison():
-        if device.type != "cuda":
-            yield
-            return
-        torch.cuda.synchronize(device)  # what failed before is not ours
-        with torch.cuda.stream(torch.cuda.Stream(device)):
-            yield
+@functools.cache
+def _aside(device: torch.device) -> Any:
+    """A stream that is not the default one; always the same, since memory stays with a stream."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def _late(tensors: list[Tensor]) -> list[Tensor]:
@@ -272,12 +264,17 @@ def check(backend: str, family: Family, device: torch.device) -> Verdict:
     Raises:
         torch.OutOfMemoryError: nothing was found out.
     """
-    began, worst, faults = time.perf_counter(), 0.0, []
-    with _apart(device):
-        for name, problem in problems(family).items():
-            tensors = problem.tensors(family, device)
-            expected, allowed = _run("eager", problem, family, tensors), _allowed(problem, tensors)
-            try:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # what failed before is not ours
+    began, worst, faults, name = time.perf_counter(), 0.0, [], ""
+    try:
+        with _Poison(), torch.cuda.stream(_aside(device)):
+            for name, problem in problems(family).items():
+                tensors = problem.tensors(family, device)
+                expected, allowed = (
+                    _run("eager", problem, family, tensors),
+                    _allowed(problem, tensors),
+                )
                 runs = [_run(backend, problem, family, tensors) for _ in range(RUNS)]
                 for what, result in runs[0].items():
                     errors = _errors(result, expected[what], allowed[what], family)
@@ -287,11 +284,10 @@ def check(backend: str, family: Family, device: torch.device) -> Verdict:
                         faults.append(f"{name}: {what} off by {error:.2g} × allowed in row {row}")
                     if not all(_same_bits(result, run[what]) for run in runs):
                         faults.append(f"{name}: {what} differs from run to run")
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # of a compiler, of a launch, or of the driver
-                faults.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
-                break
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of a compiler, of a launch, or of the driver
+        faults.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
     if faults:
         return Verdict(False, f"{'; '.join(faults[:3])}; {len(faults)} faults in all"[:2000])
     seconds = time.perf_counter() - began
@@ -342,11 +338,13 @@ def prove(backend: str, family: Family, device: torch.device) -> Verdict:
     In a thread of its own, where nothing holds that the caller's may be within: tracing with fake
     tensors, a transform, autocast, inference mode, another default device.
     """
+    thread = ThreadPoolExecutor(1)
     try:
-        with ThreadPoolExecutor(1) as thread:
-            verdict = thread.submit(check, backend, family, device).result()
+        verdict = thread.submit(check, backend, family, device).result()
     except torch.OutOfMemoryError:
         return Verdict(False, "there was not enough memory to find out")
+    finally:
+        thread.shutdown(wait=False)  # an interrupt is not to wait for it
     _verdicts[backend, family, device] = verdict
     with suppress(OSError, RuntimeError):  # a home that is not there, or not writable
         content = {"environment": environment(device), **verdict._asdict()}

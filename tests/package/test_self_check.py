@@ -7,8 +7,9 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,7 +147,7 @@ def test_it_finds(monkeypatch, name, codes):
 
 def test_memory_is_poisoned_while_it_runs():
     like = torch.zeros(3)
-    with proof._apart(CPU):
+    with proof._Poison():
         floats = [torch.empty(3), torch.empty_like(like), like.new_empty(3)]
         others = [torch.empty(2, dtype=dtype) for dtype in (torch.int8, torch.int64, torch.uint8)]
         assert not torch.zeros(2).any()
@@ -164,23 +165,30 @@ def test_on_a_gpu_inputs_arrive_late_and_on_a_stream_of_its_own(monkeypatch):
     """Fake tensors are on a GPU without there being one; what is done in which order is noted."""
     events = []
 
-    @contextmanager
     def stream(chosen):
         events.append(f"enter {chosen}")
-        yield
-        events.append("leave")
+        return nullcontext()
 
-    noted = {"synchronize": "synchronize", "_sleep": "pause"}
-    for name, event in noted.items():
+    def run(name, problem, family, tensors):
+        proof._late([torch.empty(3, device=gpu)])
+        raise ValueError("seen enough")
+
+    gpu = torch.device("cuda", 0)
+    proof._aside.cache_clear()
+    for name, event in {"synchronize": "synchronize", "_sleep": "pause"}.items():
         monkeypatch.setattr(torch.cuda, name, lambda argument, event=event: events.append(event))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream on {device}")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream on {device}")
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(Tensor, "copy_", lambda copy, _: events.append("copy") or copy)
-    gpu = torch.device("cuda", 0)
-    with FakeTensorMode(), proof._apart(gpu):
-        assert proof._late([torch.empty(3, device=gpu)])[0].device == gpu
-    order = ["synchronize", "enter stream on cuda:0", "synchronize", "pause", "copy", "leave"]
-    assert events == order
+    problem = SimpleNamespace(tensors=lambda *_: [])
+    monkeypatch.setattr(proof, "problems", lambda family: {"one": problem})
+    monkeypatch.setattr(proof, "_run", run)
+    with FakeTensorMode():
+        verdict = proof.check("triton", Family(0, False, False), gpu)
+    proof._aside.cache_clear()
+    assert "seen enough" in verdict.figures
+    before = ["synchronize", "enter a stream on cuda:0"]
+    assert events == [*before, "synchronize", "pause", "copy"]
 
 
 @pytest.mark.parametrize("band", range(3))
