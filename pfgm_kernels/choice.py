@@ -10,7 +10,7 @@ import torch
 
 from pfgm_kernels import proof
 from pfgm_kernels.backends import BACKENDS, _native, eager
-from pfgm_kernels.proof import FAMILIES, Family, band_of
+from pfgm_kernels.problems import FAMILIES, Family, band_of
 
 TRUSTED = ("cpu", "eager")
 """Backends whose kernels need no proof: the tests run them on what they are for."""

@@ -2,13 +2,10 @@
 """Whether kernels do on the device at hand what `eager` does there.
 
 A family of kernels (a range of d; references as floats or in 8 bits; forward or backward) is used
-unasked only once it has proven itself: `check` compares it with `eager` on the `problems`, small
-and nasty ones, at the tolerances of the contract, in poisoned memory, on a stream of its own, three
+unasked only once it has proven itself: `check` compares it with `eager` on small and nasty
+`problems`, at the tolerances of the contract, in poisoned memory, on a stream of its own, three
 times with the same bits. The verdict stays in memory and in the user's cache folder, for as long as
 device, versions and sources stay the same.
-
-float64 queries belong to the family of their d and their references: the same kernels finish the
-float32 queries that float32 does not do for. So each family has problems in float64.
 """
 
 from __future__ import annotations
@@ -23,7 +20,6 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import product, starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,121 +28,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pfgm_kernels.backends import BACKENDS, _native, triton
-from pfgm_kernels.backends._values import decode
 from pfgm_kernels.chunks import Chunks, Inputs, Saved, field_backward, field_forward
 from pfgm_kernels.files import write_bytes
-from pfgm_kernels.outputs import Output
-
-BANDS = ("d ≤ 32", "32 < d ≤ 128", "d > 128")
-DIMS = ((3, 32), (33, 128), (129, 300))
-"""Of each band: few columns, and as many as it has or an odd number of tiles."""
-
-
-class Family(NamedTuple):
-    band: int
-    """Of `BANDS`."""
-    codes: bool
-    """The references are in 8 bits."""
-    backward: bool
-
-    def __str__(self) -> str:
-        stored, direction = ("float", "8-bit")[self.codes], ("forward", "backward")[self.backward]
-        return f"{BANDS[self.band]}, {stored}, {direction}"
-
-
-FAMILIES = tuple(starmap(Family, product(range(len(BANDS)), (False, True), (False, True))))
-
-
-def band_of(d: int) -> int:
-    return 0 if d <= 32 else 1 if d <= 128 else 2
-
-
-class Problem(NamedTuple):
-    x: Tensor
-    t: Tensor
-    x0: Tensor
-    D: float = 1
-    strict: bool = False
-    """It is in the contract's stricter column at any d."""
-    values_grad: bool = False
-    """Gradients of x0 are asked for, too, unless it is in 8 bits."""
-    cut: bool = False
-    """The workspace is so small that the references are cut into chunks."""
-
-    def tensors(self, family: Family, device: torch.device) -> list[Tensor]:
-        """x, t, values, table, and cotangents of the displacement and of the log mass."""
-        values, table = encode(self.x0) if family.codes else (self.x0, self.x0.new_empty(0).float())
-        g, g_log_mass = self.x.nan_to_num(1, 1).cos(), self.t.nan_to_num(1).sin()
-        return [each.to(device) for each in (self.x, self.t, values, table, g, g_log_mass)]
-
-
-def problems(family: Family) -> dict[str, Problem]:
-    """By name, on the CPU; the same ones whenever they are asked for."""
-    generator = torch.Generator("cpu").manual_seed(family.band)
-    few, many = DIMS[family.band]
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
-
-    def even(start: float, end: float, count: int) -> Tensor:
-        return torch.linspace(start, end, count, dtype=torch.float64, device="cpu")
-
-    def stored(x0: Tensor) -> Tensor:
-        return decode(*encode(x0)).float() if family.codes else x0
-
-    def heights(count: int, d: int, D: float = 1) -> Tensor:
-        """t from where normal references share the weight down to where a few have it."""
-        widest = math.sqrt((1 if math.isinf(D) else d + D) * math.sqrt(2 * d))
-        return widest * even(1, 0.35, count)
-
-    offset = stored(100 + 2e-3 * normal(300, few))
-    amid = offset[:16] + 1e-3 / math.sqrt(few) * normal(16, few)
-
-    # Three references that almost coincide; and sixteen on a sphere, equally far from its centre,
-    # which are more that have much of the weight than a pass lists for a query in one tile.
-    near, centre = 1e-3 / math.sqrt(few), normal(1, few)
-    clusters = normal(130, few)
-    clusters[70:72] = clusters[0] + near * normal(2, few)
-    clusters[33:49] = centre + torch.nn.functional.normalize(normal(16, few), dim=1)
-    clusters = stored(clusters)
-    within = torch.cat([clusters[[0, 70, 71]].mean(0).expand(6, few), centre.expand(6, few)])
-    within = within + near * normal(12, few)
-    spread = 10 ** even(-0.5, 0.5, 6)
-
-    # On references, at t = 0 on one that is there twice; and rows that are no numbers.
-    points = stored(normal(100, few))
-    points[60] = points[3]
-    on, above = points[:14].clone(), 10 ** even(-5, 4, 14)
-    on[9, few // 2], on[11, 0], above[12], above[[0, 3]] = math.nan, math.inf, math.nan, 0
-
-    finer = normal(20, few).double() / 3
-    crowds, far = stored(normal(4, few)).repeat(66, 1), even(10, 300, 12)
-    return {
-        "tails": Problem(normal(131, many), heights(131, many), stored(normal(277, many))),
-        "one": Problem(normal(1, few), heights(1, few), stored(normal(1, few)), values_grad=True),
-        "chunks": Problem(
-            *(normal(3, many), heights(3, many, math.inf), stored(normal(500, many))),
-            D=math.inf,
-            cut=True,
-        ),
-        "offset": Problem(amid, 2e-3 * heights(16, few), offset),
-        "clusters": Problem(
-            within, torch.cat([1e-3 * math.sqrt(few) * spread, spread]), clusters, strict=True
-        ),
-        "points": Problem(on, above, points, strict=True),
-        "crowds": Problem(normal(12, few), far * few**0.25, crowds, D=1e4, values_grad=True),
-        "float64": Problem(finer, heights(20, few), normal(99, few) + finer[:1], values_grad=True),
-        "float64 queries": Problem(finer, heights(20, few), stored(normal(99, few))),
-    }
-
-
-def encode(x0: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes uint8 close to x0 (N, d), exactly where it is what codes stand for, and their table."""
-    low, high = x0.amin().double(), x0.amax().double()
-    steps = torch.arange(256, dtype=torch.float64, device=x0.device)
-    codes = ((x0.double() - low) / (high - low) * 255).round().to(torch.uint8)
-    return codes, (low + (high - low) * steps / 255).float()
-
+from pfgm_kernels.problems import Family, Problem, allowed_errors, problems
 
 FRESH = (torch.empty, torch.empty_like, Tensor.new_empty)
 """What backends take memory by."""
@@ -186,57 +70,21 @@ def _run(
 ) -> dict[str, Tensor]:
     """What the backend makes of the problem's tensors, by name."""
     x, t, values, table, g, g_log_mass = _late(tensors)
-    module, output = BACKENDS[backend], Output("displacement", 0, 1)
+    module, output = BACKENDS[backend], problem.output
     operands = module.prepare(values, table, values.nbytes)
     inputs = Inputs(x, t, values, table, operands, x.shape[1] + problem.D)
     workspace = 1 << 28
     while problem.cut and workspace > 1 and len(Chunks(inputs, workspace, module).references) == 1:
         workspace //= 2
-    v, log_mass, *saved = field_forward(inputs, output, family.backward, workspace, backend)
+    result, log_mass, *saved = field_forward(inputs, output, family.backward, workspace, backend)
     if not family.backward:
-        return {"displacement": v, "log_mass": log_mass}
+        found = {output.name: result, "log_mass": log_mass}
+        return {name: rows for name, rows in found.items() if len(rows)}
     values_grad = problem.values_grad and not family.codes
     arguments = (g, g_log_mass, values_grad, workspace, backend)
     gradients = field_backward(inputs, output, Saved(*saved), *arguments)
     names = ("gradient of x", "gradient of t", *(("gradient of x0",) if values_grad else ()))
     return dict(zip(names, gradients, strict=False))
-
-
-def _allowed(problem: Problem, tensors: list[Tensor]) -> dict[str, Tensor]:
-    """What each row of a result may be off by, by the contract: a share of the sum of the absolute
-    values of its terms. Those too small to be summed may be missing.
-    """
-    x, t, values, table, g, g_log_mass = tensors
-    k, x0 = x.shape[1] + problem.D, decode(values, table)
-    distances = torch.cdist(x.double(), x0, compute_mode="donot_use_mm_for_euclid_dist")
-    squares, heights = distances.square(), t[:, None].abs()
-    nearest = squares.amin(1, keepdim=True)
-    if math.isinf(k):
-        rates, stretch = 0.5 / heights.square(), 2 * squares / heights
-        depths = (squares - nearest) * rates
-    else:
-        rates, stretch = k / 2 / (squares + heights.square()), 2 * heights
-        depths = k / 2 * ((squares - nearest) / (nearest + heights.square())).log1p()
-    weights = (-depths).softmax(1)
-    least = weights.amax(1, keepdim=True) / len(x0)
-
-    def terms(tolerance: float) -> Tensor:
-        missing = weights < min(tolerance, math.exp(-16)) * least
-        return torch.where(missing, weights, tolerance * weights).nan_to_num(0)
-
-    share, size = terms(1e-5), g.double().norm(dim=1, keepdim=True)
-    mean = (weights * distances).sum(1, keepdim=True)
-    slopes = share * (size * (distances + mean) + g_log_mass[:, None].abs()) * rates
-    slopes = slopes.nan_to_num(0, 0)
-    tolerance = 1e-6 if problem.strict or x.shape[1] <= 16 else 5e-6
-    tolerance = 1e-10 if x.dtype == torch.float64 else tolerance
-    return {
-        "displacement": (terms(tolerance) * distances.hypot(heights)).sum(1),
-        "log_mass": torch.full_like(t, 1e-6),
-        "gradient of x": 1e-5 * size[:, 0] + 2 * (slopes * distances).sum(1),
-        "gradient of t": (slopes * stretch).sum(1),
-        "gradient of x0": (share * size + 2 * slopes * distances).sum(0),
-    }
 
 
 def _errors(found: Tensor, expected: Tensor, allowed: Tensor, family: Family) -> Tensor:
@@ -271,10 +119,8 @@ def check(backend: str, family: Family, device: torch.device) -> Verdict:
         with _Poison(), torch.cuda.stream(_aside(device)):
             for name, problem in problems(family).items():
                 tensors = problem.tensors(family, device)
-                expected, allowed = (
-                    _run("eager", problem, family, tensors),
-                    _allowed(problem, tensors),
-                )
+                expected = _run("eager", problem, family, tensors)
+                allowed = allowed_errors(problem, tensors)
                 runs = [_run(backend, problem, family, tensors) for _ in range(RUNS)]
                 for what, result in runs[0].items():
                     errors = _errors(result, expected[what], allowed[what], family)
@@ -391,8 +237,8 @@ def environment(device: torch.device) -> dict[str, str]:
 def _sources() -> str:
     """A digest of the backends, of what joins their results, of this file and of the extension."""
     package = Path(__file__).parent
-    files = sorted(package.glob("backends/**/*.py"))
-    files += [package / f"{name}.py" for name in ("chunks", "merge", "outputs", "proof")]
+    others = ("chunks", "merge", "outputs", "problems", "proof", "rows")
+    files = [*sorted(package.glob("backends/**/*.py")), *(package / f"{o}.py" for o in others)]
     if _native.missing_reason is None:
         files.append(Path(str(_native._C.__file__)))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pfgm_kernels import proof
 from pfgm_kernels.backends import BACKENDS
-from pfgm_kernels.proof import Family
+from pfgm_kernels.problems import Family
 
 # Of kernels that are interpreted or emulated `make check` takes five values of a test: a test each
 # for the bands makes that all families.

@@ -27,15 +27,20 @@ from pfgm_kernels import (
     report,
 )
 from pfgm_kernels.backends import BACKENDS, _native, cuda, triton
-from pfgm_kernels.proof import FAMILIES, Family, Verdict
+from pfgm_kernels.problems import DIMS, FAMILIES, Family, band_of
+from pfgm_kernels.proof import Verdict
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 X, X0 = torch.randn(5, 3), torch.randn(9, 3)
 IMAGES = torch.arange(27, dtype=torch.uint8).reshape(9, 3)
 
 
-def wrong(results: tuple[Tensor, ...], *_: Any) -> None:
+def double_v(results: tuple[Tensor, ...], *_: Any) -> None:
     results[0].mul_(2)
+
+
+def double_dx(dvalues: Tensor | None, *arguments: Any) -> None:
+    arguments[4].dx.mul_(2)
 
 
 @pytest.fixture
@@ -113,7 +118,7 @@ def test_a_family_that_failed_leaves_its_calls_to_the_next(gpu, verdicts, codes,
     if failed:
         verdicts["cuda", family, GPU] = Verdict(False, "")
     for other in FAMILIES:
-        d = proof.DIMS[other.band][0]
+        d = DIMS[other.band][0]
         chosen = choice.choose(None, GPU, d, other.codes, other.backward)
         best = "cuda" if other.band == 0 else "triton"
         assert chosen == (("eager" if failed else "cuda") if other == family else best)
@@ -121,9 +126,12 @@ def test_a_family_that_failed_leaves_its_calls_to_the_next(gpu, verdicts, codes,
 
 
 def test_bands_are_the_ranges_that_the_backends_have():
-    assert [proof.band_of(d) for d in (1, cuda.MAX_DIRECT_DIM)] == [0, 0]
-    assert [proof.band_of(d) for d in (cuda.MAX_DIRECT_DIM + 1, cuda.MAX_THREE_PART_DIM)] == [1, 1]
-    assert proof.band_of(cuda.MAX_THREE_PART_DIM + 1) == 2
+    assert [band_of(d) for d in (1, cuda.MAX_DIRECT_DIM)] == [0, 0]
+    assert [band_of(d) for d in (cuda.MAX_DIRECT_DIM + 1, cuda.MAX_THREE_PART_DIM)] == [
+        1,
+        1,
+    ]
+    assert band_of(cuda.MAX_THREE_PART_DIM + 1) == 2
     if importlib.util.find_spec("triton") is not None:
         from pfgm_kernels.backends.triton import direct, operands
 
@@ -152,7 +160,7 @@ def test_the_first_call_proves_and_the_next_ones_do_not(kernels, verdicts):
 
 
 def test_what_failed_warns_and_is_not_used(kernels):
-    kernels(**changed("forward", wrong))
+    kernels(**changed("forward", double_v))
     with pytest.warns(RuntimeWarning, match="'triton' failed .* tails: displacement off by"):
         field = poisson_field(X, 1.0, X0)
     assert torch.equal(field, poisson_field(X, 1.0, X0, backend="eager"))
@@ -161,7 +169,7 @@ def test_what_failed_warns_and_is_not_used(kernels):
 
 
 def test_gradients_that_are_wrong_do_not_stand_in_the_way_of_values(kernels):
-    calls = kernels(**changed("backward", wrong))
+    calls = kernels(**changed("backward", double_dx))
     x = X.clone().requires_grad_()
     with pytest.warns(RuntimeWarning, match="backward.*gradient of x off by"):
         (dx,) = torch.autograd.grad(poisson_field(x, 1.0, X0).sum(), x)

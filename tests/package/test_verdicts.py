@@ -17,7 +17,8 @@ from torch._subclasses import FakeTensorMode
 
 from pfgm_kernels import proof
 from pfgm_kernels.backends import BACKENDS
-from pfgm_kernels.proof import Family, Verdict
+from pfgm_kernels.problems import Family
+from pfgm_kernels.proof import Verdict
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 FAMILY = Family(0, False, False)
