@@ -263,14 +263,14 @@ void launch_direct(const DirectArguments& a, Choose choose) {
   switch_dim<2, 4, 8, 16, 24, 32>(a.p.dim, [&](auto dim) {
     using Shape = Shape<decltype(dim)::value>;
     const int64_t queries = kDirectThreads / a.shares * Shape::kQueries;
-    launch(choose(dim), dim3(divide_up(a.p.batch, queries) * a.splits), dim3(kDirectThreads),
+    launch(choose(dim), divide_up(a.p.batch, queries) * a.splits, kDirectThreads,
            kTile * Shape::kStride * sizeof(float), a);
   });
 }
 
 // Launches a kernel with a warp to each query.
 inline void launch_warps(void (*kernel)(DirectArguments), const DirectArguments& a) {
-  launch(kernel, dim3(divide_up(a.p.batch, kDirectThreads / 32)), dim3(kDirectThreads), 0, a);
+  launch(kernel, divide_up(a.p.batch, kDirectThreads / 32), kDirectThreads, 0, a);
 }
 
 __device__ inline int64_t query_of_warp() {

@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kDirectThreads)
 }  // namespace
 
 void count_crowd(const FieldParams& p) {
-  launch(crowd_kernel, dim3(kCrowdBlocks), dim3(kDirectThreads),
+  launch(crowd_kernel, kCrowdBlocks, kDirectThreads,
          kSample * sizeof(double) + kDirectThreads / 32 * sizeof(int), CrowdArguments{p});
 }
 

@@ -303,7 +303,7 @@ __global__ void __launch_bounds__(kExactThreads)
 
 template <class Stored, class Pass>
 void launch_exact(const ExactArguments& a, int64_t blocks) {
-  launch(exact_kernel<Stored, Pass>, dim3(blocks), dim3(kExactThreads), sizeof(Scratch), a);
+  launch(exact_kernel<Stored, Pass>, blocks, kExactThreads, sizeof(Scratch), a);
 }
 
 // The whole of a pass. a has what the pass alone needs.
@@ -329,8 +329,7 @@ void run_exact(ExactArguments a, Workspace& workspace) {
     default:
       launch_exact<uint8_t, Pass>(a, blocks);
   }
-  launch(exact_combine_kernel<Pass>, dim3(blocks), dim3(kExactThreads), a.slots * sizeof(double),
-         a);
+  launch(exact_combine_kernel<Pass>, blocks, kExactThreads, a.slots * sizeof(double), a);
 }
 
 }  // namespace

@@ -113,10 +113,10 @@ __global__ void __launch_bounds__(kExactThreads)
 void references_backward(const ReferencesArguments& a) {
   const FieldParams& p = a.p;
   const int64_t rows = kExactThreads / a.width * kOwn;
-  const dim3 grid(divide_up(p.count, rows) * divide_up(p.dim, a.width));
+  const int64_t blocks = divide_up(p.count, rows) * divide_up(p.dim, a.width);
   const bool single = p.value_type == ValueType::kFloat32;
-  launch(single ? references_kernel<float> : references_kernel<double>, grid, dim3(kExactThreads),
-         0, a);
+  launch(single ? references_kernel<float> : references_kernel<double>, blocks, kExactThreads, 0,
+         a);
 }
 
 }  // namespace

@@ -127,7 +127,7 @@ void exact_forward(const FieldParams& p, Workspace& workspace, const Left& left,
 
 Left all_references(const FieldParams& p, Workspace& workspace) {
   const FillArguments a{p, Left(p, workspace)};
-  launch(fill_kernel, dim3(divide_up(p.batch, kExactThreads)), dim3(kExactThreads), 0, a);
+  launch(fill_kernel, divide_up(p.batch, kExactThreads), kExactThreads, 0, a);
   return a.left;
 }
 

@@ -159,8 +159,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void split(const SplitArguments& a) {
-  launch(split_kernel, dim3(static_cast<unsigned>(divide_up(a.count, kWarps))), dim3(kThreads), 0,
-         a);
+  launch(split_kernel, divide_up(a.count, kWarps), kThreads, 0, a);
 }
 
 int64_t prepare_references_cuda(const FieldParams& p) {
@@ -186,13 +185,12 @@ int64_t prepare_references_cuda(const FieldParams& p) {
   a.plane = p.plane;
   a.squares = workspace.take<double>(p.count);
   a.marks = workspace.take<double>(p.count);
-  launch(origin_kernel, dim3(static_cast<unsigned>(divide_up(p.dim, kThreads))), dim3(kThreads), 0,
-         a);
+  launch(origin_kernel, divide_up(p.dim, kThreads), kThreads, 0, a);
   split(a);
   constexpr int64_t kMostBlocks = 1024;
   const int64_t blocks = divide_up(p.count, kThreads);
-  launch(summarise_kernel, dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks)),
-         dim3(kThreads), (kSample + kThreads) * sizeof(double) + kThreads * sizeof(int), a);
+  launch(summarise_kernel, blocks < kMostBlocks ? blocks : kMostBlocks, kThreads,
+         (kSample + kThreads) * sizeof(double) + kThreads * sizeof(int), a);
   return workspace.bytes();
 }
 

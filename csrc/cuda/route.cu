@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void route(const TwoPassArguments& a) {
-  launch(route_kernel, dim3(static_cast<unsigned>(a.p.batch)), dim3(kThreads), kReductionBytes, a);
+  launch(route_kernel, a.p.batch, kThreads, kReductionBytes, a);
 }
 
 }  // namespace pfgm

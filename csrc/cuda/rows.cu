@@ -140,7 +140,7 @@ int64_t launch_rows(void (*kernel)(RowArguments), const FieldParams& p) {
   RowArguments a{p, 1};
   while (a.lanes < p.dim && a.lanes < kWarp) a.lanes *= 2;
   if (p.dim > kMostLanes) a.lanes = kThreads;
-  launch(kernel, dim3(divide_up(p.batch, kThreads / a.lanes)), dim3(kThreads), kReductionBytes, a);
+  launch(kernel, divide_up(p.batch, kThreads / a.lanes), kThreads, kReductionBytes, a);
   return 1;
 }
 

@@ -157,16 +157,14 @@ __global__ void __launch_bounds__(kThreads)
 
 void weigh(const TwoPassArguments& a) {
   const int64_t blocks = a.p.batch * divide_up(a.groups, kWarps);
-  launch(weigh_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, a);
-  launch(list_kernel, dim3(static_cast<unsigned>(divide_up(a.p.batch, kTile))), dim3(kThreads),
-         kWarps * sizeof(int), a);
-  launch(rest_kernel, dim3(static_cast<unsigned>(divide_up(a.p.batch, kWarps))), dim3(kThreads), 0,
-         a);
+  launch(weigh_kernel, blocks, kThreads, 0, a);
+  launch(list_kernel, divide_up(a.p.batch, kTile), kThreads, kWarps * sizeof(int), a);
+  launch(rest_kernel, divide_up(a.p.batch, kWarps), kThreads, 0, a);
 }
 
 void combine(const TwoPassArguments& a) {
   const int64_t blocks = a.p.batch * divide_up(a.p.dim, kThreads);
-  launch(combine_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, a);
+  launch(combine_kernel, blocks, kThreads, 0, a);
 }
 
 }  // namespace pfgm

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 FEWEST = 128  # queries, a tile of the products, for which references are rather cut
+INDEXED = 1 << 30  # references: kernels count them in 32 bits
 
 
 def fit(
@@ -13,6 +14,6 @@ def fit(
     rather cut than references, which have to be merged then, unless that leaves less than a tile.
     """
     batch = max(1, min(batch, rows))
-    most = min(pairs // min(batch, FEWEST), references or count)
+    most = min(pairs // min(batch, FEWEST), references or count, INDEXED)
     count = -(-count // -(-count // max(1, most)))  # evenly
     return max(1, min(batch, pairs // count)), count

@@ -66,8 +66,8 @@ def chunk_shape(
     get gradients; products up to 16 bytes of a column and 24 of a pair.
     """
     if d <= MAX_DIRECT_DIM:
-        rows, pairs = workspace // 2 // (8 * (d + 9)), workspace // 64
-        return fit(batch, count, rows, pairs) if values_grad else (max(1, min(batch, rows)), count)
+        pairs = workspace // 64 if values_grad else batch * count
+        return fit(batch, count, workspace // 2 // (8 * (d + 9)), pairs)
     references = None
     if not prepared:
         references = workspace * 5 // 8 // _bytes_per_reference(d)

@@ -21,7 +21,7 @@ if REASON is None:
     import triton
     import triton.language as tl
 
-    from pfgm_kernels.backends.triton import maths, operands
+    from pfgm_kernels.backends.triton import maths, operands, products
     from pfgm_kernels.backends.triton.call import Call, Screen, compare
 
     @triton.jit
@@ -165,3 +165,25 @@ def test_parts_have_the_digits_of_bfloat16(generator, d):
     values = torch.randn(70, d, generator=generator).to(DEVICE)
     parts = operands.prepare(values, values.new_empty(0)).parts
     assert torch.equal(parts.float(), parts.bfloat16().float())
+
+
+@pytest.mark.parametrize("dense", [0, 1, 40, 70])
+def test_queries_with_a_cut_stand_side_by_side(generator, dense):
+    """In as few blocks as hold them, each with the tiles in which any of its queries has weight."""
+    B, tiles, block = 70, 150, 32
+    cut = torch.full((B,), -math.inf)
+    chosen = torch.randperm(B, generator=generator)[:dense].sort().values
+    cut[chosen] = 1.0
+    active = (torch.rand(B, tiles, generator=generator) < 0.02).to(torch.int8)
+    blocks = -(-B // block)
+    order = torch.full((blocks * block,), 7, dtype=torch.int32, device=DEVICE)
+    listed = torch.full((blocks, tiles), 7, dtype=torch.int32, device=DEVICE)
+    lengths = torch.full((blocks,), 7, dtype=torch.int32, device=DEVICE)
+    arguments = cut.to(DEVICE), active.to(DEVICE), order, listed, lengths
+    products.list_kernel[blocks,](*arguments, B, tiles, BLOCK_M=block, BLOCK_B=16, GROUP=64)
+    assert order[:dense].cpu().tolist() == chosen.tolist()
+    assert (order[dense:] == -1).all()
+    for i in range(blocks):
+        rows = active[chosen[i * block : (i + 1) * block]]
+        expected = rows.sum(0).nonzero()[:, 0].tolist()
+        assert listed[i, : lengths[i]].cpu().tolist() == expected

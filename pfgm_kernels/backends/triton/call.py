@@ -241,15 +241,19 @@ class Screen:
             GROUP=group,
         )
         query_blocks = triton.cdiv(call.B, sizes["BLOCK_M"])
+        order = torch.empty(query_blocks * sizes["BLOCK_M"], dtype=torch.int32, device=device)
         listed = torch.empty(query_blocks, tiles, dtype=torch.int32, device=device)
         lengths = torch.empty(query_blocks, dtype=torch.int32, device=device)
         products.list_kernel[query_blocks,](
+            self.cut,
             active,
+            order,
             listed,
             lengths,
             call.B,
             tiles,
             BLOCK_M=sizes["BLOCK_M"],
+            BLOCK_B=min(1024, triton.next_power_of_2(call.B)),
             GROUP=64,
             num_warps=8,
         )
@@ -260,7 +264,7 @@ class Screen:
         products.sum_kernel[query_blocks, column_blocks, splits](
             weights,
             parts,
-            self.cut,
+            order,
             listed,
             lengths,
             out,

@@ -37,7 +37,7 @@ SCAN = tl.constexpr(128)  # tiles that are looked at together
 @triton.jit
 def next_tile(counts_ptr, first, tiles):
     """The first tile from `first` on that has a count; `tiles` where there is none."""
-    first, found = tl.cast(first, tl.int32), tiles
+    first, found = tl.cast(first, tl.int32), tl.cast(tiles, tl.int32)
     while (found == tiles) & (first < tiles):
         ids = first + tl.arange(0, SCAN)
         counts = tl.load(counts_ptr + ids, mask=ids < tiles, other=0)

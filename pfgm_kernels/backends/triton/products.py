@@ -81,23 +81,42 @@ def compare_kernel(
 
 @Kernel
 def list_kernel(
-    active_ptr,  # (B, tiles) int8: 0 or 1
-    list_ptr,  # (blocks of queries, tiles) int32
-    length_ptr,  # (blocks of queries,) int32
+    cut_ptr,  # (B,) float32
+    active_ptr,  # (B, tiles) int8: 0 or 1, where cut is not −∞
+    order_ptr,  # (blocks · BLOCK_M,) int32
+    list_ptr,  # (blocks, tiles) int32
+    length_ptr,  # (blocks,) int32
     B,
     tiles,
     BLOCK_M: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """The tiles in which any of BLOCK_M queries has a weight, in order."""
+    """The queries with a cut side by side, BLOCK_M to a block, −1 beyond the last: a few of them in
+    each block would make all blocks pay. And the tiles in which any of a block has a weight, in
+    order.
+    """
     block = tl.program_id(0)
-    b = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    active_ptr += tl.minimum(b, B - 1).to(tl.int64)[:, None] * tiles
+    order_ptr += block * BLOCK_M
+    before = -block * BLOCK_M
+    for first in range(0, B, BLOCK_B):
+        b = first + tl.arange(0, BLOCK_B)
+        cut = tl.load(cut_ptr + b, mask=b < B, other=-float("inf"))
+        dense = (cut != -float("inf")).to(tl.int32)
+        slot = before + tl.cumsum(dense, 0) - 1
+        tl.store(order_ptr + slot, b, mask=(dense > 0) & (slot >= 0) & (slot < BLOCK_M))
+        before += tl.sum(dense, 0)
+    slot = tl.arange(0, BLOCK_M)
+    tl.store(order_ptr + slot, -1, mask=slot >= before)
+    tl.debug_barrier()  # other threads have written what is read here
+    b = tl.load(order_ptr + slot)
+    active_ptr += tl.maximum(b, 0).to(tl.int64)[:, None] * tiles
     list_ptr += block.to(tl.int64) * tiles
     length = 0
     for first in range(0, tiles, GROUP):
         tile = first + tl.arange(0, GROUP)
-        active = tl.load(active_ptr + tile[None, :], mask=(tile < tiles)[None, :], other=0)
+        mask = (b >= 0)[:, None] & (tile < tiles)[None, :]
+        active = tl.load(active_ptr + tile[None, :], mask=mask, other=0)
         wanted = tl.max(active.to(tl.int32), 0)
         tl.store(list_ptr + length + tl.cumsum(wanted, 0) - 1, tile, mask=wanted > 0)
         length += tl.sum(wanted, 0)
@@ -108,9 +127,9 @@ def list_kernel(
 def sum_kernel(
     weights_ptr,  # (2, B, tiles · BLOCK_K) parts, where cut is not −∞
     y_ptr,  # (Y_PARTS, N, width), parts y_plane apart
-    cut_ptr,  # (B,) float32
-    list_ptr,  # (blocks of queries, tiles) int32
-    length_ptr,  # (blocks of queries,) int32
+    order_ptr,  # these three: see list_kernel
+    list_ptr,
+    length_ptr,
     out_ptr,  # (splits, B, width) float32
     B,
     N,
@@ -127,15 +146,14 @@ def sum_kernel(
     """
     block, split, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
     length = tl.load(length_ptr + block)
-    b = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    summed = tl.load(cut_ptr + b, mask=b < B, other=-float("inf")) != -float("inf")
-    if tl.max(summed.to(tl.int32), 0) > 0:
-        row = b.to(tl.int64)
+    b = tl.load(order_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    if tl.max(b, 0) >= 0:
+        row = tl.maximum(b, 0).to(tl.int64)
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         column = d % width  # in one piece, unlike a minimum, so that loads stay wide
         stride = tiles * BLOCK_K
         low_w, low_y = tl.cast(B, tl.int64) * stride, tl.cast(y_plane, tl.int64)
-        mask = summed[:, None]
+        mask = (b >= 0)[:, None]
         accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         list_ptr += block.to(tl.int64) * tiles
         following = tl.load(list_ptr + tl.maximum(tl.minimum(split, length - 1), 0))
@@ -155,4 +173,4 @@ def sum_kernel(
                 y_low = tl.load(y + low_y)
             accumulator += dot_parts(w_high, w_low, y_high, y_low, Y_PARTS)
         to = out_ptr + (split.to(tl.int64) * B + row[:, None]) * width + d[None, :]
-        tl.store(to, accumulator, mask=(b < B)[:, None] & (d < width)[None, :])
+        tl.store(to, accumulator, mask=mask & (d < width)[None, :])

@@ -157,8 +157,8 @@ def route_kernel(
     r_ptr += b * pitch(N)
     found = tl.zeros((GROUP, TILE), tl.int32)
     for first in range(0, tiles, GROUP):
-        r = load_within(r_ptr, minima_ptr, first, N, tiles, limit, TILE, GROUP)
-        found += (r <= limit).to(tl.int32)
+        group = load_within(r_ptr, minima_ptr, first, N, tiles, limit, TILE, GROUP)
+        found += (group <= limit).to(tl.int32)
     count = tl.sum(tl.sum(found, 1), 0)
 
     distance = tl.sqrt(base)
@@ -188,10 +188,10 @@ def route_kernel(
         if not BACKWARD:
             total = 0 * depth
             for first in range(0, tiles, GROUP):
-                r = load_within(r_ptr, minima_ptr, first, N, tiles, limit, TILE, GROUP)
-                u = tl.minimum(((r - origin_high) - origin_low) * inverse, 1e30)
+                group = load_within(r_ptr, minima_ptr, first, N, tiles, limit, TILE, GROUP)
+                u = tl.minimum(((group - origin_high) - origin_low) * inverse, 1e30)
                 w = tl.exp(logits_float(u, half_k_float, correction, GAUSSIAN))
-                sums = tl.sum(tl.where(r <= cut_float, w, 0.0), 1)
+                sums = tl.sum(tl.where(group <= cut_float, w, 0.0), 1)
                 total += tl.sum(sums.to(tl.float64), 0)
             heavy -= tl.log(total)
         # logit(u) = −heavy
@@ -216,7 +216,7 @@ def weights_kernel(
     cut_ptr,  # (B,) float32
     scales_ptr,  # (4, B) float32
     weights_ptr,  # (2, B, tiles · TILE) parts, not written for a query without a cut
-    active_ptr,  # (B, tiles) int8
+    active_ptr,  # (B, tiles) int8, likewise as the sums
     sums_ptr,  # (2, B, tiles) float32: Σ w; Σ w u
     B,
     N,
@@ -235,7 +235,6 @@ def weights_kernel(
     limit, cut = tl.load(limit_ptr + b), tl.load(cut_ptr + b)
     to = b * tiles + tile
     if cut == -float("inf"):
-        tl.store(active_ptr + to, tl.zeros((GROUP,), tl.int8), mask=tile < tiles)
         return
     j = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
     r = tl.load(r_ptr + b * pitch(N) + j, mask=j < N, other=float("inf"))
