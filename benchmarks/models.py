@@ -21,8 +21,8 @@ from benchmarks.routing import Routing
 class Work:
     """Bytes of memory, and through the L2 cache; operations on tensor cores and on the float32 and
     float64 units; values looked up in a table; steps of the longest program and of all together.
-    resident: programs that a multiprocessor holds. even: programs are alike and long, and each
-    keeps a multiprocessor busy, so that the last ones take as long as the others.
+    resident: programs that a multiprocessor holds. working: those that do the work, where these are
+    alike and long, and each keeps a multiprocessor busy: the last ones take as long as the others.
     """
 
     memory: float = 0
@@ -34,7 +34,7 @@ class Work:
     longest: float = 0
     steps: float = 0
     resident: int = 8
-    even: bool = False
+    working: float = 0
 
 
 Model = Callable[[Sizes, Routing], Work]
@@ -59,8 +59,8 @@ def compare(a: Sizes, r: Routing) -> Work:
         cache=2 * a.width * a.programs * (2 * a.BLOCK_M + a.Y_PARTS * a.BLOCK_N) + out,
         tensor=2 * block * a.width * a.programs * (1 + a.Y_PARTS),
         float32=2 * block * a.programs * (a.width / a.BLOCK_K + 4),
-        resident=1,
-        even=True,
+        resident=8 // a.num_warps,
+        working=a.programs,
     )
 
 
@@ -87,15 +87,17 @@ def weights(a: Sizes, r: Routing) -> Work:
 
 
 def list_tiles(a: Sizes, r: Routing) -> Work:
-    longest = 3 * ceil(a.tiles / a.GROUP)
-    steps = a.programs * longest
-    return Work(memory=a.B * a.tiles, longest=longest, steps=steps, resident=1)
+    longest = 2 + 2 * ceil(a.B / a.BLOCK_B) + 3 * ceil(a.tiles / a.GROUP)
+    memory = r.dense * a.B * a.tiles + 4 * a.B * a.programs
+    return Work(memory=memory, longest=longest, steps=a.programs * longest, resident=1)
 
 
 def sum_tiles(a: Sizes, r: Routing) -> Work:
-    blocks, columns = ceil(a.B / a.BLOCK_M), ceil(a.width / a.BLOCK_D)
-    tiles = blocks * r.blocks * r.active * a.tiles  # of all blocks of queries
-    block, splits = a.BLOCK_M * a.BLOCK_D * a.BLOCK_K, a.programs / (blocks * columns)
+    columns = ceil(a.width / a.BLOCK_D)
+    splits = a.programs / (ceil(a.B / a.BLOCK_M) * columns)
+    blocks = ceil(r.dense * a.B / a.BLOCK_M)  # queries that are summed are put side by side
+    tiles = blocks * r.active * a.tiles
+    block = a.BLOCK_M * a.BLOCK_D * a.BLOCK_K
     out = 4 * splits * r.dense * a.B * a.width
     return Work(
         # The columns of a tile, and the blocks of queries, are summed side by side.
@@ -104,8 +106,9 @@ def sum_tiles(a: Sizes, r: Routing) -> Work:
         tensor=2 * tiles * columns * block * (1 + a.Y_PARTS),
         float32=2 * tiles * columns * a.BLOCK_M * a.BLOCK_D,
         longest=2,
-        resident=1,
-        even=tiles > 0,
+        steps=2 * a.programs,
+        resident=8 // a.num_warps,
+        working=blocks * columns * splits,
     )
 
 
@@ -196,7 +199,7 @@ def fused(a: Sizes, r: Routing) -> Work:
         longest=4 * tiles,
         steps=4 * tiles * a.programs,
         resident=2,
-        even=True,
+        working=a.programs,
     )
 
 

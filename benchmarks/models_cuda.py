@@ -50,7 +50,7 @@ def cuda_compare(a: Sizes, r: Routing) -> Work:
         tensor=2 * terms * TILE * number,
         float32=2 * terms * TILE / TERMS,
         resident=1,
-        even=True,
+        working=a.programs,
     )
 
 
@@ -98,7 +98,7 @@ def cuda_sum(a: Sizes, r: Routing) -> Work:
         float32=2 * terms * TILE / TERMS,
         longest=2,
         resident=1,
-        even=terms > 0,
+        working=blocks * r.blocks * columns * splits,
     )
 
 
@@ -150,7 +150,7 @@ def direct(a: Sizes, which: int) -> Work:
         float32=2 * INSTRUCTIONS[columns][which] * a.batch * a.count,
         longest=6,
         resident=4 if columns == 2 else 3 if columns <= 16 else 2,
-        even=True,
+        working=a.programs,
     )
 
 

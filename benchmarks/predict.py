@@ -34,6 +34,7 @@ class Rates:
     mma: float = 0.75
     mma_hopper: float = 0.35
     memory: float = 0.85
+    cache: float = 1
     float32: float = 0.7
     float64: float = 0.8
     lookups: float = 8 * 1.7e9
@@ -90,22 +91,20 @@ class Kernel:
     bound: str
 
 
-def time_of(
-    work: Work, programs: int, chip: Chip, backend: str, rates: Rates = RATES
-) -> tuple[float, str]:
+def time_of(work: Work, chip: Chip, backend: str, rates: Rates = RATES) -> tuple[float, str]:
     """Seconds of one launch, and which of LETTERS takes them."""
     held = chip.multiprocessors * work.resident
     units = {
         "tensor": work.tensor / (rates.tensor(chip, backend) * chip.bfloat16 * 1e12),
         "float32": work.float32 / (rates.float32 * chip.float32 * 1e12),
         "float64": work.float64 / (rates.float64 * chip.float64_units * 1e12),
-        "memory": work.memory / (rates.memory * chip.bandwidth * 1e12),
-        "cache": work.cache / (chip.cache * 1e12),
         "lookups": work.lookups / (rates.lookups * chip.multiprocessors),
     }
-    if work.even:  # a multiprocessor that has one program more than others makes all wait
-        each = programs / chip.multiprocessors
+    if work.working:  # a multiprocessor that has one program more than others makes all wait
+        each = work.working / chip.multiprocessors
         units = {unit: seconds * math.ceil(each) / each for unit, seconds in units.items()}
+    units["memory"] = work.memory / (rates.memory * chip.bandwidth * 1e12)
+    units["cache"] = work.cache / (rates.cache * chip.cache * 1e12)
     units["steps"] = rates.step * max(work.longest, work.steps / held)
     bound = max(units, key=lambda unit: units[unit])
     return units[bound], bound
@@ -135,7 +134,7 @@ def kernels_of(
     for launch in own:
         sizes = SimpleNamespace(programs=launch.programs, **launch.sizes)
         work = models[launch.kernel](sizes, routing)
-        seconds, bound = time_of(work, launch.programs, chip, backend, rates)
+        seconds, bound = time_of(work, chip, backend, rates)
         waves = launch.programs / (chip.multiprocessors * work.resident)
         kernel = Kernel(launch.kernel, 1, launch.programs, waves, work, seconds, bound)
         found.setdefault(launch.kernel, []).append(kernel)
@@ -299,6 +298,8 @@ def _sensitivity() -> Iterator[tuple[str, ...]]:
         "as above": RATES,
         "tensor cores at 37 % of the peak": Rates(wgmma=0.37),
         "… at 60 %": Rates(wgmma=0.6),
+        "an L2 cache of half the bandwidth": Rates(cache=0.5),
+        "… of twice": Rates(cache=2),
         "steps of 0.2 µs": Rates(step=0.2e-6),
         "steps of 0.8 µs": Rates(step=0.8e-6),
         "a launch of 3 µs": Rates(launch=EAGER_LAUNCH),

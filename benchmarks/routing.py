@@ -26,9 +26,9 @@ class Routing:
     Of a query the mean: candidates: references taken by direct differences in float64; tiles: of
     256 references, in which such are; groups: of eight, in which they are taken. listed: the share
     of queries that have one; many: of those that have more than 64 of them, or a cut; dense: of
-    those with a cut, which the second product sums; blocks: of blocks of 128 queries, those with
-    one; active: of tiles of 64, those that such a block sums; most: candidates of the query that
-    has most.
+    those with a cut, which the second product sums; blocks: of blocks of 128 queries in their
+    order, which `cuda` keeps, those with one; active: of tiles of 64, those that such a block sums;
+    most: candidates of the query that has most.
     """
 
     candidates: float

@@ -72,9 +72,7 @@ void launch(void (*kernel)(Arguments), int64_t blocks, int threads, size_t share
     throw std::invalid_argument("CUDA kernel called with more blocks than a grid has");
   }
   if (arguments.p.workspace == nullptr) {
-    if (int64_t* const told = arguments.p.launches) {
-      told[++told[0]] = static_cast<int64_t>(grid.x) * grid.y * grid.z;
-    }
+    if (int64_t* const told = arguments.p.launches) told[++told[0]] = blocks;
     return;
   }
   constexpr size_t kStaticLimit = 48 << 10;
