@@ -118,7 +118,9 @@ class Evaluation:
                 self.repeat(statement)
             elif "scf.if" in text:
                 parts = [self.block(region) for region in statement.regions]
-                self.bind(text, [hull(a, b) for a, b in zip(*parts, strict=True)] if parts[1:] else [])
+                self.bind(
+                    text, [hull(a, b) for a, b in zip(*parts, strict=True)] if parts[1:] else []
+                )
             elif " = " in text:
                 self.step(statement)
         return yielded
@@ -129,7 +131,9 @@ class Evaluation:
             for number, result in enumerate(results):
                 self.values[f"{name}#{number}" if len(results) > 1 else name] = result
 
-    def settle(self, names: list[str], first: list[Interval | None], body, most: int | None) -> None:
+    def settle(
+        self, names: list[str], first: list[Interval | None], body, most: int | None
+    ) -> None:
         """Intervals of what a loop hands on that hold for every iteration, of which there are at
         most so many.
         """
@@ -149,7 +153,9 @@ class Evaluation:
                     for a, b in zip(state, joined, strict=True)
                 ]
             else:
-                state = [a if a == b or a is None else INT32 for a, b in zip(state, joined, strict=True)]
+                state = [
+                    a if a == b or a is None else INT32 for a, b in zip(state, joined, strict=True)
+                ]
         self.values.update(zip(names, state, strict=True))
 
     def loop(self, statement: Statement) -> None:
