@@ -16,7 +16,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from pfgm_kernels import ReferenceSet, poisson_displacement, poisson_field, posterior_mean
+from pfgm_kernels import ReferenceSet, choice, poisson_displacement, poisson_field, posterior_mean
 from pfgm_kernels.backends import BACKENDS, cpu
 
 settings.register_profile("default", max_examples=100, deadline=None, derandomize=True)
@@ -139,6 +139,7 @@ def poison() -> Iterator[None]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    choice._reason.cache_clear()  # a test may have pretended to be on another machine
     if EMULATED is not None:
         emulated.set_schedule(EMULATED, item.nodeid)
 
