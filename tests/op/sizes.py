@@ -37,19 +37,33 @@ def _call_chunk(
     prepared: bool,
     values_grad: bool,
 ) -> None:
-    meta = partial(torch.empty, device="meta")
-    table = meta(256 if dtype == torch.uint8 else 0)
     queries, references = backend.chunk_shape(B, N, d, workspace, prepared, values_grad)
     assert references <= 2**30
-    values = meta(N if prepared else references, d, dtype=dtype)
-    operands = backend.prepare(values, table, workspace)
-    if prepared and len(operands) > 1:
-        operands = backend.operands_of(operands, slice(N - references, N))
-    values = values[:references]
-    x = meta(queries, d, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    t, output, k = meta(queries, dtype=torch.float64), Output("field", 5.0, 1.0), d + 1.0
+    kept = N if prepared else references
+    call(backend, queries, references, d, dtype, kept, values_grad)
+
+
+def call(
+    backend: ModuleType,
+    B: int,
+    N: int,
+    d: int,
+    dtype: torch.dtype = torch.float32,
+    kept: int | None = None,
+    values_grad: bool = False,
+) -> None:
+    """The passes over B queries and N references, out of more where so many are kept."""
+    meta = partial(torch.empty, device="meta")
+    table = meta(256 if dtype == torch.uint8 else 0)
+    values = meta(kept or N, d, dtype=dtype)
+    operands = backend.prepare(values, table, values.nbytes)
+    if len(operands) > 1:
+        operands = backend.operands_of(operands, slice(len(values) - N, len(values)))
+    values = values[:N]
+    x = meta(B, d, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    t, output, k = meta(B, dtype=torch.float64), Output("field", 5.0, 1.0), d + 1.0
     v, log_mass, anchor, log_weight = backend.forward(x, t, values, table, operands, k)
-    result, residual, stored = meta(queries, d + 1), meta(queries, d), Stored(values, table, anchor)
+    result, residual, stored = meta(B, d + 1), meta(B, d), Stored(values, table, anchor)
     backend.finish(output, v, x, t, result, residual, stored)
     rows = Rows(x, t, residual, stored, log_weight, k)
     cotangents = backend.begin(rows, output, result, log_mass)

@@ -19,12 +19,12 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 import torch
@@ -32,6 +32,8 @@ import torch
 from pfgm_kernels.chunks import Inputs, Saved, field_backward, field_forward
 from pfgm_kernels.outputs import Output
 from pfgm_kernels.references import default_workspace
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 MAX_SPILL = 32  # bytes a thread
 MAX_WARPS = 4  # of a kernel with a Hopper's products, see configurations.py
@@ -176,10 +178,19 @@ def run(use: Use) -> None:
         )
 
 
+class Launch(NamedTuple):
+    kernel: str
+    integers: dict[str, int]
+    """its arguments that are"""
+    grid: tuple[int, ...]
+    result: Any
+    """what it compiled, or why it did not"""
+
+
 @contextlib.contextmanager
-def pretend(chip: Chip, once: bool = False) -> Iterator[list[tuple[str, Any]]]:
+def pretend(chip: Chip, once: bool = False) -> Iterator[list[Launch]]:
     """A GPU on which launches compile and do no more; of each kernel only the first, for `once`.
-    Yields the list of names and of what they compiled, or why they did not.
+    Yields the list of launches.
     """
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -187,20 +198,24 @@ def pretend(chip: Chip, once: bool = False) -> Iterator[list[tuple[str, Any]]]:
 
     from pfgm_kernels.backends.triton import configurations
 
-    found: list[tuple[str, Any]] = []
+    found: list[Launch] = []
     launch = JITFunction.run
 
-    def compile_only(self: JITFunction, *args: Any, warmup: bool, **options: Any) -> None:
+    def compile_only(
+        self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any
+    ) -> None:
         name = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
-        if once and name in dict(found):
+        if once and any(name == each.kernel for each in found):
             return
+        given = dict(zip((p.name for p in self.params), args, strict=False)) | options
+        integers = {name: value for name, value in given.items() if isinstance(value, int)}
         try:
-            found.append((name, launch(self, *args, warmup=True, **options)))
+            result = launch(self, *args, grid=grid, warmup=True, **options)
         except Exception as error:
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            found.append((name, cause))
+            result = error
+            while result.__cause__ is not None:
+                result = result.__cause__
+        found.append(Launch(name, integers, grid, result))
 
     fake = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", chip.capability, 32),
@@ -284,12 +299,25 @@ def compile_chip(
             try:
                 run(USES[use])
             except Exception as error:
-                launches.append(("what launches it", error))
-            for name, kernel in launches[known:]:
-                key = getattr(kernel, "hash", f"{name} {kernel}")
+                launches.append(Launch("what launches it", {}, (), error))
+            for each in launches[known:]:
+                key = getattr(each.result, "hash", f"{each.kernel} {each.result}")
                 if key not in out:
-                    out[key] = inspect(name, use, chip, kernel)
+                    out[key] = inspect(each.kernel, use, chip, each.result)
     return list(out.values())
+
+
+def in_processes(job: Callable[[Item], Result], items: Iterable[Item], cache: str) -> list[Result]:
+    """job(item) of each, in processes that do not interpret, whose Triton keeps what it compiles in
+    the folder `cache`: which way it goes is settled when it is imported.
+    """
+    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
+    context = multiprocessing.get_context("spawn")
+    with (
+        mock.patch.dict(os.environ, environment),
+        ProcessPoolExecutor(os.cpu_count(), context) as pool,
+    ):
+        return list(pool.map(job, items))
 
 
 def compile_all(
@@ -299,18 +327,11 @@ def compile_all(
     folder: Path | None = None,
     once: bool = False,
 ) -> list[Compiled | Failed]:
-    """The kernels of the uses on the chips, in processes that do not interpret, by the Triton that
-    is installed or the one in a folder.
+    """The kernels of the uses on the chips, by the Triton that is installed or by the one in a
+    folder.
     """
-    # Which way Triton goes is settled when it is imported.
-    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
     job = functools.partial(compile_chip, folder=folder, uses=uses, once=once)
-    context = multiprocessing.get_context("spawn")
-    with (
-        mock.patch.dict(os.environ, environment),
-        ProcessPoolExecutor(os.cpu_count(), context) as pool,
-    ):
-        return [found for part in pool.map(job, chips) for found in part]
+    return [found for part in in_processes(job, chips, cache) for found in part]
 
 
 def table(found: list[Compiled | Failed]) -> str:

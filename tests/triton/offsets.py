@@ -10,12 +10,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import aot
+from sizes import call
 
 Interval = tuple[int, int]
 INT32 = (-(2**31), 2**31 - 1)
 STRIDES = ("y_plane",)  # of operands that may be cut of larger ones: any that 32 bits hold
-LOADED = {("products.sum_kernel", "list_ptr"): "tiles"}
-"""By kernel and pointer, the argument that what is read is less than, where that is not N."""
+LOADED: dict[tuple[str, str], str | int] = {
+    ("products.sum_kernel", "list_ptr"): "tiles",
+    ("products.list_kernel", "active_ptr"): 1,
+    ("fused.finish_kernel", "counts_ptr"): 129,
+}
+"""By kernel and pointer, what is read at most, or the argument that it is less than, if not N."""
 
 DIRECT = {"splat", "broadcast", "expand_dims", "reshape", "trans", "extsi", "index_cast"}
 VALUE = re.compile(r"%[\w.]+(?:#\d+)?")
@@ -118,7 +127,9 @@ class Evaluation:
                 self.repeat(statement)
             elif "scf.if" in text:
                 parts = [self.block(region) for region in statement.regions]
-                self.bind(text, [hull(a, b) for a, b in zip(*parts, strict=True)] if parts[1:] else [])
+                self.bind(
+                    text, [hull(a, b) for a, b in zip(*parts, strict=True)] if parts[1:] else []
+                )
             elif " = " in text:
                 self.step(statement)
         return yielded
@@ -129,27 +140,38 @@ class Evaluation:
             for number, result in enumerate(results):
                 self.values[f"{name}#{number}" if len(results) > 1 else name] = result
 
-    def settle(self, names: list[str], first: list[Interval | None], body, most: int | None) -> None:
+    def settle(
+        self, names: list[str], first: list[Interval | None], body, most: int | None
+    ) -> None:
         """Intervals of what a loop hands on that hold for every iteration, of which there are at
         most so many.
         """
         found, state = set(self.found), first
-        for attempt in range(3):
+        step: list[Interval] = []  # by how much one iteration moves the bounds
+        for attempt in range(4):
             self.values.update(zip(names, state, strict=True))
             after = body()
             self.found = set(found)
-            joined = [hull(a, b) for a, b in zip(state, after, strict=True)]
-            if joined == state:
+            moved = [
+                (min(0, b[0] - a[0]), max(0, b[1] - a[1])) if a and b else (0, 0)
+                for a, b in zip(state, after, strict=True)
+            ]
+            state = [hull(a, b) and a for a, b in zip(state, after, strict=True)]
+            if all(m == (0, 0) for m in moved):
                 break
-            if attempt == 0:
-                state = joined
-            elif attempt == 1 and most is not None:  # as much more in each iteration
-                state = [
-                    b and a and (a[0] - most * (a[0] - b[0]), a[1] + most * (b[1] - a[1]))
-                    for a, b in zip(state, joined, strict=True)
-                ]
-            else:
-                state = [a if a == b or a is None else INT32 for a, b in zip(state, joined, strict=True)]
+            if step and all(
+                s[0] <= m[0] and m[1] <= s[1] for s, m in zip(step, moved, strict=True)
+            ):
+                break
+            if attempt == 1 and most is not None:  # as much in each
+                step = moved
+                moved = [(most * m[0], most * m[1]) for m in moved]
+            elif attempt > 0:  # as far as may be
+                step, moved = [], [(m[0] and -(2**32), m[1] and 2**32) for m in moved]
+            state = [
+                a and (max(INT32[0], a[0] + m[0]), min(INT32[1], a[1] + m[1]))
+                for a, m in zip(state, moved, strict=True)
+            ]
         self.values.update(zip(names, state, strict=True))
 
     def loop(self, statement: Statement) -> None:
@@ -182,7 +204,8 @@ class Evaluation:
                 for name, source in zip(inner, own, strict=True):
                     interval, limit = self.get(name), self.get(larger)
                     if source == smaller and interval and limit:
-                        self.values[name] = (interval[0], min(interval[1], limit[1] - 1))
+                        most = max(interval[0], limit[1] - 1)
+                        self.values[name] = (interval[0], min(interval[1], most))
             return self.block(body[1:])
 
         self.settle(names, first, once, None)
@@ -198,13 +221,15 @@ class Evaluation:
         kind = kind.rpartition(" to ")[2].split(", ")[-1]
         if operands and operands[0] in self.roots:
             self.roots[name] = self.roots[operands[0]]
-        if not re.search(r"\bi\d+>?$|xi\d+>$", kind):
+        if operation == "cmpf":
+            self.values[name] = (0, 1)
+        if not re.search(r"(\b|x)i\d+>*$", kind):
             return
         result = self.evaluate(operation, right, operands, statement)
-        if result is not None and kind.rstrip(">").endswith("i32"):
-            if not INT32[0] <= result[0] <= result[1] <= INT32[1]:
-                self.found.add(f"{self.name}: {text} is {result[0]:,} … {result[1]:,}")
-                result = INT32
+        narrow = kind.rstrip(">").endswith("i32")
+        if narrow and result and not INT32[0] <= result[0] <= result[1] <= INT32[1]:
+            self.found.add(f"{self.name}: {text} is {result[0]:,} … {result[1]:,}")
+            result = max(result[0], INT32[0]), min(result[1], INT32[1])
         self.values[name] = result
 
     def evaluate(
@@ -255,11 +280,10 @@ class Evaluation:
         return statement.text.partition(" = ")[0]
 
     def loaded(self, pointer: str, right: str) -> Interval:
-        if re.search(r"ptr<i8>", right):
-            return 0, 255
-        root = self.roots.get(pointer, "")
-        bound = LOADED.get((self.name, root), "N")
-        return -1, self.integers.get(bound, 2**30)
+        bound = LOADED.get((self.name, self.roots.get(pointer, "")))
+        if bound is None:
+            bound = 255 if "ptr<i8>" in right else "N"
+        return -1, bound if isinstance(bound, int) else self.integers.get(bound, 2**30)
 
     def reduced(self, right: str, given: Interval, statement: Statement) -> Interval:
         if not any("arith.addi" in inner.text for inner in statement.regions[0]):
@@ -268,3 +292,43 @@ class Evaluation:
         shape = re.search(r"tensor<([\dx]+)xi\d+>", statement.text.rpartition(" : ")[2])[1]
         terms = int(shape.split("x")[axis])
         return min(given[0], terms * given[0]), max(given[1], terms * given[1])
+
+
+class ReachedError(Exception):
+    """TTIR is there, and nothing further is wanted."""
+
+
+# B, N and d: each product of two sizes is beyond 32 bits, and each of them as large as they hold.
+LARGEST = (
+    (2**27, 200, 32),
+    (1, 2**30 - 1, 32),
+    (2**19, 2**19, 128),
+    (2**19, 2**19, 65_536),
+    (3, 2**30 - 1, 128),
+)
+
+
+def overflows(size: tuple[int, int, int]) -> tuple[set[str], set[str]]:
+    """Which kernels are launched for so many queries, references and columns, and a sentence for
+    each overflow.
+    """
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    from pfgm_kernels.backends import triton as backend
+
+    def stop(module: Any, *_: Any) -> None:
+        raise ReachedError(str(module))
+
+    found: set[str] = set()
+    with (
+        mock.patch.object(CUDABackend, "make_ttgir", staticmethod(stop)),
+        aot.pretend(aot.CHIPS["sm_90"]) as launches,
+    ):
+        for values_grad in (False, True):
+            call(backend, *size, values_grad=values_grad)
+    for launch in launches:
+        if not isinstance(launch.result, ReachedError):
+            raise launch.result
+        evaluation = Evaluation(launch.kernel, launch.integers, launch.grid)
+        found |= evaluation.run(str(launch.result))
+    return {launch.kernel for launch in launches}, found

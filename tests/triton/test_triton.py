@@ -7,7 +7,9 @@ import math
 
 import pytest
 import torch
-from oracle import solve
+from cases import build, truth
+from contracted import contracted
+from oracle import assert_displacement, assert_log_mass, float32_contract, solve
 
 from pfgm_kernels import ReferenceSet, poisson_displacement
 from pfgm_kernels.backends import triton as backend
@@ -23,6 +25,7 @@ if REASON is None:
 
     from pfgm_kernels.backends.triton import maths, operands, products
     from pfgm_kernels.backends.triton.call import Call, Screen, compare
+    from pfgm_kernels.backends.triton.configurations import INTERPRETED
 
     @triton.jit
     def apply_kernel(v_ptr, out_ptr, N, WHICH: tl.constexpr, BLOCK: tl.constexpr):
@@ -30,6 +33,8 @@ if REASON is None:
         v = tl.load(v_ptr + i, mask=i < N, other=0.0)
         if WHICH == "log1p":
             out = maths.log1p_float(v)
+        elif WHICH == "contract":
+            out = v * v - (1.0 + 2.0**-11)
         else:
             out = maths.round_to_bfloat16(v)
         tl.store(out_ptr + i, out, mask=i < N)
@@ -187,3 +192,35 @@ def test_queries_with_a_cut_stand_side_by_side(generator, dense):
         rows = active[chosen[i * block : (i + 1) * block]]
         expected = rows.sum(0).nonzero()[:, 0].tolist()
         assert listed[i, : lengths[i]].cpu().tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("normal d=16", "left"),
+        ("all t d=16", "right"),
+        ("D=2.5 d=3", "left"),
+        ("normal d=64", "right"),
+        ("near-duplicates d=64 distance=1e-05", "left"),
+        ("flat d=300 D=inf", "right"),
+        ("normal d=784", "left"),
+    ],
+)
+def test_products_may_be_added_unrounded(name, first):
+    """Which a compiler may do, or not, wherever a product is an operand of a sum."""
+    if not INTERPRETED:
+        pytest.skip("a GPU's compiler does as it does")
+    case = build(name)
+    with contracted(first):
+        v, log_mass = poisson_displacement(case.x, case.t, case.x0, D=case.D, backend="triton")
+    assert_displacement(v, truth(name), float32_contract("triton", case.named))
+    assert_log_mass(log_mass, truth(name))
+
+
+def test_an_unrounded_product_is_told_from_a_rounded_one():
+    if not INTERPRETED:
+        pytest.skip("a GPU's compiler does as it does")
+    v = torch.tensor([1 + 2**-12])
+    with contracted("left"):
+        assert apply("contract", v).item() == 2**-24
+    assert apply("contract", v).item() == 0

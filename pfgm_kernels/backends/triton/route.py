@@ -116,8 +116,8 @@ def route_kernel(
         heavy += log_weight
     else:
         j = nearest_tile * TILE + tl.arange(0, TILE)
-        r = tl.load(r_ptr + b * pitch(N) + j, mask=j < N, other=float("inf"))
-        anchor = tl.minimum(tl.min(tl.where(r == nearest, j, N), 0), N - 1).to(tl.int64)
+        near = tl.load(r_ptr + b * pitch(N) + j, mask=j < N, other=float("inf"))
+        anchor = tl.minimum(tl.min(tl.where(near == nearest, j, N), 0), N - 1).to(tl.int64)
         base = 0 * t
         for first in range(0, d, BLOCK_D):
             column = first + tl.arange(0, BLOCK_D)
