@@ -44,12 +44,15 @@ def band_of(d: int) -> int:
     return 0 if d <= 32 else 1 if d <= 128 else 2
 
 
+DISPLACEMENT, MEAN = (Output(name, 0, 1) for name in ("displacement", "mean"))
+
+
 class Problem(NamedTuple):
     x: Tensor
     t: Tensor
     x0: Tensor
     D: float = 1
-    output: Output = Output("displacement", 0, 1)
+    output: Output = DISPLACEMENT
     strict: bool = False
     """It is in the contract's stricter column at any d."""
     values_grad: bool = False
@@ -66,65 +69,115 @@ class Problem(NamedTuple):
         return [each.to(device) for each in (self.x, self.t, values, table, g, g_log_mass)]
 
 
-def problems(family: Family) -> dict[str, Problem]:
-    """By name, on the CPU; the same ones whenever they are asked for."""
-    generator = torch.Generator("cpu").manual_seed(family.band)
-    few, many = DIMS[family.band]
+class _Draws:
+    """What the problems of a family are made of, on the CPU."""
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+    def __init__(self, family: Family) -> None:
+        self.few, self.many = DIMS[family.band]
+        self._codes = family.codes
+        self._generator = torch.Generator("cpu").manual_seed(family.band)
 
-    def even(start: float, end: float, count: int) -> Tensor:
-        return torch.linspace(start, end, count, dtype=torch.float64, device="cpu")
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self._generator, dtype=torch.float32, device="cpu")
 
-    def stored(x0: Tensor) -> Tensor:
-        return decode(*encode(x0)).float() if family.codes else x0
+    def stored(self, x0: Tensor) -> Tensor:
+        """The references that stand for x0."""
+        return decode(*encode(x0)).float() if self._codes else x0
 
-    def heights(count: int, d: int, D: float = 1) -> Tensor:
+    def heights(self, count: int, d: int, D: float = 1) -> Tensor:
         """t from where normal references share the weight down to where a few have it."""
         widest = math.sqrt((1 if math.isinf(D) else d + D) * math.sqrt(2 * d))
-        return widest * even(1, 0.35, count)
+        return widest * _even(1, 0.35, count)
 
-    offset = stored(100 + 2e-3 * normal(300, few))
-    amid = offset[:16] + 1e-3 / math.sqrt(few) * normal(16, few)
 
-    # Three references that almost coincide; and sixteen on a sphere, equally far from its centre,
-    # which are more that have much of the weight than a pass lists for a query in one tile.
-    near, centre = 1e-3 / math.sqrt(few), normal(1, few)
-    clusters = normal(130, few)
-    clusters[70:72] = clusters[0] + near * normal(2, few)
-    clusters[33:49] = centre + torch.nn.functional.normalize(normal(16, few), dim=1)
-    clusters = stored(clusters)
-    within = torch.cat([clusters[[0, 70, 71]].mean(0).expand(6, few), centre.expand(6, few)])
-    within = within + near * normal(12, few)
-    spread = 10 ** even(-0.5, 0.5, 6)
+def _even(start: float, end: float, count: int) -> Tensor:
+    return torch.linspace(start, end, count, dtype=torch.float64, device="cpu")
 
-    # On references, at t = 0 on one that is there twice; and rows that are no numbers.
-    points = stored(normal(100, few))
-    points[60] = points[3]
-    on, above = points[:14].clone(), 10 ** even(-5, 4, 14)
-    on[9, few // 2], on[11, 0], above[12], above[[0, 3]] = math.nan, math.inf, math.nan, 0
 
-    finer, mean, field = normal(20, few).double() / 3, Output("mean", 0, 1), Output("field", 5, 9)
-    crowds, far = stored(normal(4, few)).repeat(66, 1), even(10, 300, 12)
-    return {
-        "tails": Problem(normal(131, many), heights(131, many), stored(normal(277, many))),
-        "one": Problem(normal(1, few), heights(1, few), stored(normal(1, few)), values_grad=True),
-        "chunks": Problem(
-            *(normal(3, many), heights(3, many, math.inf), stored(normal(500, many))),
-            D=math.inf,
-            cut=True,
-        ),
-        "offset": Problem(amid, 2e-3 * heights(16, few), offset, output=mean),
-        "clusters": Problem(
-            within, torch.cat([1e-3 * math.sqrt(few) * spread, spread]), clusters, strict=True
-        ),
-        "points": Problem(on, above, points, strict=True),
-        "points, field": Problem(on, above, points, output=Output("field", 0, 1), strict=True),
-        "crowds": Problem(normal(12, few), far * few**0.25, crowds, 1e4, field, values_grad=True),
-        "float64": Problem(finer, heights(20, few), normal(99, few) + finer[:1], values_grad=True),
-        "float64 queries": Problem(finer, heights(20, few), stored(normal(99, few)), output=mean),
-    }
+def tails(draws: _Draws) -> Problem:
+    """Tiles of queries, of references and of columns that are not full; sums in several splits."""
+    d = draws.many
+    return Problem(draws.normal(131, d), draws.heights(131, d), draws.stored(draws.normal(277, d)))
+
+
+def one(draws: _Draws) -> Problem:
+    """B = N = 1, for which compilers have special cases."""
+    x, x0 = draws.normal(1, draws.few), draws.stored(draws.normal(1, draws.few))
+    return Problem(x, draws.heights(1, draws.few), x0, values_grad=True)
+
+
+def chunks(draws: _Draws) -> Problem:
+    """What was prepared of all references is cut; D = ∞."""
+    t, x0 = draws.heights(3, draws.many, math.inf), draws.stored(draws.normal(500, draws.many))
+    return Problem(draws.normal(3, draws.many), t, x0, D=math.inf, cut=True)
+
+
+def offset(draws: _Draws) -> Problem:
+    """Little spread far from the origin, where squares leave nothing of distances; means."""
+    x0 = draws.stored(100 + 2e-3 * draws.normal(300, draws.few))
+    x = x0[:16] + 1e-3 / math.sqrt(draws.few) * draws.normal(16, draws.few)
+    return Problem(x, 2e-3 * draws.heights(16, draws.few), x0, output=MEAN)
+
+
+def clusters(draws: _Draws) -> Problem:
+    """Three references that almost coincide; and sixteen around a query: more that have much of the
+    weight than a pass lists in one of its tiles.
+    """
+    d, centre, x0 = draws.few, draws.normal(1, draws.few), draws.normal(130, draws.few)
+    x0[70:72] = x0[0] + 1e-3 / math.sqrt(d) * draws.normal(2, d)
+    x0[33:49] = centre + torch.nn.functional.normalize(draws.normal(16, d), dim=1)
+    x0 = draws.stored(x0)
+    x = torch.cat([x0[[0, 70, 71]].mean(0).expand(6, d), centre.expand(6, d)])
+    spread = 10 ** _even(-0.5, 0.5, 6)
+    t = torch.cat([1e-3 * math.sqrt(d) * spread, spread])
+    return Problem(x + 1e-3 / math.sqrt(d) * draws.normal(12, d), t, x0, strict=True)
+
+
+def points(draws: _Draws) -> Problem:
+    """Queries on references, at t = 0 on one that is there once and one that is there twice; and
+    rows of NaN and Inf among them.
+    """
+    x0 = draws.normal(100, draws.few)
+    x0[60] = x0[3]
+    x0 = draws.stored(x0)
+    x, t = x0[:14].clone(), 10 ** _even(-5, 4, 14)
+    x[9, draws.few // 2], x[11, 0], t[12], t[[0, 3]] = math.nan, math.inf, math.nan, 0
+    return Problem(x, t, x0, strict=True)
+
+
+def field_on_points(draws: _Draws) -> Problem:
+    """Some fields have no norm."""
+    return points(draws)._replace(output=Output("field", 0, 1))
+
+
+def crowds(draws: _Draws) -> Problem:
+    """Equal references, whose errors add up; a D that magnifies them; fields as models train on."""
+    x0, t = draws.stored(draws.normal(4, draws.few)).repeat(66, 1), _even(10, 300, 12)
+    x, t = draws.normal(12, draws.few), t * draws.few**0.25
+    return Problem(x, t, x0, D=1e4, output=Output("field", 5, 9), values_grad=True)
+
+
+def float64(draws: _Draws) -> Problem:
+    x, x0 = draws.normal(20, draws.few).double() / 3, draws.normal(99, draws.few).double() / 3
+    return Problem(x, draws.heights(20, draws.few), x0, values_grad=True)
+
+
+def float64_queries(draws: _Draws) -> Problem:
+    """Of references in float32, which is how few columns give means."""
+    x, x0 = draws.normal(20, draws.few).double() / 3, draws.stored(draws.normal(99, draws.few))
+    return Problem(x, draws.heights(20, draws.few), x0, output=MEAN)
+
+
+ALL = (
+    *(tails, one, chunks, offset, clusters, points),
+    *(field_on_points, crowds, float64, float64_queries),
+)
+
+
+def problems(family: Family) -> dict[str, Problem]:
+    """By name; the same ones whenever they are asked for."""
+    draws = _Draws(family)
+    return {build.__name__.replace("_", " "): build(draws) for build in ALL}
 
 
 def encode(x0: Tensor) -> tuple[Tensor, Tensor]:

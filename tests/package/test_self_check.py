@@ -129,7 +129,7 @@ MISTAKES: dict[str, tuple[dict[str, Callable[..., Any]], str]] = {
         {"forward": lambda *arguments: eager.forward(*arguments[:-1], min(arguments[-1], 1e5))},
         "^chunks: displacement off by",
     ),
-    "field": ({"finish": last_column_is_zero}, "^points, field: field off by .*; crowds: field"),
+    "field": ({"finish": last_column_is_zero}, "^field on points: field off by .*; crowds: field"),
     "residual": ({"finish": residual_is_off}, "^tails: gradient of x off by"),
     "raises": ({"forward": raises}, "^tails: RuntimeError: CUDA error: an illegal memory access"),
     "dx": (gradient_is_off("dx"), "gradient of x off by"),

@@ -191,7 +191,7 @@ def test_what_is_drawn(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_message_of_several_lines_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> None:
+    def broken(check: bool) -> None:
         raise ValueError("first\n  second")
 
     monkeypatch.setattr(pfgm_kernels, "report", broken)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from cases import build, truth
 from contracted import contracted
 from oracle import assert_displacement, assert_log_mass, float32_contract, solve
 
-from pfgm_kernels import ReferenceSet, poisson_displacement
+from pfgm_kernels import ReferenceSet, poisson_displacement, proof
 from pfgm_kernels.backends import triton as backend
 from pfgm_kernels.flow import perturb
+from pfgm_kernels.problems import Family, problems
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REASON = backend.unsupported_reason(DEVICE)
@@ -23,9 +25,10 @@ if REASON is None:
     import triton
     import triton.language as tl
 
-    from pfgm_kernels.backends.triton import maths, operands, products
+    from pfgm_kernels.backends.triton import call, fused, maths, operands, products
     from pfgm_kernels.backends.triton.call import Call, Screen, compare
     from pfgm_kernels.backends.triton.configurations import INTERPRETED
+    from pfgm_kernels.backends.triton.launch import Kernel
 
     @triton.jit
     def apply_kernel(v_ptr, out_ptr, N, WHICH: tl.constexpr, BLOCK: tl.constexpr):
@@ -224,3 +227,43 @@ def test_an_unrounded_product_is_told_from_a_rounded_one():
     with contracted("left"):
         assert apply("contract", v).item() == 2**-24
     assert apply("contract", v).item() == 0
+
+
+def launches(monkeypatch, band: int, name: str) -> list[tuple[Any, dict[str, Any]]]:
+    """The grids of all kernels that a problem of the self-check launches, their arguments by name
+    and, under "kernel", which it is; on a chip with 132 multiprocessors.
+    """
+    found, launch = [], Kernel.launch
+
+    def noted(kernel: Kernel, grid: Any, *arguments: Any, **options: Any) -> None:
+        launch(kernel, grid, *arguments, **options)
+        named = dict(zip(kernel.jit.arg_names, arguments, strict=False))
+        found.append((grid, named | {"kernel": kernel.name}))
+
+    monkeypatch.setattr(Kernel, "launch", noted)
+    monkeypatch.setattr(call, "multiprocessors", lambda device: 132)
+    family = Family(band, False, False)
+    problem = problems(family)[name]
+    proof._run("triton", problem, family, problem.tensors(family, DEVICE))
+    return found
+
+
+def test_a_list_overflows_in_the_self_check(monkeypatch):
+    (counts,) = [
+        arguments["counts_ptr"]
+        for _, arguments in launches(monkeypatch, 1, "clusters")
+        if arguments["kernel"] == "finish_kernel" and "counts_ptr" in arguments
+    ]
+    listed = counts.amax(0)
+    assert (listed > fused.CAP.value).any()
+    assert (listed <= fused.CAP.value).any()
+
+
+@pytest.mark.exhaustive
+def test_sums_are_split_in_the_self_check(monkeypatch):
+    grids = [
+        grid
+        for grid, arguments in launches(monkeypatch, 2, "tails")
+        if arguments["kernel"] == "sum_kernel"
+    ]
+    assert max(splits for _, _, splits in grids) >= 3
