@@ -4,7 +4,8 @@
 # make check      every test there is: those, and then what they leave out
 # make mutants    mistakes put into the sources, and which tests find them    (docs/mutants.md)
 # make sanitize   the CPU kernels under the address, undefined-behaviour and thread sanitizers
-# make aot        what each Triton kernel becomes on each NVIDIA chip, with no GPU
+# make aot        what each Triton kernel becomes on each NVIDIA chip, with no GPU, by the Triton that
+#                 is installed and by the oldest
 # make lint       formatting, style and types
 # make benchmark  the op against plain PyTorch, side by side                  (benchmarks/results)
 # make pictures   the pictures of the README, from the demo                   (docs)
@@ -28,8 +29,12 @@ INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PYT
 # The CUDA kernels run on the CPU on an emulated GPU, once with every test of the op and then with
 # a search for races and for accesses out of bounds.
 EMULATED := OMP_NUM_THREADS=1 $(BIN)/python tests/cuda/emulated.py
-CUDA_TESTS := $(patsubst %,tests/cuda/test_%.py,cuda_direct cuda_two_pass)
+CUDA_TESTS := $(patsubst %,tests/cuda/test_%.py,cuda_direct cuda_sizes cuda_two_pass)
 SEARCHED_TESTS := $(CUDA_TESTS) $(patsubst %,tests/op/test_%.py,gradients low_dimension nonfinite singular)
+
+# The oldest Triton that is supported, beside the environment: nothing but the compiler is used of
+# it. Where it cannot be had, what would compile with it is left out, and says so.
+OLDEST_TRITON := build/triton-3.6
 
 .PHONY: setup demo test check sanitize mutants aot lint format benchmark pictures clean
 
@@ -41,6 +46,9 @@ $(READY): pyproject.toml setup.py csrc/ninja_build.py Makefile $(CXX_SOURCES)
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@
 
+$(OLDEST_TRITON): | $(READY)
+	-$(BIN)/python -m pip install --quiet --no-deps --target $@ 'triton==3.6.*'
+
 demo: $(READY)
 	$(BIN)/python -m pfgm_kernels.cli demo --out out/demo
 
@@ -50,7 +58,7 @@ test: $(READY)
 	$(EMULATED) plain -q -n 2 --part thin --every-kernel tests/op $(CUDA_TESTS)
 
 # The lines of the Triton kernels are counted in few tests, which take twice as long for it.
-check: test
+check: test $(OLDEST_TRITON)
 	$(PYTEST) --part rest
 	$(INTERPRETED) --part rest tests/op
 	$(INTERPRETED) --cov --part spread tests/op/test_gradients.py tests/triton/test_triton.py
@@ -64,7 +72,7 @@ sanitize: $(READY)
 mutants: $(READY)
 	$(BIN)/python tests/mutants --table docs/mutants.md
 
-aot: $(READY)
+aot: $(READY) $(OLDEST_TRITON)
 	$(BIN)/python tests/triton/aot.py
 
 lint: $(READY)

@@ -9,11 +9,13 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.gpu.results import Results
 from benchmarks.machine import gflops, gpu
 from benchmarks.measure import Result, race
 from benchmarks.problems import Problem, Shape
@@ -32,6 +34,8 @@ class Races:
 
     def __init__(self, config: pytest.Config, items: Iterable[pytest.Item]) -> None:
         self._not_timed = config.stash[NOT_TIMED]
+        file = config.getoption("--append")
+        self._append = None if file is None else Results(file)
         self._selected: dict[tuple[Shape, str], list[Provider]] = defaultdict(list)
         for item in items:
             callspec = getattr(item, "callspec", None)
@@ -48,12 +52,19 @@ class Races:
                 self._problem = (shape, shape.problem(device()))
             results = race(self._problem[1], direction, self._selected[key])
             self._results[key] = {result.provider: result for result in results}
+            if self._append is not None:
+                about = {"what": "race", "shape": asdict(shape), "direction": direction}
+                self._append.append(*(about | asdict(result) for result in results))
             self._not_timed += [
                 {"shape": asdict(shape), "direction": direction, **asdict(result)}
                 for result in results
                 if result.status != "timed"
             ]
         return self._results[key][provider.name]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--append", type=Path, help="adds each race to this JSON of gpu.sh")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -63,23 +63,23 @@ def race(problem: Problem, direction: str, providers: Sequence[Provider]) -> lis
         result, call = qualify(problem, direction, provider)
         results.append(result)
         if call is not None:
-            entries.append((result, call, _calls_a_round(call, device)))
+            entries.append((result, call, calls_a_round(call, device)))
     order = random.Random(0)
     gc.collect()
     least = GPU_SECONDS if device.type == "cuda" else SECONDS
     while entries := [entry for entry in entries if not _done(entry[0].seconds, least)]:
         order.shuffle(entries)
         for result, call, count in entries:
-            result.seconds.append(_timed(call, device, count))
+            result.seconds.append(timed(call, device, count))
     for result in results:
         result.seconds = [s * len(problem.x) / result.queries for s in result.seconds]
     return results
 
 
-def _calls_a_round(call: Call, device: torch.device) -> int:
+def calls_a_round(call: Call, device: torch.device) -> int:
     if device.type == "cpu":
         return 1
-    return max(1, min(GPU_CALLS, int(GPU_ROUND / _timed(call, device))))
+    return max(1, min(GPU_CALLS, int(GPU_ROUND / timed(call, device))))
 
 
 def _done(seconds: list[float], least: float) -> bool:
@@ -139,7 +139,7 @@ def _portion(
     few = rows[: torch.get_num_threads()]
     trial = _call(problem, gradient, prepared, few, 1)
     trial()
-    seconds = _timed(trial, device) / len(few)
+    seconds = timed(trial, device) / len(few)
     if len(rows) * seconds > LONGEST:
         raise RefusedError(f"too slow: about {batch * seconds:,.0f} s a call")
     fits = batch * per_query <= min(WHOLE_BYTES, free)
@@ -173,7 +173,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _timed(call: Call, device: torch.device, count: int = 1) -> float:
+def timed(call: Call, device: torch.device, count: int = 1) -> float:
     """Seconds of one call. On a GPU by its own clock, of `count` calls that follow one another: as
     in training the host prepares one while the GPU computes the one before.
     """

@@ -36,6 +36,11 @@ void set(const py::handle& value, ValueType& field) {
   }
 }
 
+void set(const py::handle& value, Output& field) {
+  const auto name = value.cast<std::string>();
+  field = name == "field" ? Output::kField : name == "mean" ? Output::kMean : Output::kDisplacement;
+}
+
 FieldParams parse(const py::kwargs& arguments) {
   FieldParams p{};
   for (const auto& [key, value] : arguments) {
@@ -55,6 +60,7 @@ FieldParams parse(const py::kwargs& arguments) {
     PFGM_FIELD(table)
     PFGM_FIELD(value_type)
     PFGM_FIELD(single)
+    PFGM_FIELD(x_single)
     PFGM_FIELD(norms)
     PFGM_FIELD(codes)
     PFGM_FIELD(grid)
@@ -65,6 +71,7 @@ FieldParams parse(const py::kwargs& arguments) {
     PFGM_FIELD(parts)
     PFGM_FIELD(plane)
     PFGM_FIELD(num_parts)
+    PFGM_FIELD(crowd)
     PFGM_FIELD(workspace)
     PFGM_FIELD(displacement)
     PFGM_FIELD(anchor)
@@ -78,6 +85,13 @@ FieldParams parse(const py::kwargs& arguments) {
     PFGM_FIELD(dx)
     PFGM_FIELD(dt)
     PFGM_FIELD(dvalues)
+    PFGM_FIELD(output)
+    PFGM_FIELD(gamma)
+    PFGM_FIELD(scale)
+    PFGM_FIELD(result_single)
+    PFGM_FIELD(result)
+    PFGM_FIELD(residual)
+    PFGM_FIELD(launches)
     PFGM_FIELD(num_threads)
     PFGM_FIELD(device)
     PFGM_FIELD(stream)

@@ -13,6 +13,8 @@ PYBIND11_MODULE(_C, module) {
   define<pfgm::field_forward_cuda>(module, "field_forward_cuda");
   define<pfgm::field_backward_cuda>(module, "field_backward_cuda");
   define<pfgm::prepare_references_cuda>(module, "prepare_references_cuda");
+  define<pfgm::field_finish_cuda>(module, "field_finish_cuda");
+  define<pfgm::field_begin_cuda>(module, "field_begin_cuda");
   module.def("cuda_unavailable", pfgm::cuda_unavailable);
 #endif
   module.def("build_info", [] {

@@ -8,12 +8,15 @@ namespace pfgm {
 
 enum class ValueType : int { kFloat32, kFloat64, kUint8 };
 
+// What the op makes of the displacement v: v, x + v, or scale · (v, −t)/(‖(v, −t)‖ + gamma).
+enum class Output : int { kDisplacement, kMean, kField };
+
 // Arrays are contiguous and row-major. B = batch, N = count, d = dim; ld is d rounded up to a
 // multiple of 8 for the CPU kernels (columns beyond d are zero) and d for CUDA.
 struct FieldParams {
   int64_t batch, count, dim;
   double half_k;       // (d + D)/2; infinity selects the Gaussian kernel
-  const double* x;     // (B, ld)
+  const double* x;     // (B, ld); null for CUDA where x_single is there
   const double* t;     // (B,)
   const void* values;  // (N, d) of value_type
   const float* table;  // (256,) what 8-bit codes stand for; null for floating-point values
@@ -21,6 +24,7 @@ struct FieldParams {
 
   // Whether the queries are float32, so that the kernels need not compute in double throughout.
   bool single;
+  const float* x_single;  // (B, d) for CUDA
   // CPU: what prepare_references wrote, or null (cpu/common/operands.h).
   double* norms;   // (N,)
   uint8_t* codes;  // (N, d)
@@ -36,6 +40,7 @@ struct FieldParams {
   uint16_t* parts;  // (num_parts, N, width), one part `plane` elements after the other
   int64_t plane;
   int num_parts;
+  int* crowd;  // (8,) where nothing else is prepared: equal references in parts of a sample
 
   // Forward.
   double* displacement;       // (B, ld)
@@ -43,19 +48,28 @@ struct FieldParams {
   double* log_mass;           // (B,)
   double* anchor_log_weight;  // (B,) output of the forward pass, input of the backward pass
   // Backward.
-  const double* anchor_square;      // (B,) squared distance of the anchor
-  const double* grad_displacement;  // (B, ld)
-  const double* projection;         // (B,) grad_displacement · v
-  const double* grad_log_mass;      // (B,)
-  const double* tilt;               // (B,) forward mode (cpu/common/pull.h), or null
-  double* dx;                       // (B, ld) 2 Σ_j c_j (x0_j − x)
-  double* dt;                       // (B,) with a tilt 2 Σ_j c_j
-  void* dvalues;                    // (N, d) of value_type, or null
+  double* anchor_square;      // (B,) squared distance of the anchor
+  double* grad_displacement;  // (B, ld)
+  double* projection;         // (B,) grad_displacement · v
+  double* grad_log_mass;      // (B,)
+  const double* tilt;         // (B,) forward mode (cpu/common/pull.h), or null
+  double* dx;                 // (B, ld) 2 Σ_j c_j (x0_j − x), which CUDA adds to what is there
+  double* dt;                 // (B,) with a tilt 2 Σ_j c_j; likewise
+  void* dvalues;              // (N, d) of value_type, or null
+
+  // CUDA: what is done of each query before and after the sums (cuda/rows.cu).
+  Output output;
+  double gamma, scale;
+  bool result_single;  // whether result and residual are float
+  void* result;        // (B, d), for a field (B, d + 1); where gradients begin its cotangents, as
+                       // log_mass is then, or null
+  void* residual;      // (B, d) v − (x0_a − x), or null
 
   int num_threads;
   // CUDA only. Where workspace is null, entry points compute nothing and return how many bytes of
-  // it they need.
+  // it they need; how many kernels they would launch is added to *launches, unless that is null.
   void* workspace;
+  int64_t* launches;
   int device;
   void* stream;
 };
@@ -67,6 +81,8 @@ void prepare_references_cpu(const FieldParams& params);
 int64_t field_forward_cuda(const FieldParams& params);
 int64_t field_backward_cuda(const FieldParams& params);
 int64_t prepare_references_cuda(const FieldParams& params);
+int64_t field_finish_cuda(const FieldParams& params);
+int64_t field_begin_cuda(const FieldParams& params);
 
 // Why the CUDA runtime of the extension cannot run here (no device, an old driver), or null.
 const char* cuda_unavailable();

@@ -10,7 +10,6 @@ is the backend's.
 from __future__ import annotations
 
 import math
-from functools import cached_property
 from types import ModuleType
 from typing import NamedTuple
 
@@ -18,9 +17,9 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels.backends import BACKENDS, eager
-from pfgm_kernels.backends._values import decode
-from pfgm_kernels.merge import mass_weights, merge
+from pfgm_kernels.merge import mass_weights
 from pfgm_kernels.outputs import Output
+from pfgm_kernels.rows import Rows, Stored, begin, finish
 
 SLACK = 12 << 20
 """Bytes beyond the workspace for rows of queries, so that a small workspace is not slow."""
@@ -68,10 +67,9 @@ class Chunks:
             max(1, batch), count, self.d, self.workspace, bool(inputs.operands), values_grad
         )
         rows = min(rows, max(1, (share + SLACK) // (8 * QUERY_ROWS * (self.d + 8))))
-        rows = rows // TILE * TILE or rows
         if copied:
             references = min(references, max(1, share // (8 * REFERENCE_ROWS * self.d)))
-        self.queries, self.references = _slices(batch, rows), _slices(count, references)
+        self.queries, self.references = _slices(batch, rows, TILE), _slices(count, references)
         self._last: tuple[slice, tuple[Tensor, Tensor, list[Tensor]]] | None = None
 
     def rows(self, queries: slice) -> tuple[Tensor, Tensor]:
@@ -94,16 +92,20 @@ class Chunks:
             self._last = references, (values, table, operands)
         return self._last[1]
 
-    def gather(self, rows: Tensor, index: Tensor) -> Tensor:
-        """rows (N, …)[index (n,)] as float64 (n, d)."""
-        return decode(flatten(rows[index]), self.inputs.table)
+    def stored(self, index: Tensor) -> Stored:
+        """Rows (n,) of all references as they are stored: their place there, or else copies."""
+        values, table = self.inputs.values, self.inputs.table
+        if values.is_contiguous() and values.element_size() != 2:
+            return Stored(flatten(values), table, index)
+        return Stored(flatten(values[index]), table, torch.arange(len(index), device=index.device))
 
     def forward(self, x: Tensor, t: Tensor) -> Partial:
         """The four outputs of the backend for a chunk of queries and all references."""
         total: Partial | None = None
         for references in self.references:
             part = self.module.forward(x, t, *self.reference_rows(references), self.k)
-            part[2].add_(references.start)
+            if references.start > 0:
+                part[2].add_(references.start)
             total = part if total is None else _merge_partials(total, part)
         assert total is not None
         return total
@@ -118,42 +120,32 @@ class Saved(NamedTuple):
     anchor: Tensor
     anchor_log_weight: Tensor
 
-
-class SavedRows:
-    """A chunk of queries with what the forward pass left of it."""
-
-    def __init__(self, chunks: Chunks, saved: Saved, queries: slice) -> None:
-        self.x, self.t = chunks.rows(queries)
-        self.index = saved.anchor[queries]
-        self.anchor_x0 = chunks.gather(chunks.inputs.values, self.index)
-        self.anchor_log_weight = saved.anchor_log_weight[queries]
-        self.v = self.anchor_x0 - self.x + saved.residual[queries]
-        self._finite = math.isfinite(chunks.k)
-
-    @cached_property
-    def singular(self) -> Tensor:
-        """The singular point (n,), t = 0 on a reference, which has zero derivatives."""
-        return (self.t == 0) & (self.anchor_x0 == self.x).all(1) & self._finite
+    def rows(self, chunks: Chunks, queries: slice) -> Rows:
+        x, t = chunks.rows(queries)
+        anchor, log_weight = self.anchor[queries], self.anchor_log_weight[queries]
+        return Rows(x, t, self.residual[queries], chunks.stored(anchor), log_weight, chunks.k)
 
 
 def field_forward(
     inputs: Inputs, output: Output, save: bool, workspace: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    chunks = Chunks(inputs, workspace, BACKENDS[backend])
-    result = empty_result(inputs, output)
-    log_mass, residual, anchor, anchor_log_weight = empty_rows(inputs, output, save)
+    module = BACKENDS[backend]
+    chunks = Chunks(inputs, workspace, module)
     if output.name == "mean" and chunks.d <= DIFFERENCES_DIM:
         chunks.dtype = torch.float64
+    result = empty_result(inputs, output)
+    log_mass, residual, *anchors = empty_rows(inputs, output, save)
+    parts: list[list[Tensor]] = []
     for queries in chunks.queries:
         x, t = chunks.rows(queries)
-        v, *rows = chunks.forward(x, t)
-        output.write(v, x, t, flatten(result[queries]))
-        if output.name == "displacement":
-            log_mass[queries] = rows[0]
-        if save:
-            anchor[queries], anchor_log_weight[queries] = rows[1:]
-            residual[queries] = v - (chunks.gather(inputs.values, rows[1]) - x)
-    return result, log_mass, residual, anchor, anchor_log_weight
+        v, *part = chunks.forward(x, t)
+        to = flatten(result[queries]), residual[queries]
+        getattr(module, "finish", finish)(output, v, x, t, *to, chunks.stored(part[1]))
+        parts.append(part)
+    found = [each[0] if len(each) == 1 else torch.cat(each) for each in zip(*parts, strict=True)]
+    if output.name == "displacement":
+        log_mass = found[0]
+    return result, log_mass, residual, *(found[1:] if save else anchors)
 
 
 def field_backward(
@@ -194,37 +186,25 @@ def _sweep(
 
     dvalues needs one chunk of queries or of references.
     """
-    dx_out, dt_out, dvalues_out = wanted
+    dx, dt, dvalues = wanted
     total: Tensor | None = None
     for queries in chunks.queries:
-        rows = SavedRows(chunks, saved, queries)
-        g_rows = rows.x.new_zeros(output.shape(rows.x, chunks.d)) if g is None else g[queries]
-        g_v, dx, dt = output.pull(flatten(g_rows).double(), rows.v, rows.t)
-        g_m = torch.zeros_like(dt) if g_log_mass is None else g_log_mass[queries].contiguous()
+        rows = saved.rows(chunks, queries)
+        g_rows = None if g is None else flatten(g[queries])
+        g_m = None if g_log_mass is None else g_log_mass[queries].contiguous()
+        cotangents = getattr(chunks.module, "begin", begin)(rows, output, g_rows, g_m)
         for chunk in references:
-            part = chunks.module.backward(
-                rows.x,
-                rows.t,
-                *chunks.reference_rows(chunk),
-                chunks.k,
-                rows.v,
-                rows.anchor_x0,
-                rows.anchor_log_weight,
-                g_v,
-                g_m,
-                dvalues_out is not None,
-            )
-            dx += part[0]
-            dt += part[1]
-            if dvalues_out is not None and len(chunks.queries) == 1:
-                _write(part[2], dvalues_out[chunk])
-            elif dvalues_out is not None:
-                total = part[2].double() if total is None else total.add_(part[2])
-        if dx_out is not None and dt_out is not None:
-            _write(dx.masked_fill_(rows.singular[:, None], 0.0), dx_out[queries])
-            dt_out[queries] = dt
-    if dvalues_out is not None and total is not None:
-        _write(total, dvalues_out[references[0]])
+            stored = chunks.reference_rows(chunk)
+            part = chunks.module.backward(rows, *stored, cotangents, dvalues is not None)
+            if dvalues is not None and len(chunks.queries) == 1:
+                _write(part, dvalues[chunk])
+            elif dvalues is not None:
+                total = part.double() if total is None else total.add_(part)
+        if dx is not None and dt is not None:
+            _write(cotangents.dx, dx[queries])
+            dt[queries] = cotangents.dt
+    if dvalues is not None and total is not None:
+        _write(total, dvalues[references[0]])
 
 
 def field_jvp(
@@ -251,7 +231,7 @@ def field_jvp(
     chunks = Chunks(inputs, workspace, module, values_tangent is not None)
     result, (log_mass, *_) = empty_result(inputs, output), empty_rows(inputs, output, False)
     for queries in chunks.queries:
-        rows = SavedRows(chunks, saved, queries)
+        rows = saved.rows(chunks, queries)
         x_rows, t_rows = torch.zeros_like(rows.v), torch.zeros_like(rows.t)
         if x_tangent is not None:
             x_rows += flatten(x_tangent[queries])
@@ -259,26 +239,15 @@ def field_jvp(
             t_rows += t_tangent[queries]
         anchor_tangent = torch.zeros_like(rows.v)
         if values_tangent is not None:
-            anchor_tangent += flatten(values_tangent[rows.index])
+            anchor_tangent += flatten(values_tangent[saved.anchor[queries]])
         centre = _centre(rows, x_rows - anchor_tangent, t_rows, chunks.k, len(inputs.values))
         pull, slope = torch.zeros_like(rows.v), torch.zeros_like(rows.t)
         for references in chunks.references:
             moving: tuple[Tensor, ...] = ()
             if values_tangent is not None:
                 moving = (flatten(values_tangent[references]).double(), anchor_tangent)
-            part = module.jvp(
-                rows.x,
-                rows.t,
-                *chunks.reference_rows(references),
-                chunks.k,
-                rows.v,
-                rows.anchor_x0,
-                rows.anchor_log_weight,
-                x_rows,
-                t_rows,
-                centre,
-                *moving,
-            )
+            stored = chunks.reference_rows(references)
+            part = module.jvp(rows, *stored, x_rows, t_rows, centre, *moving)
             pull += part[0]
             slope += part[1]
         pull -= slope[:, None] * rows.v
@@ -289,7 +258,7 @@ def field_jvp(
     return result, log_mass
 
 
-def _centre(rows: SavedRows, tangent: Tensor, t_tangent: Tensor, k: float, count: int) -> Tensor:
+def _centre(rows: Rows, tangent: Tensor, t_tangent: Tensor, k: float, count: int) -> Tensor:
     """What the tangents of the logits are relative to (n,), for that of x − x0_a (n, d) and t (n,).
 
     The anchor's tangent: those of references that share the weight hardly differ from it. But zero
@@ -355,13 +324,18 @@ def _write(rows: Tensor, out: Tensor) -> None:
 
 
 def _merge_partials(a: Partial, b: Partial) -> Partial:
-    displacement, log_mass = merge([a[:2], b[:2]])
-    weights, _ = mass_weights(torch.stack([a[1], b[1]]))
+    weights, log_mass = mass_weights(torch.stack([a[1], b[1]]))
+    displacement = a[0] * weights[0, :, None] + b[0] * weights[1, :, None]
     anchor_log_weight, nearest = (torch.stack([a[3], b[3]]) + weights.log()).max(0)
     return displacement, log_mass, torch.where(nearest == 0, a[2], b[2]), anchor_log_weight
 
 
-def _slices(total: int, size: int) -> list[slice]:
-    """Slices of at most `size` that cover `total`; one empty slice where there is nothing."""
+def _slices(total: int, size: int, multiple: int = 1) -> list[slice]:
+    """As few slices of at most `size` as cover `total`, nearly even: all but the last a multiple
+    where that goes. One empty slice where there is nothing.
+    """
+    size = max(size // multiple * multiple or size, 1)
+    even = -(-total // max(-(-total // size), 1))
+    size = min(size, -(-even // multiple) * multiple)
     starts = range(0, max(total, 1), max(size, 1))
     return [slice(start, min(start + size, total)) for start in starts]

@@ -20,7 +20,7 @@ from pfgm_kernels._checks import REAL, floating, holds, non_negative, number, te
 from pfgm_kernels._traced import traceable
 from pfgm_kernels.autograd import apply
 from pfgm_kernels.backends import choose
-from pfgm_kernels.references import DEFAULT_WORKSPACE, ReferenceSet, check_references
+from pfgm_kernels.references import ReferenceSet, check_references, default_workspace
 
 
 def poisson_field(
@@ -135,7 +135,7 @@ def _run(
     else:
         values = check_references(x0)  # type: ignore[arg-type]
         table = values.new_empty(0, dtype=torch.float32)
-    workspace = references.workspace if references else DEFAULT_WORKSPACE
+    workspace = references.workspace if references else default_workspace(values.device)
     event_shape = references.event_shape if references else x0.shape[1:]  # type: ignore[union-attr]
 
     floating("x", x)

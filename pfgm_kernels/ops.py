@@ -25,13 +25,14 @@ A backend is a module with
     prepare(values, table, workspace)            → operands, what is computed once of the references
     operands_of(operands, references)            → those of a slice of the references
     forward(x, t, values, table, operands, k)    → v, log_mass, anchor, anchor_log_weight of a chunk
-    backward(x, t, values, table, operands, k, v, anchor_x0, anchor_log_weight, g_v, g_m,
-             values_grad)                        → 2 Σ_j c_j (x0_j − x), dt, dvalues or None
-    jvp(x, t, values, table, operands, k, v, anchor_x0, anchor_log_weight, ẋ, ṫ, l̇)
-                                                 → pull, slope (see `chunks.field_jvp`)
+    backward(rows, values, table, operands, cotangents, values_grad)
+                                                 → dvalues or None; adds 2 Σ_j c_j (x0_j − x) to
+                                                   cotangents.dx and to cotangents.dt
+    jvp(rows, values, table, operands, ẋ, ṫ, l̇)  → pull, slope (see `chunks.field_jvp`)
 
 for x (n, d) float32 or float64, and float64 where the values are; t float64; values (m, d) float32,
-float64 or uint8; everything else float64. Without `jvp` the portable sums serve.
+float64 or uint8; everything else float64. rows and cotangents are what `rows` has of n queries.
+Without `jvp` the portable sums serve, without `finish` and `begin` those of `rows`.
 """
 
 from __future__ import annotations

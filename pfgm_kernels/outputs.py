@@ -22,6 +22,7 @@ class Output(NamedTuple):
     scale: float
 
     def shape(self, x: Tensor, d: int) -> tuple[int, ...]:
+        """Of the result for x (n, *event), d = prod(event)."""
         return (x.shape[0], d + 1) if self.name == "field" else tuple(x.shape)
 
     def write(self, v: Tensor, x: Tensor, t: Tensor, out: Tensor) -> None:

@@ -14,7 +14,7 @@ from pfgm_kernels._checks import INTEGER, floating, integer, number, tensor
 from pfgm_kernels.backends import BACKENDS, choose
 from pfgm_kernels.chunks import flatten
 
-DEFAULT_WORKSPACE, LEAST_WORKSPACE = 256 << 20, 1 << 20
+LEAST_WORKSPACE = 1 << 20
 EDITED = "ReferenceSet expects its references as they were prepared, but x0 was edited since"
 
 _preparing = threading.Lock()
@@ -37,6 +37,7 @@ class ReferenceSet:
     Args:
         x0: (N, *event) float16, bfloat16, float32 or float64, dense, finite, N ≥ 1.
         workspace: bytes of temporaries that one call of the op may take, whatever B and N; ≥ 2²⁰.
+            By default 256 MiB, and 1 GiB on a GPU, where small chunks would leave it idle.
         backend: the one that the op will run on where it is not asked for another; by default the
             first that can.
 
@@ -60,7 +61,7 @@ class ReferenceSet:
     """What each backend that ran, or will run, prepared of the references, by its name."""
 
     def __init__(
-        self, x0: Tensor, *, workspace: int = DEFAULT_WORKSPACE, backend: str | None = None
+        self, x0: Tensor, *, workspace: int | None = None, backend: str | None = None
     ) -> None:
         if isinstance(x0, Tensor) and x0.requires_grad:
             raise ValueError(
@@ -82,7 +83,7 @@ class ReferenceSet:
         low: float = -1.0,
         high: float = 1.0,
         *,
-        workspace: int = DEFAULT_WORKSPACE,
+        workspace: int | None = None,
         backend: str | None = None,
     ) -> ReferenceSet:
         """References stored as 8-bit images, a quarter of the bytes of float32.
@@ -116,9 +117,11 @@ class ReferenceSet:
         values: Tensor,
         table: Tensor,
         event_shape: torch.Size,
-        workspace: int,
+        workspace: int | None,
         backend: str | None,
     ) -> None:
+        if workspace is None:
+            workspace = default_workspace(values.device)
         self.workspace = integer("workspace", workspace, LEAST_WORKSPACE)
         self.values, self.table = values, table
         self.event_shape, self.backend = event_shape, backend
@@ -220,6 +223,10 @@ class ReferenceSet:
             f"ReferenceSet({len(self)} references of shape {tuple(self.event_shape)}, "
             f"{stored}, {self.nbytes / 2**20:.1f} MiB on {self.device})"
         )
+
+
+def default_workspace(device: torch.device) -> int:
+    return 256 << 20 if device.type == "cpu" else 1 << 30
 
 
 def check_references(x0: Tensor) -> Tensor:

@@ -125,9 +125,8 @@ struct DirectArguments {
   float* near_square;  // (B, splits) smallest squared distance
   int* near_chunk;     // (B, splits) and its chunk of 32 references
   double* square;      // (B,) squared distance of the nearest reference
-  const int* crowd;    // (kCrowdBlocks,) equal references in a sample; null: they do no harm
   double* sums;        // (B, splits, d + 1)
-  float* limit;        // (B,)
+  Left left;
 };
 
 // A block's place: its part of the references and its threads' queries.
@@ -232,18 +231,19 @@ __device__ inline double combine_sums(const DirectArguments& a, int64_t b, doubl
   return sum;
 }
 
-// Where float is not sure to do, or did not, all references are left to direct differences in
-// double.
-__device__ inline float choose_limit(bool sure, double sum, double last) {
+// Whether float does; else all references of query b are left to direct differences in double.
+__device__ inline bool settle(const DirectArguments& a, int64_t b, bool sure, double sum,
+                              double last) {
   const bool finite = sum - sum == 0 && last - last == 0;
-  return sure && __ballot_sync(kAllLanes, finite) == kAllLanes ? -INFINITY : NAN;
+  const bool done = sure && __ballot_sync(kAllLanes, finite) == kAllLanes;
+  if (threadIdx.x % 32 == 0) a.left.set(b, done ? -INFINITY : NAN);
+  return done;
 }
 
 // How a call is shared out among blocks.
 inline DirectArguments share_out(const FieldParams& p, double half_k, Workspace& workspace) {
   constexpr int kBlocksEach = 8, kLeast = 4;  // blocks to a multiprocessor, tiles to a part
-  DirectArguments a{p,       Weighing(half_k), 1,       1,       nullptr,
-                    nullptr, nullptr,          nullptr, nullptr, nullptr};
+  DirectArguments a{p, Weighing(half_k), 1, 1, nullptr, nullptr, nullptr, nullptr, Left()};
   switch_dim<2, 4, 8, 16, 24, 32>(p.dim, [&](auto dim) {
     constexpr int kQueries = Shape<decltype(dim)::value>::kQueries;
     while (a.shares < 32 && kDirectThreads / (2 * a.shares) * kQueries >= p.batch) a.shares *= 2;
@@ -253,7 +253,7 @@ inline DirectArguments share_out(const FieldParams& p, double half_k, Workspace&
     a.splits = static_cast<int>(wanted < most ? wanted : most);
   });
   a.sums = workspace.take<double>(p.batch * a.splits * (p.dim + 1));
-  a.limit = workspace.take<float>(p.batch);
+  a.left = Left(p, workspace);
   return a;
 }
 
@@ -263,14 +263,14 @@ void launch_direct(const DirectArguments& a, Choose choose) {
   switch_dim<2, 4, 8, 16, 24, 32>(a.p.dim, [&](auto dim) {
     using Shape = Shape<decltype(dim)::value>;
     const int64_t queries = kDirectThreads / a.shares * Shape::kQueries;
-    launch(choose(dim), dim3(divide_up(a.p.batch, queries) * a.splits), dim3(kDirectThreads),
+    launch(choose(dim), divide_up(a.p.batch, queries) * a.splits, kDirectThreads,
            kTile * Shape::kStride * sizeof(float), a);
   });
 }
 
 // Launches a kernel with a warp to each query.
 inline void launch_warps(void (*kernel)(DirectArguments), const DirectArguments& a) {
-  launch(kernel, dim3(divide_up(a.p.batch, kDirectThreads / 32)), dim3(kDirectThreads), 0, a);
+  launch(kernel, divide_up(a.p.batch, kDirectThreads / 32), kDirectThreads, 0, a);
 }
 
 __device__ inline int64_t query_of_warp() {

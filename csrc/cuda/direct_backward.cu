@@ -24,12 +24,10 @@ __global__ void __launch_bounds__(kDirectThreads)
   double factor = cotangent_unit(p, b, p.grad_log_mass[b] - p.projection[b]) *
                   ::exp(p.anchor_log_weight[b] - scale.logit(square));
   factor *= scale.gaussian ? scale.rate : scale.half_k / scale.s;
-  if (lane < p.dim) p.dx[b * p.dim + lane] = 2 * factor * sum;
   const bool sure = scale.reach(square) <= kGradientReach && factor - factor == 0;
-  const float limit = choose_limit(sure, sum, last);
-  if (lane != 0) return;
-  p.dt[b] = (scale.gaussian ? 2 / t : -2 * t) * factor * last;
-  a.limit[b] = limit;
+  if (!settle(a, b, sure, sum, last)) return;
+  if (lane < p.dim) p.dx[b * p.dim + lane] += 2 * factor * sum;
+  if (lane == 0) p.dt[b] += (scale.gaussian ? 2 / t : -2 * t) * factor * last;
 }
 
 }  // namespace
@@ -38,7 +36,7 @@ void direct_backward(const FieldParams& p, Workspace& workspace) {
   const DirectArguments a = share_out(p, p.half_k + 1, workspace);  // ∞ stays
   launch_direct(a, [](auto dim) { return direct_sum_kernel<decltype(dim)::value, true>; });
   launch_warps(direct_finish_backward_kernel, a);
-  exact_backward(p, workspace, a.limit, nullptr);
+  exact_backward(p, workspace, a.left, nullptr);
 }
 
 }  // namespace pfgm

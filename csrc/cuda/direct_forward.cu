@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kDirectThreads, Shape<kDim>::blocks(false))
     chunk[q] = 0;
     PFGM_UNROLL
     for (int c = 0; c < kDim; ++c) {
-      x[q][c] = c < p.dim ? static_cast<float>(p.x[b * p.dim + c]) : 0;
+      x[q][c] = c < p.dim ? p.x_single[b * p.dim + c] : 0;
     }
   }
 
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kDirectThreads)
   if (row >= p.count) row = p.count - 1;
   double square = 0;
   for (int64_t c = 0; c < p.dim; ++c) {
-    const double difference = load_float(p, row * p.dim + c) - p.x[b * p.dim + c];
+    const double difference = load_float(p, row * p.dim + c) - p.x_single[b * p.dim + c];
     square += difference * difference;
   }
   find_least(square, row, 32);
@@ -128,7 +128,6 @@ __global__ void __launch_bounds__(kDirectThreads)
 
 struct CrowdArguments {
   FieldParams p;
-  int* crowd;  // (kCrowdBlocks,)
 };
 
 // How many references of a sample equal an earlier one of it.
@@ -155,16 +154,15 @@ __global__ void __launch_bounds__(kDirectThreads)
   if (threadIdx.x != 0) return;
   int total = 0;
   for (int w = 0; w < kDirectThreads / 32; ++w) total += counts[w];
-  a.crowd[blockIdx.x] = total;
+  p.crowd[blockIdx.x] = total;
 }
 
 __device__ bool is_sure(const DirectArguments& a, double reach, double log_weight) {
   if (!(reach <= ::fmax(kSmallReach, kRootReach * ::sqrt(static_cast<double>(a.p.dim))))) {
     return false;
   }
-  if (a.crowd == nullptr) return true;
   int equal = 0;
-  for (int block = 0; block < kCrowdBlocks; ++block) equal += a.crowd[block];
+  for (int block = 0; block < kCrowdBlocks; ++block) equal += a.p.crowd[block];
   if (equal < kCrowd) return true;
   const double spread = log_weight + ::log(static_cast<double>(a.p.count));
   const double most = reach + 2 * spread;
@@ -188,39 +186,36 @@ __global__ void __launch_bounds__(kDirectThreads)
   double column = 0;
   if (lane < p.dim) {
     const int64_t at = b * p.dim + lane;
-    const double difference = load_float(p, anchor * p.dim + lane) - p.x[at];
+    const double difference = load_float(p, anchor * p.dim + lane) - p.x_single[at];
     column = (sum + weight * difference) / total;
     p.displacement[at] = column;
   }
   const double length = warp_sum(column * column);
   const bool faint = others < kFaint * total && square < kFaint * length;
   const double log_total = ::log(total);
-  const bool sure = !faint && is_sure(a, scale.reach(square), logit - log_total);
-  const float limit = choose_limit(sure, sum, total);
+  settle(a, b, !faint && is_sure(a, scale.reach(square), logit - log_total), sum, total);
   if (lane != 0) return;
   p.log_mass[b] = scale.own_logit() + log_total;
   p.anchor_log_weight[b] = logit - log_total;
-  a.limit[b] = limit;
 }
 
 }  // namespace
+
+void count_crowd(const FieldParams& p) {
+  launch(crowd_kernel, kCrowdBlocks, kDirectThreads,
+         kSample * sizeof(double) + kDirectThreads / 32 * sizeof(int), CrowdArguments{p});
+}
 
 void direct_forward(const FieldParams& p, Workspace& workspace) {
   DirectArguments a = share_out(p, p.half_k, workspace);
   a.near_square = workspace.take<float>(p.batch * a.splits);
   a.near_chunk = workspace.take<int>(p.batch * a.splits);
   a.square = workspace.take<double>(p.batch);
-  if (a.weighing.power == 0 || p.half_k > kCrowdReach) {
-    const CrowdArguments crowd{p, workspace.take<int>(kCrowdBlocks)};
-    a.crowd = crowd.crowd;
-    launch(crowd_kernel, dim3(kCrowdBlocks), dim3(kDirectThreads),
-           kSample * sizeof(double) + kDirectThreads / 32 * sizeof(int), crowd);
-  }
   launch_direct(a, [](auto dim) { return nearest_kernel<decltype(dim)::value>; });
   launch_warps(anchor_kernel, a);
   launch_direct(a, [](auto dim) { return direct_sum_kernel<decltype(dim)::value, false>; });
   launch_warps(direct_finish_kernel, a);
-  exact_forward(p, workspace, a.limit, {}, workspace.take<double>(p.batch));
+  exact_forward(p, workspace, a.left, {}, workspace.take<double>(p.batch));
 }
 
 }  // namespace pfgm

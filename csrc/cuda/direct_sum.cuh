@@ -103,7 +103,7 @@ struct Query {
 };
 
 template <int kDim, bool kBackward>
-__device__ void load_query(const DirectArguments& a, const Place<kDim>& place, int64_t b,
+__device__ void read_query(const DirectArguments& a, const Place<kDim>& place, int64_t b,
                            Query<kDim, kBackward>& query) {
   const FieldParams& p = a.p;
   const Scale scale(p, b, kBackward ? p.anchor_square[b] : a.square[b]);
@@ -123,7 +123,7 @@ __device__ void load_query(const DirectArguments& a, const Place<kDim>& place, i
   PFGM_UNROLL
   for (int c = 0; c < kDim; ++c) {
     const bool inside = c < p.dim;
-    query.x[c] = inside ? static_cast<float>(p.x[b * p.dim + c]) : 0;
+    query.x[c] = inside ? p.x_single[b * p.dim + c] : 0;
     if constexpr (kBackward) {
       query.g[c] = inside ? static_cast<float>(p.grad_displacement[b * p.dim + c] / unit) : 0;
     }
@@ -185,8 +185,9 @@ __global__ void __launch_bounds__(kDirectThreads, Shape<kDim>::blocks(kBackward)
   float* const tile = shared_memory<float>();
   const Place<kDim> place(a);
   Query<kDim, kBackward> queries[kQueries];
+  a.left.clear();
   PFGM_UNROLL
-  for (int q = 0; q < kQueries; ++q) load_query(a, place, place.row(p, q), queries[q]);
+  for (int q = 0; q < kQueries; ++q) read_query(a, place, place.row(p, q), queries[q]);
 
   clear_tile<kDim>(tile);
   for (int offset = 0; offset < place.size; offset += kTile) {

@@ -41,17 +41,16 @@ struct Part {
 
 struct ExactArguments {
   FieldParams p;
-  const float* limit;  // (B,)
-  const float* r;      // (B, pitch), null: all references
+  Left left;
+  const float* r;  // (B, pitch), null: all references
   Summed summed;
   double* total;         // (B,)
   double* weights;       // (B, N), null: not asked for
   double* coefficients;  // (B, N)
-  int* listed;           // (1 + B,) how many queries have a limit, and which
   int64_t slots;         // how many parts queries can have in all, but for one of each
   Part* parts;           // (max(B, slots),)
   double* sums;          // (slots, d) of queries with several parts
-  double* result;        // (B, d) of those with one part, and what they all become
+  double* result;        // (B, d) what they become: of those with one part at once
 };
 
 struct Scratch {
@@ -111,7 +110,7 @@ struct Task {
 
   __device__ Task(const ExactArguments& a, int64_t index, int parts) : index(index), parts(parts) {
     const int64_t spans = (a.p.count + kSpan - 1) / kSpan, part = index % parts;
-    b = a.listed[1 + index / parts];
+    b = a.left.listed[1 + index / parts];
     begin = spans * part / parts * kSpan;
     end = spans * (part + 1) / parts * kSpan;
     if (end > a.p.count) end = a.p.count;
@@ -124,7 +123,7 @@ struct Task {
 
 __device__ inline int parts_of_a_query(const ExactArguments& a) {
   const int64_t spans = (a.p.count + kSpan - 1) / kSpan;
-  const int64_t parts = a.listed[0] == 0 ? 1 : a.slots / a.listed[0];
+  const int64_t parts = a.left.listed[0] == 0 ? 1 : a.slots / a.left.listed[0];
   return static_cast<int>(parts < 1 ? 1 : parts < spans ? parts : spans);
 }
 
@@ -145,7 +144,7 @@ __device__ inline int list_references(const ExactArguments& a, const Task& task,
   struct alignas(16) Four {
     float r[kEach];
   };
-  const float limit = a.limit[task.b];
+  const float limit = a.left.limit[task.b];
   int count = 0;
   while (count < kRows && next < task.end) {
     const int64_t mine = next + threadIdx.x * kEach;
@@ -169,8 +168,8 @@ __device__ inline int list_references(const ExactArguments& a, const Task& task,
 template <class Stored, bool kPull>
 __device__ void find_distances(const FieldParams& p, const Task& task, const int* rows, int count,
                                Scratch& scratch) {
-  const double* x = p.x + task.b * p.dim;
-  const double* g = kPull ? p.grad_displacement + task.b * p.dim : x;
+  const int64_t query = task.b * p.dim;
+  const double* g = kPull ? p.grad_displacement + query : nullptr;
   const int dim = static_cast<int>(p.dim);
   const int lanes = p.dim <= 8 ? 1 : p.dim <= 32 ? 4 : 32, per_warp = 32 / lanes;
   for (int start = warp() * per_warp; start < count; start += kWarps * per_warp) {
@@ -180,7 +179,7 @@ __device__ void find_distances(const FieldParams& p, const Task& task, const int
       const int64_t row = (task.begin + rows[i]) * p.dim;
       PFGM_UNROLL_BY_FOUR
       for (int c = lane() % lanes; c < dim; c += lanes) {
-        const double difference = load_value<Stored>(p, row + c) - x[c];
+        const double difference = load_value<Stored>(p, row + c) - load_query(p, query + c);
         square += difference * difference;
         if (kPull) pull += difference * g[c];
       }
@@ -200,13 +199,13 @@ __device__ void find_distances(const FieldParams& p, const Task& task, const int
 struct ColumnSums {
   int64_t dim;
   int width;
-  const double* x;
+  bool onto;  // whether sums are added to what there is
   double* out;
   double kept = 0;  // of the thread's column where it has one at most; else they are in `out`
   bool first = true;
 
-  __device__ ColumnSums(const ExactArguments& a, const Task& task)
-      : dim(a.p.dim), width(1), x(a.p.x + task.b * a.p.dim), out(task.sums(a)) {
+  __device__ ColumnSums(const ExactArguments& a, const Task& task, bool added)
+      : dim(a.p.dim), width(1), onto(added && task.parts == 1), out(task.sums(a)) {
     while (width < dim && width < kExactThreads) width *= 2;
   }
 
@@ -218,12 +217,13 @@ struct ColumnSums {
                       int count, const Scratch& scratch) {
     const int groups = kExactThreads / width;
     for (int64_t c = threadIdx.x % width; c < dim; c += width) {
-      double sum = first ? 0 : (spread() ? kept : out[c]) * factor;
+      const double x = load_query(p, task.b * dim + c);
+      double sum = !first ? (spread() ? kept : out[c]) * factor : onto && !spread() ? out[c] : 0;
       PFGM_UNROLL_BY_FOUR
       for (int i = threadIdx.x / width; i < count; i += groups) {
         const int row = scratch.heavy[i];
         const int64_t index = (task.begin + rows[row]) * dim + c;
-        sum += scratch.weights[row] * (load_value<Stored>(p, index) - x[c]);
+        sum += scratch.weights[row] * (load_value<Stored>(p, index) - x);
       }
       spread() ? kept = sum : out[c] = sum;
     }
@@ -238,7 +238,8 @@ struct ColumnSums {
       __syncthreads();
       if (static_cast<int>(threadIdx.x) < half) shared[threadIdx.x] += shared[threadIdx.x + half];
     }
-    if (threadIdx.x < dim) out[threadIdx.x] = shared[threadIdx.x];
+    if (threadIdx.x >= dim) return;
+    out[threadIdx.x] = shared[threadIdx.x] + (onto ? out[threadIdx.x] : 0);
   }
 };
 
@@ -251,11 +252,11 @@ __global__ void __launch_bounds__(kExactThreads, kBlocksEach)
     exact_kernel(const __grid_constant__ ExactArguments a) {
   Scratch& scratch = *shared_memory<Scratch>();
   const int parts = parts_of_a_query(a);
-  const int64_t tasks = static_cast<int64_t>(a.listed[0]) * parts;
+  const int64_t tasks = static_cast<int64_t>(a.left.listed[0]) * parts;
   for (int64_t index = blockIdx.x; index < tasks; index += gridDim.x) {
     const Task task(a, index, parts);
     Pass pass(a, task);
-    ColumnSums columns(a, task);
+    ColumnSums columns(a, task, Pass::kPull);
     int64_t next = task.begin;
     while (next < task.end) {
       const int listed = list_references(a, task, next, scratch);
@@ -277,21 +278,21 @@ __global__ void __launch_bounds__(kExactThreads, kBlocksEach)
 }
 
 // Combines the parts of the queries. Pass::combine(a, b, parts, count, factors) says what scales
-// each of their sums, and that is all; it writes the query's other results where `write`.
+// each of their sums; it writes the query's other results where `write`.
 template <class Pass>
 __global__ void __launch_bounds__(kExactThreads)
     exact_combine_kernel(const __grid_constant__ ExactArguments a) {
   double* factors = shared_memory<double>();
   const int parts = parts_of_a_query(a);
   const int64_t blocks = (a.p.dim + kExactThreads - 1) / kExactThreads;
-  for (int64_t task = blockIdx.x; task < a.listed[0] * blocks; task += gridDim.x) {
-    const int64_t query = task / blocks, first = query * parts, b = a.listed[1 + query];
+  for (int64_t task = blockIdx.x; task < a.left.listed[0] * blocks; task += gridDim.x) {
+    const int64_t query = task / blocks, first = query * parts, b = a.left.listed[1 + query];
     __syncthreads();
     Pass::combine(a, b, a.parts + first, parts, factors, task % blocks == 0);
     const int64_t c = task % blocks * kExactThreads + threadIdx.x;
-    if (c >= a.p.dim) continue;
+    if (c >= a.p.dim || (Pass::kPull && parts == 1)) continue;
     double* const out = a.result + b * a.p.dim + c;
-    double sum = 0;
+    double sum = Pass::kPull ? *out : 0;
     for (int part = 0; part < parts; ++part) {
       if (a.parts[first + part].empty) continue;
       sum += factors[part] * (parts > 1 ? a.sums[(first + part) * a.p.dim + c] : *out);
@@ -300,31 +301,9 @@ __global__ void __launch_bounds__(kExactThreads)
   }
 }
 
-struct ListArguments {
-  FieldParams p;
-  const float* limit;
-  int* listed;
-};
-
-// Lists the queries that have a limit, in one block.
-static __global__ void __launch_bounds__(kExactThreads)
-    list_queries_kernel(const __grid_constant__ ListArguments a) {
-  int* counts = shared_memory<int>();
-  int count = 0;
-  for (int64_t start = 0; start < a.p.batch; start += kSpan) {
-    const int64_t mine = start + threadIdx.x * kEach;
-    bool kept[kEach];
-    PFGM_UNROLL
-    for (int e = 0; e < kEach; ++e)
-      kept[e] = mine + e < a.p.batch && a.limit[mine + e] != -INFINITY;
-    count += compact(kept, static_cast<int>(mine), a.listed + 1 + count, counts);
-  }
-  if (threadIdx.x == 0) a.listed[0] = count;
-}
-
 template <class Stored, class Pass>
 void launch_exact(const ExactArguments& a, int64_t blocks) {
-  launch(exact_kernel<Stored, Pass>, dim3(blocks), dim3(kExactThreads), sizeof(Scratch), a);
+  launch(exact_kernel<Stored, Pass>, blocks, kExactThreads, sizeof(Scratch), a);
 }
 
 // The whole of a pass. a has what the pass alone needs.
@@ -336,11 +315,8 @@ void run_exact(ExactArguments a, Workspace& workspace) {
   const int64_t filling = 4 * multiprocessors(p), pairs = p.batch * p.count;
   const int64_t most = (pairs < kFloor ? kFloor : pairs) / p.dim;
   a.slots = filling < most ? filling : most < 1 ? 1 : most;
-  a.listed = workspace.take<int>(1 + p.batch);
   a.parts = workspace.take<Part>(p.batch < a.slots ? a.slots : p.batch);
   a.sums = workspace.take<double>(a.slots * p.dim);
-  const ListArguments list{p, a.limit, a.listed};
-  launch(list_queries_kernel, dim3(1), dim3(kExactThreads), kWarps * sizeof(int), list);
   const int64_t blocks =
       p.batch < 4 * filling ? (p.batch < a.slots ? a.slots : p.batch) : 4 * filling;
   switch (p.value_type) {
@@ -353,8 +329,7 @@ void run_exact(ExactArguments a, Workspace& workspace) {
     default:
       launch_exact<uint8_t, Pass>(a, blocks);
   }
-  launch(exact_combine_kernel<Pass>, dim3(blocks), dim3(kExactThreads), a.slots * sizeof(double),
-         a);
+  launch(exact_combine_kernel<Pass>, blocks, kExactThreads, a.slots * sizeof(double), a);
 }
 
 }  // namespace

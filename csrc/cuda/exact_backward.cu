@@ -40,7 +40,7 @@ struct BackwardPass {
         c = w * pull * kernel.slope(square);
         sum += kernel.gaussian ? c * square : c;
       }
-      scratch.weights[threadIdx.x] = c;
+      scratch.weights[threadIdx.x] = 2 * c;
       heavy = c != 0;
       if (a.weights != nullptr) {
         const int64_t pair = b * p.count + task.begin + rows[threadIdx.x];
@@ -57,7 +57,7 @@ struct BackwardPass {
 
   __device__ static void combine(const ExactArguments& a, int64_t b, const Part* parts, int count,
                                  double* factors, bool write) {
-    for (int i = threadIdx.x; i < count; i += kExactThreads) factors[i] = 2;
+    for (int i = threadIdx.x; i < count; i += kExactThreads) factors[i] = 1;
     __syncthreads();
     if (!write || threadIdx.x != 0) return;
     double sum = 0;
@@ -65,7 +65,7 @@ struct BackwardPass {
       if (!parts[i].empty) sum += parts[i].sum;
     }
     const double t = a.p.t[b];
-    a.p.dt[b] = sum * (a.p.half_k == INFINITY ? 2 / t : -2 * t);
+    a.p.dt[b] += sum * (a.p.half_k == INFINITY ? 2 / t : -2 * t);
   }
 };
 
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kExactThreads)
     y[i] = load_value<Stored>(p, (first + (i < count ? i : 0)) * p.dim + c);
   }
   for (int64_t b = 0; b < p.batch; ++b) {
-    const double g = p.grad_displacement[b * p.dim + c], x = p.x[b * p.dim + c];
+    const double g = p.grad_displacement[b * p.dim + c], x = load_query(p, b * p.dim + c);
     const int64_t pair = b * p.count + first;
     PFGM_UNROLL
     for (int i = 0; i < kOwn; ++i) {
@@ -113,19 +113,18 @@ __global__ void __launch_bounds__(kExactThreads)
 void references_backward(const ReferencesArguments& a) {
   const FieldParams& p = a.p;
   const int64_t rows = kExactThreads / a.width * kOwn;
-  const dim3 grid(divide_up(p.count, rows) * divide_up(p.dim, a.width));
+  const int64_t blocks = divide_up(p.count, rows) * divide_up(p.dim, a.width);
   const bool single = p.value_type == ValueType::kFloat32;
-  launch(single ? references_kernel<float> : references_kernel<double>, grid, dim3(kExactThreads),
-         0, a);
+  launch(single ? references_kernel<float> : references_kernel<double>, blocks, kExactThreads, 0,
+         a);
 }
 
 }  // namespace
 
-void exact_backward(const FieldParams& p, Workspace& workspace, const float* limit,
-                    const float* r) {
+void exact_backward(const FieldParams& p, Workspace& workspace, const Left& left, const float* r) {
   ExactArguments a{};
   a.p = p;
-  a.limit = limit;
+  a.left = left;
   a.r = r;
   a.result = p.dx;
   const int64_t pairs = p.dvalues == nullptr ? 0 : p.batch * p.count;

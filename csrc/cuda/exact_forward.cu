@@ -99,22 +99,25 @@ struct ForwardPass {
 
 struct FillArguments {
   FieldParams p;
-  float* limit;
+  Left left;
 };
 
 __global__ void __launch_bounds__(kExactThreads)
     fill_kernel(const __grid_constant__ FillArguments a) {
   const int64_t b = static_cast<int64_t>(blockIdx.x) * kExactThreads + threadIdx.x;
-  if (b < a.p.batch) a.limit[b] = NAN;
+  if (b >= a.p.batch) return;
+  a.left.limit[b] = NAN;
+  a.left.listed[1 + b] = static_cast<int>(b);
+  if (b == 0) a.left.listed[0] = static_cast<int>(a.p.batch);
 }
 
 }  // namespace
 
-void exact_forward(const FieldParams& p, Workspace& workspace, const float* limit,
+void exact_forward(const FieldParams& p, Workspace& workspace, const Left& left,
                    const Summed& summed, double* total) {
   ExactArguments a{};
   a.p = p;
-  a.limit = limit;
+  a.left = left;
   a.r = summed.r;
   a.summed = summed;
   a.total = total;
@@ -122,10 +125,10 @@ void exact_forward(const FieldParams& p, Workspace& workspace, const float* limi
   run_exact<ForwardPass>(a, workspace);
 }
 
-float* all_references(const FieldParams& p, Workspace& workspace) {
-  const FillArguments a{p, workspace.take<float>(p.batch)};
-  launch(fill_kernel, dim3(divide_up(p.batch, kExactThreads)), dim3(kExactThreads), 0, a);
-  return a.limit;
+Left all_references(const FieldParams& p, Workspace& workspace) {
+  const FillArguments a{p, Left(p, workspace)};
+  launch(fill_kernel, divide_up(p.batch, kExactThreads), kExactThreads, 0, a);
+  return a.left;
 }
 
 }  // namespace pfgm

@@ -12,11 +12,12 @@ void check_params(const FieldParams& p) {
   if (p.batch < 0 || p.count < 1 || p.dim < 1 || p.dim > kMostColumns || !(p.half_k > 0)) {
     throw std::invalid_argument("CUDA kernel called with sizes out of range");
   }
-  if (!p.x || !p.t || !p.values || (p.value_type == ValueType::kUint8 && !p.table)) {
+  if (!(p.single ? p.x_single != nullptr : p.x != nullptr) || !p.t || !p.values ||
+      (p.value_type == ValueType::kUint8 && !p.table)) {
     throw std::invalid_argument("CUDA kernel called with a null pointer");
   }
   const bool prepared = p.header && p.origin && p.mean && p.squares && p.parts;
-  if (p.single && p.dim > kMaxDirectDim && !(prepared && p.num_parts >= 1)) {
+  if (p.single && !(p.dim > kMaxDirectDim ? prepared && p.num_parts >= 1 : p.crowd != nullptr)) {
     throw std::invalid_argument("CUDA kernel called without operands");
   }
 }

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -64,17 +65,24 @@ class Workspace {
 
 // A kernel takes one struct, `arguments`, whose member p is the call's FieldParams.
 template <class Arguments>
-void launch(void (*kernel)(Arguments), dim3 grid, dim3 block, size_t shared_bytes,
+void launch(void (*kernel)(Arguments), int64_t blocks, int threads, size_t shared_bytes,
             const Arguments& arguments) {
-  if (arguments.p.workspace == nullptr || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (blocks == 0) return;
+  if (blocks < 0 || blocks > std::numeric_limits<int>::max()) {
+    throw std::invalid_argument("CUDA kernel called with more blocks than a grid has");
+  }
+  if (arguments.p.workspace == nullptr) {
+    if (arguments.p.launches != nullptr) ++*arguments.p.launches;
+    return;
+  }
   constexpr size_t kStaticLimit = 48 << 10;
   if (shared_bytes > kStaticLimit) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)));
   }
   void* pointers[] = {const_cast<Arguments*>(&arguments)};
-  check(cudaLaunchKernel(kernel, grid, block, pointers, shared_bytes,
-                         static_cast<cudaStream_t>(arguments.p.stream)));
+  check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers,
+                         shared_bytes, static_cast<cudaStream_t>(arguments.p.stream)));
 }
 
 // Calls body with the smallest of kDims that holds dim, as a std::integral_constant.

@@ -49,13 +49,17 @@ __global__ void __launch_bounds__(kThreads)
 __device__ double load(const SplitArguments& a, int64_t row, int64_t column) {
   const FieldParams& p = a.p;
   const int64_t index = row * p.dim + column;
-  if (a.rows == nullptr) {
-    if (p.value_type == ValueType::kUint8) {
-      return static_cast<int>(static_cast<const uint8_t*>(p.values)[index]) - kCodeOrigin;
-    }
-    return decode(p, index) - p.origin[column];
+  switch (a.of) {
+    case RowsOf::kCotangents:
+      return p.grad_displacement[index];
+    case RowsOf::kQueries:
+      return (load_query(p, index) - p.origin[column]) / p.header[0];
+    default:
+      if (p.value_type == ValueType::kUint8) {
+        return static_cast<int>(static_cast<const uint8_t*>(p.values)[index]) - kCodeOrigin;
+      }
+      return decode(p, index) - p.origin[column];
   }
-  return a.cotangents ? a.rows[index] : (a.rows[index] - p.origin[column]) / p.header[0];
 }
 
 // A warp takes a row: its parts, ‖y‖², and a mark. Of a reference the mark is a sum that is the
@@ -67,6 +71,7 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (row >= a.count) return;
+  if (a.of == RowsOf::kQueries) a.left.clear();
   const int64_t width = width_of(p.dim);
   double square = 0, mark = 0, shift = 0;
   for (int64_t first = 2 * lane; first < width; first += 2 * kWarp) {
@@ -76,8 +81,10 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__
       if (column >= p.dim) break;
       double y = load(a, row, column);
       square += y * y;
-      if (a.rows == nullptr) mark += y * static_cast<double>(column * 40503 % 65536);
-      if (a.cotangents) shift += y * (p.origin[column] - p.x[row * p.dim + column]);
+      if (a.of == RowsOf::kReferences) mark += y * static_cast<double>(column * 40503 % 65536);
+      if (a.of == RowsOf::kCotangents) {
+        shift += y * (p.origin[column] - load_query(p, row * p.dim + column));
+      }
       float remainder = static_cast<float>(y);
       PFGM_UNROLL
       for (int part = 0; part < kMaxParts; ++part) {
@@ -87,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__
         remainder -= from_bfloat16(bits);
         y -= static_cast<double>(from_bfloat16(bits));
       }
-      if (a.rows != nullptr) mark += y * p.mean[column];
+      if (a.of != RowsOf::kReferences) mark += y * p.mean[column];
     }
     PFGM_UNROLL
     for (int part = 0; part < kMaxParts; ++part) {
@@ -100,7 +107,8 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__
   mark = warp_sum(mark);
   shift = warp_sum(shift);
   if (lane != 0) return;
-  if (a.cotangents) mark += (p.grad_log_mass[row] - p.projection[row] + shift) / p.header[0];
+  if (a.of == RowsOf::kCotangents)
+    mark += (p.grad_log_mass[row] - p.projection[row] + shift) / p.header[0];
   a.squares[row] = square;
   a.marks[row] = mark;
 }
@@ -151,11 +159,15 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void split(const SplitArguments& a) {
-  launch(split_kernel, dim3(static_cast<unsigned>(divide_up(a.count, kWarps))), dim3(kThreads), 0,
-         a);
+  launch(split_kernel, divide_up(a.count, kWarps), kThreads, 0, a);
 }
 
 int64_t prepare_references_cuda(const FieldParams& p) {
+  if (p.dim <= kMaxDirectDim && p.values && p.crowd && p.count > 0) {
+    const DeviceGuard guard(p.device);
+    count_crowd(p);
+    return 1;
+  }
   if (p.count < 1 || p.dim < 1 || p.num_parts < 1 || p.num_parts > kMaxParts) {
     throw std::invalid_argument("CUDA kernel called with sizes out of range");
   }
@@ -173,13 +185,12 @@ int64_t prepare_references_cuda(const FieldParams& p) {
   a.plane = p.plane;
   a.squares = workspace.take<double>(p.count);
   a.marks = workspace.take<double>(p.count);
-  launch(origin_kernel, dim3(static_cast<unsigned>(divide_up(p.dim, kThreads))), dim3(kThreads), 0,
-         a);
+  launch(origin_kernel, divide_up(p.dim, kThreads), kThreads, 0, a);
   split(a);
   constexpr int64_t kMostBlocks = 1024;
   const int64_t blocks = divide_up(p.count, kThreads);
-  launch(summarise_kernel, dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks)),
-         dim3(kThreads), (kSample + kThreads) * sizeof(double) + kThreads * sizeof(int), a);
+  launch(summarise_kernel, blocks < kMostBlocks ? blocks : kMostBlocks, kThreads,
+         (kSample + kThreads) * sizeof(double) + kThreads * sizeof(int), a);
   return workspace.bytes();
 }
 

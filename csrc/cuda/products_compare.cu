@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int kAParts, int kBParts>
 void launch_compare(const CompareArguments& c) {
   const int64_t blocks = divide_up(c.p.batch, kTile) * divide_up(c.p.count, kTile);
-  launch(compare_kernel<kAParts, kBParts>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
+  launch(compare_kernel<kAParts, kBParts>, blocks, kThreads,
          ProductTraits<kAParts, kBParts>::kSharedBytes, c);
 }
 

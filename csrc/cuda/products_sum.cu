@@ -75,8 +75,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int kParts>
 void launch_sum(const TwoPassArguments& a) {
   const int64_t blocks = divide_up(a.p.batch, kTile) * divide_up(a.width, kTile) * a.splits;
-  launch(sum_kernel<kParts>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-         ProductTraits<2, kParts>::kSharedBytes, a);
+  launch(sum_kernel<kParts>, blocks, kThreads, ProductTraits<2, kParts>::kSharedBytes, a);
 }
 
 }  // namespace

@@ -104,7 +104,8 @@ __device__ int64_t find_anchor(const TwoPassArguments& a, int64_t b, float neare
 __device__ double exact_square(const TwoPassArguments& a, const Query& q, int64_t j) {
   double square = 0;
   for (int64_t column = threadIdx.x; column < a.p.dim; column += kThreads) {
-    const double difference = decode(a.p, j * a.p.dim + column) - a.p.x[q.b * a.p.dim + column];
+    const double difference =
+        decode(a.p, j * a.p.dim + column) - load_query(a.p, q.b * a.p.dim + column);
     square += difference * difference;
   }
   return block_reduce(square, Sum());
@@ -162,7 +163,7 @@ __device__ void leave_light(const TwoPassArguments& a, const Query& q, double sl
   a.base[q.b] = base;
   a.cut[q.b] = cut;
   const double farthest = q.kernel.farthest(base, heavy);
-  a.limit[q.b] = static_cast<float>(farthest / (q.unit * q.unit) - q.offset);
+  a.left.set(q.b, static_cast<float>(farthest / (q.unit * q.unit) - q.offset));
   const int64_t batch = a.p.batch;
   a.scales[q.b] = scales.origin_high;
   a.scales[batch + q.b] = scales.origin_low;
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(kThreads)
     leave_light(a, q, slope, base, cut, heavy);
   } else if (threadIdx.x == 0) {
     a.base[b] = NAN;
-    a.limit[b] = cut;
+    a.left.set(b, cut);
     a.cut[b] = -INFINITY;
   }
 }
@@ -207,7 +208,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void route(const TwoPassArguments& a) {
-  launch(route_kernel, dim3(static_cast<unsigned>(a.p.batch)), dim3(kThreads), kReductionBytes, a);
+  launch(route_kernel, a.p.batch, kThreads, kReductionBytes, a);
 }
 
 }  // namespace pfgm

@@ -49,7 +49,7 @@ TwoPassArguments arrange(const FieldParams& p, Workspace& workspace, bool backwa
   a.shared = workspace.take<double>(batch);
   a.r = workspace.take<float>(batch * a.pitch);
   a.minima = workspace.take<float>(batch * a.tiles);
-  a.limit = workspace.take<float>(batch);
+  a.left = Left(p, workspace);
   a.cut = workspace.take<float>(batch);
   a.base = workspace.take<double>(batch);
   a.scales = workspace.take<float>(4 * batch);
@@ -72,15 +72,15 @@ TwoPassArguments arrange(const FieldParams& p, Workspace& workspace, bool backwa
 }
 
 // Rows (B, d) of queries or cotangents as parts.
-void split_rows(const TwoPassArguments& a, const double* rows, bool cotangents, uint16_t* parts,
-                double* squares, double* marks) {
+void split_rows(const TwoPassArguments& a, RowsOf of, uint16_t* parts, double* squares,
+                double* marks) {
   const int64_t plane = a.p.batch * a.width;
-  split({a.p, rows, cotangents, a.p.batch, a.num_parts, parts, plane, squares, marks});
+  split({a.p, of, a.left, a.p.batch, a.num_parts, parts, plane, squares, marks});
 }
 
 // r of all references, and what it decides.
 void screen(const TwoPassArguments& a) {
-  split_rows(a, a.p.x, false, a.queries, a.squares, a.shared);
+  split_rows(a, RowsOf::kQueries, a.queries, a.squares, a.shared);
   compare({a.p, a.num_parts, a.queries, a.width, a.pitch, a.r, a.minima, nullptr});
   route(a);
 }
@@ -92,18 +92,18 @@ void two_pass_forward(const FieldParams& p, Workspace& workspace) {
   screen(a);
   weigh(a);
   weighted_sum(a);
-  exact_forward(p, workspace, a.limit, {a.r, a.base, a.rest}, a.total);
+  exact_forward(p, workspace, a.left, {a.r, a.base, a.rest}, a.total);
   combine(a);
 }
 
 void two_pass_backward(const FieldParams& p, Workspace& workspace) {
   const TwoPassArguments a = arrange(p, workspace, true);
   screen(a);
-  split_rows(a, p.grad_displacement, true, a.cotangents, a.cotangent_squares, a.constant);
+  split_rows(a, RowsOf::kCotangents, a.cotangents, a.cotangent_squares, a.constant);
   compare({p, a.num_parts, a.cotangents, a.width, a.pitch, a.pull, a.minima, a.cut});
   weigh(a);
   weighted_sum(a);
-  exact_backward(p, workspace, a.limit, a.r);
+  exact_backward(p, workspace, a.left, a.r);
   combine(a);
 }
 

@@ -10,12 +10,14 @@
 
 namespace pfgm {
 
+enum class RowsOf { kReferences, kQueries, kCotangents };
+
 // Rows of values and of what the tensor cores read of them: y = (value − origin)/unit as a sum of
 // bfloat16 parts, y = code − 128 where the references are codes.
 struct SplitArguments {
   FieldParams p;
-  const double* rows;  // (count, d) queries or cotangents, or null: the references
-  bool cotangents;     // y = value; p has what it takes of the backward pass
+  RowsOf of;
+  Left left;  // for queries: what is cleared
   int64_t count;
   int num_parts;
   uint16_t* parts;  // (num_parts, count, width), a part `plane` after the other
@@ -48,10 +50,10 @@ struct TwoPassArguments {
   double* shared;     // (B,) what the products x'·y_j of a query all lack
   float* r;           // (B, pitch)
   float* minima;      // (B, tiles) of r
-  float* limit;       // (B,)
-  float* cut;         // (B,) −∞ where no references are summed by products
-  double* base;       // (B,) squared distance of the anchor, NaN without a cut
-  float* scales;      // (4, B) u = ((r − scales[0]) − scales[1]) scales[2]; see logit_float
+  Left left;
+  float* cut;     // (B,) −∞ where no references are summed by products
+  double* base;   // (B,) squared distance of the anchor, NaN without a cut
+  float* scales;  // (4, B) u = ((r − scales[0]) − scales[1]) scales[2]; see logit_float
 
   uint16_t* cotangents;  // (num_parts, B, width), backward only, as the next three
   double* cotangent_squares;

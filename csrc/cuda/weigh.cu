@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t group = blockIdx.x % blocks * kWarps + threadIdx.x / kWarp;
   if (group >= a.groups) return;
   const int64_t to = b * a.groups + group;
-  const float limit = a.limit[b], cut = a.cut[b];
+  const float limit = a.left.limit[b], cut = a.cut[b];
   if (cut == -INFINITY) {
     if (lane == 0) a.active[to] = 0;
     return;
@@ -150,23 +150,21 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int64_t index = b * p.dim + column;
   double* const out = a.backward ? p.dx : p.displacement;
-  out[index] += factor * (unit * sum + a.rest[b] * (p.origin[column] - p.x[index]));
+  out[index] += factor * (unit * sum + a.rest[b] * (p.origin[column] - load_query(p, index)));
 }
 
 }  // namespace
 
 void weigh(const TwoPassArguments& a) {
   const int64_t blocks = a.p.batch * divide_up(a.groups, kWarps);
-  launch(weigh_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, a);
-  launch(list_kernel, dim3(static_cast<unsigned>(divide_up(a.p.batch, kTile))), dim3(kThreads),
-         kWarps * sizeof(int), a);
-  launch(rest_kernel, dim3(static_cast<unsigned>(divide_up(a.p.batch, kWarps))), dim3(kThreads), 0,
-         a);
+  launch(weigh_kernel, blocks, kThreads, 0, a);
+  launch(list_kernel, divide_up(a.p.batch, kTile), kThreads, kWarps * sizeof(int), a);
+  launch(rest_kernel, divide_up(a.p.batch, kWarps), kThreads, 0, a);
 }
 
 void combine(const TwoPassArguments& a) {
   const int64_t blocks = a.p.batch * divide_up(a.p.dim, kThreads);
-  launch(combine_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, a);
+  launch(combine_kernel, blocks, kThreads, 0, a);
 }
 
 }  // namespace pfgm

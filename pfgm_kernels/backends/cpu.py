@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels.backends import _native
+from pfgm_kernels.rows import Cotangents, Rows
 
 PAD = 8  # the kernels read rows padded to a multiple of this
 TILE = 64  # queries that they take at a time
@@ -81,46 +82,37 @@ def forward(
 
 
 def backward(
-    x: Tensor,
-    t: Tensor,
+    rows: Rows,
     values: Tensor,
     table: Tensor,
     operands: list[Tensor],
-    k: float,
-    displacement: Tensor,
-    anchor_x0: Tensor,
-    anchor_log_weight: Tensor,
-    grad_displacement: Tensor,
-    grad_log_mass: Tensor,
+    cotangents: Cotangents,
     values_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    d = x.shape[1]
-    arguments = _common(x, t, values, table, operands, k) | {
-        "anchor_square": (anchor_x0 - x).square().sum(1),
-        "anchor_log_weight": anchor_log_weight,
-        "grad_displacement": _padded(grad_displacement),
-        "projection": (grad_displacement * displacement).sum(1),
-        "grad_log_mass": grad_log_mass,
+) -> Tensor | None:
+    dx, dt = cotangents.dx, cotangents.dt
+    arguments = _common(rows.x, rows.t, values, table, operands, rows.k) | {
+        "anchor_square": cotangents.anchor_square,
+        "anchor_log_weight": rows.anchor_log_weight,
+        "grad_displacement": _padded(cotangents.g),
+        "projection": cotangents.projection,
+        "grad_log_mass": cotangents.g_m,
     }
-    dx, dt = torch.empty_like(arguments["x"]), torch.empty_like(t)
-    _native.launch("field_backward_queries_cpu", **arguments, dx=dx, dt=dt)
-    dvalues = None
-    if values_grad:
-        dvalues = torch.empty_like(values)
-        _native.launch("field_backward_references_cpu", **arguments, dvalues=dvalues)
-    return dx[:, :d], dt, dvalues
+    more, more_t = torch.empty_like(arguments["x"]), torch.empty_like(rows.t)
+    _native.launch("field_backward_queries_cpu", **arguments, dx=more, dt=more_t)
+    dx += more[:, : dx.shape[1]]
+    dt += more_t
+    if not values_grad:
+        return None
+    dvalues = torch.empty_like(values)
+    _native.launch("field_backward_references_cpu", **arguments, dvalues=dvalues)
+    return dvalues
 
 
 def jvp(
-    x: Tensor,
-    t: Tensor,
+    rows: Rows,
     values: Tensor,
     table: Tensor,
     operands: list[Tensor],
-    k: float,
-    displacement: Tensor,
-    anchor_x0: Tensor,
-    anchor_log_weight: Tensor,
     x_tangent: Tensor,
     t_tangent: Tensor,
     centre: Tensor,
@@ -128,7 +120,8 @@ def jvp(
     """This chunk's share of Σ_j w_j (l̇_j − l̇)(x0_j − x) and of Σ_j w_j (l̇_j − l̇), l̇ the centre:
     2 Σ_j c_j (x0_j − x) and 2 Σ_j c_j with tilted coefficients (csrc/cpu/common/pull.h).
     """
-    square, stretch = (anchor_x0 - x).square().sum(1), t * t_tangent
+    x, t, k = rows.x, rows.t, rows.k
+    square, stretch = (rows.anchor_x0 - x).square().sum(1), t * t_tangent
     if math.isfinite(k):
         tilt = centre * (square + t * t) / k
         shift = stretch + tilt
@@ -136,7 +129,7 @@ def jvp(
         tilt, shift = -2 * stretch, centre * t * t - square * t_tangent / t
     arguments = _common(x, t, values, table, operands, k) | {
         "anchor_square": square,
-        "anchor_log_weight": anchor_log_weight,
+        "anchor_log_weight": rows.anchor_log_weight,
         "grad_displacement": _padded(x_tangent),
         "projection": shift,
         "grad_log_mass": torch.zeros_like(t),

@@ -9,17 +9,21 @@ differences in float64 throughout. The path of a query is chosen on the device.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pfgm_kernels.backends import _native
+from pfgm_kernels.backends._shapes import fit
+from pfgm_kernels.outputs import Output
+from pfgm_kernels.rows import Cotangents, Rows, Stored
 
-MAX_DIRECT_DIM = 32  # up to here nothing is prepared
+MAX_DIRECT_DIM = 32
+CROWD_BLOCKS = 8  # parts of the sample in which equal references are counted
 DIM_MULTIPLE = 64  # parts are padded to this many columns, with zeros
 MAX_THREE_PART_DIM = 128
-MAX_BATCH = 1024
 
 
 def unsupported_reason(
@@ -62,24 +66,27 @@ def chunk_shape(
     get gradients; products up to 16 bytes of a column and 24 of a pair.
     """
     if d <= MAX_DIRECT_DIM:
-        rows, pairs = workspace // 2 // (8 * (d + 9)), workspace // (64 if values_grad else 2)
-        batch = min(batch, rows, max(MAX_BATCH, pairs // count))
-    else:
-        if not prepared:
-            count = min(count, workspace * 5 // 8 // _bytes_per_reference(d))
-            workspace = workspace * 3 // 8
-        rows, pairs = workspace // 4 // (16 * d), workspace // 32
-        batch = min(batch, rows, MAX_BATCH)
-    batch = max(1, min(batch, pairs // 128))
-    return batch, max(1, min(count, pairs // batch))
+        pairs = workspace // 64 if values_grad else batch * count
+        return fit(batch, count, workspace // 2 // (8 * (d + 9)), pairs)
+    references = None
+    if not prepared:
+        references = workspace * 5 // 8 // _bytes_per_reference(d)
+        workspace = workspace * 3 // 8
+    return fit(batch, count, workspace // 4 // (16 * d), workspace // 32, references)
 
 
 def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
-    """header, origin, mean, squares and parts as poisson_field.h has them."""
-    if values.dtype == torch.float64 or values.shape[1] <= MAX_DIRECT_DIM:
+    """header, origin, mean, squares and parts as poisson_field.h has them; in few dimensions crowd
+    alone.
+    """
+    if values.dtype == torch.float64:
         return []
     count, d = values.shape
     device = values.device
+    if d <= MAX_DIRECT_DIM:
+        operands = [torch.empty(CROWD_BLOCKS, dtype=torch.int32, device=device)]
+        _launch("prepare_references_cuda", **_references(values, table, operands))
+        return operands
     header, origin, mean = (torch.empty(n, dtype=torch.float64, device=device) for n in (5, d, d))
     squares = torch.empty(count, dtype=torch.float32, device=device)
     shape = _num_parts(values.dtype, d), count, _width(d)
@@ -90,6 +97,8 @@ def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
 
 
 def operands_of(operands: list[Tensor], references: slice) -> list[Tensor]:
+    if len(operands) == 1:
+        return operands
     header, origin, mean, squares, parts = operands
     return [header, origin, mean, squares[references], parts[:, references]]
 
@@ -98,7 +107,7 @@ def forward(
     x: Tensor, t: Tensor, values: Tensor, table: Tensor, operands: list[Tensor], k: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = _common(x, t, values, table, operands, k)
-    displacement = torch.empty_like(arguments["x"])
+    displacement = torch.empty_like(x, dtype=torch.float64)
     log_mass, anchor_log_weight = torch.empty_like(t), torch.empty_like(t)
     anchor = torch.empty_like(t, dtype=torch.int64)
     _launch(
@@ -112,38 +121,93 @@ def forward(
     return displacement, log_mass, anchor, anchor_log_weight
 
 
-def backward(
+def finish(
+    output: Output,
+    v: Tensor,
     x: Tensor,
     t: Tensor,
+    result: Tensor,
+    residual: Tensor,
+    anchor: Stored,
+) -> None:
+    """As rows.finish."""
+    kept = {"residual": residual} if len(residual) else {}
+    _launch(
+        "field_finish_cuda",
+        **_rows(x, t, anchor, math.inf),
+        **_output(output, result),
+        displacement=v,
+        result=result,
+        **kept,
+    )
+
+
+def begin(rows: Rows, output: Output, g: Tensor | None, g_m: Tensor | None) -> Cotangents:
+    """As rows.begin."""
+    dx = torch.empty_like(rows.x, dtype=torch.float64)
+    found = Cotangents(
+        g=torch.empty_like(dx),
+        g_m=torch.empty_like(rows.t),
+        projection=torch.empty_like(rows.t),
+        anchor_square=torch.empty_like(rows.t),
+        dx=dx,
+        dt=torch.empty_like(rows.t),
+    )
+    given = {"result": None if g is None else g.to(rows.x.dtype), "log_mass": g_m}
+    _launch(
+        "field_begin_cuda",
+        **_rows(rows.x, rows.t, rows.anchor, rows.k),
+        **_output(output, rows.residual),
+        residual=rows.residual,
+        **{name: tensor for name, tensor in given.items() if tensor is not None},
+        **_names(found),
+    )
+    return found
+
+
+def backward(
+    rows: Rows,
     values: Tensor,
     table: Tensor,
     operands: list[Tensor],
-    k: float,
-    displacement: Tensor,
-    anchor_x0: Tensor,
-    anchor_log_weight: Tensor,
-    grad_displacement: Tensor,
-    grad_log_mass: Tensor,
+    cotangents: Cotangents,
     values_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    arguments = _common(x, t, values, table, operands, k)
-    dx, dt = torch.empty_like(arguments["x"]), torch.empty_like(t)
+) -> Tensor | None:
     dvalues = torch.empty_like(values) if values_grad else None
-    if dvalues is not None and len(x) == 0:
+    if dvalues is not None and len(rows.x) == 0:
         dvalues.zero_()
     _launch(
         "field_backward_cuda",
-        **arguments,
-        anchor_square=(anchor_x0 - x).square().sum(1),
-        anchor_log_weight=anchor_log_weight.contiguous(),
-        grad_displacement=grad_displacement.contiguous(),
-        projection=(grad_displacement * displacement).sum(1),
-        grad_log_mass=grad_log_mass.contiguous(),
-        dx=dx,
-        dt=dt,
+        **_common(rows.x, rows.t, values, table, operands, rows.k),
+        **_names(cotangents),
+        anchor_log_weight=rows.anchor_log_weight,
         **({} if dvalues is None else {"dvalues": dvalues}),
     )
-    return dx, dt, dvalues
+    return dvalues
+
+
+def _names(cotangents: Cotangents) -> dict[str, Any]:
+    return {
+        "grad_displacement": cotangents.g,
+        "grad_log_mass": cotangents.g_m,
+        "projection": cotangents.projection,
+        "anchor_square": cotangents.anchor_square,
+        "dx": cotangents.dx,
+        "dt": cotangents.dt,
+    }
+
+
+def _rows(x: Tensor, t: Tensor, anchor: Stored, k: float) -> dict[str, Any]:
+    return _common(x, t, anchor.values, anchor.table, [], k) | {"anchor": anchor.index}
+
+
+def _output(output: Output, result: Tensor) -> dict[str, Any]:
+    return {
+        "output": output.name,
+        "gamma": output.gamma,
+        "scale": output.scale,
+        "result_single": result.dtype == torch.float32,
+    }
 
 
 def _common(
@@ -152,7 +216,7 @@ def _common(
     return _references(values, table, operands) | {
         "batch": x.shape[0],
         "half_k": k / 2,
-        "x": x.double().contiguous(),
+        "x_single" if x.dtype == torch.float32 else "x": x.contiguous(),
         "t": t.contiguous(),
         "single": x.dtype == torch.float32,
     }
@@ -167,7 +231,9 @@ def _references(values: Tensor, table: Tensor, operands: list[Tensor]) -> dict[s
         "table": table.contiguous(),
         "value_type": str(values.dtype).removeprefix("torch."),
     }
-    if operands:
+    if len(operands) == 1:
+        arguments["crowd"] = operands[0]
+    elif operands:
         arguments |= dict(
             zip(("header", "origin", "mean", "squares", "parts"), operands, strict=True)
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels.backends._values import decode
+from pfgm_kernels.rows import Cotangents, Rows
 
 WORK = 1 << 30
 """Columns of pairs in a chunk, so that an interrupt is noticed within about a second."""
@@ -78,45 +79,34 @@ def forward(
 
 
 def backward(
-    x: Tensor,
-    t: Tensor,
+    rows: Rows,
     values: Tensor,
     table: Tensor,
     operands: list[Tensor],
-    k: float,
-    displacement: Tensor,
-    anchor_x0: Tensor,
-    anchor_log_weight: Tensor,
-    grad_displacement: Tensor,
-    grad_log_mass: Tensor,
+    cotangents: Cotangents,
     values_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """This chunk's share of the gradients: 2 Σ_j c_j (x0_j − x), dt and, if asked for, dx0."""
-    pairs = _Pairs(x, t, values, table, k, anchor_x0, anchor_log_weight)
+) -> Tensor | None:
+    """Adds this chunk's share of the gradients, 2 Σ_j c_j (x0_j − x) and dt. Returns dx0."""
+    pairs, t, g = _Pairs(rows, values, table), rows.t, cotangents.g
     # a_j = g·(x0_j − x − v) = g·(x0_j − x0_a) − g·(v − (x0_a − x))
-    pull = pairs.project(grad_displacement)
-    pull += (grad_log_mass - (grad_displacement * (displacement - pairs.to_anchor)).sum(1))[:, None]
+    pull = pairs.project(g)
+    pull += (cotangents.g_m - (g * rows.residual).sum(1))[:, None]
     coefficients = pairs.coefficients(pull)
-    if math.isfinite(k):
-        dt = -2 * t * coefficients.sum(1)
+    if math.isfinite(rows.k):
+        cotangents.dt.sub_(2 * t * coefficients.sum(1))
     else:
-        dt = 2 / t * (coefficients * pairs.squares).sum(1)
-    dx = pairs.sum(coefficients)
+        cotangents.dt.add_(2 / t * (coefficients * pairs.squares).sum(1))
+    cotangents.dx.add_(pairs.sum(coefficients))
     if not values_grad:
-        return dx, dt, None
-    return dx, dt, pairs.weights.T @ grad_displacement + pairs.sum_over_queries(coefficients)
+        return None
+    return pairs.weights.T @ g + pairs.sum_over_queries(coefficients)
 
 
 def jvp(
-    x: Tensor,
-    t: Tensor,
+    rows: Rows,
     values: Tensor,
     table: Tensor,
     operands: list[Tensor],
-    k: float,
-    displacement: Tensor,
-    anchor_x0: Tensor,
-    anchor_log_weight: Tensor,
     x_tangent: Tensor,
     t_tangent: Tensor,
     centre: Tensor,
@@ -132,7 +122,7 @@ def jvp(
 
     and for D = ∞ (p_j − p_a)/t² + (‖x − x0_j‖² − ‖x − x0_a‖²) ṫ/t³ + l̇_a − l̇.
     """
-    pairs = _Pairs(x, t, values, table, k, anchor_x0, anchor_log_weight)
+    pairs, t, k = _Pairs(rows, values, table), rows.t, rows.k
     pull = pairs.project(x_tangent, values_tangent, anchor_tangent)
     relative = x_tangent if anchor_tangent is None else x_tangent - anchor_tangent
     anchor_pull = (pairs.to_anchor * relative).sum(1)
@@ -155,29 +145,21 @@ class _Pairs:
     those of the anchors.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        t: Tensor,
-        values: Tensor,
-        table: Tensor,
-        k: float,
-        anchor_x0: Tensor,
-        anchor_log_weight: Tensor,
-    ) -> None:
-        self.x, self.rows = x.double(), decode(values, table)
-        self.t, self.k = t, k
-        self.anchor_x0, self.to_anchor = anchor_x0, anchor_x0 - self.x
+    def __init__(self, queries: Rows, values: Tensor, table: Tensor) -> None:
+        self.x, self.rows = queries.x.double(), decode(values, table)
+        self.t, self.k = t, k = queries.t, queries.k
+        self.anchor_x0, self.to_anchor = queries.anchor_x0, queries.anchor_x0 - self.x
         self.squares = _squared_distances(self.x, self.rows)
         self.nearest = self.to_anchor.square().sum(1)
-        logits = _relative_logits(self.squares, self.nearest, t, k).add_(anchor_log_weight[:, None])
+        logits = _relative_logits(self.squares, self.nearest, t, k)
+        logits += queries.anchor_log_weight[:, None]
         # At most 1 beside rounding, which a large slope multiplies.
         self.weights = logits.clamp_(max=0).exp_()
         if math.isfinite(k):
             self.singular = (self.nearest + _offset(t, k) == 0)[:, None]
             self.weights.masked_fill_(self.singular, 0.0)
         counted = self._apart(self.weights).sum(1)
-        self.regions = list(_regions(anchor_x0, counted, self.weights, self.squares))
+        self.regions = list(_regions(self.anchor_x0, counted, self.weights, self.squares))
 
     def project(
         self, g: Tensor, moving: Tensor | None = None, anchor_moving: Tensor | None = None

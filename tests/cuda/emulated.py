@@ -40,7 +40,13 @@ PROGRAMS = (EMULATION / "programs.cu", EMULATION / "programs_module.cpp", *EMULA
 FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
 KINDS = ("plain", "races", "address")
-ENTRIES = ("field_forward_cuda", "field_backward_cuda", "prepare_references_cuda")
+ENTRIES = (
+    "field_forward_cuda",
+    "field_backward_cuda",
+    "prepare_references_cuda",
+    "field_finish_cuda",
+    "field_begin_cuda",
+)
 
 SCHEDULES = tuple((order, late) for order in ("forward", "reverse", "greedy") for late in (0, 1))
 """In which order threads run, and whether asynchronous copies come as late as they may."""

@@ -12,6 +12,8 @@ from oracle import Truth, assert_gradients, assert_log_mass, differentiate, solv
 from torch import Tensor
 
 from pfgm_kernels.backends import cuda
+from pfgm_kernels.outputs import Output
+from pfgm_kernels.rows import Rows, Stored
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REASON = cuda.unsupported_reason(DEVICE)
@@ -56,15 +58,16 @@ def problem(d: int, B: int, N: int, codes: bool, D: float = 1) -> tuple[Tensor, 
 def run(
     x: Tensor, t: Tensor, values: Tensor, table: Tensor, D: float = 1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """v and log_mass, and with cotangents of ones dx without −g, and dt."""
+    """v and log_mass, and with cotangents of ones dx and dt."""
     x, t, values, table = (a.to(DEVICE) for a in (x, t, values, table))
     k = x.shape[1] + D
     operands = cuda.prepare(values, table, 1 << 28)
     v, log_mass, anchor, anchor_log_weight = cuda.forward(x, t, values, table, operands, k)
-    anchor_x0 = decoded(values[anchor], table).double()
-    saved = v, anchor_x0, anchor_log_weight, torch.ones_like(v), torch.ones_like(t)
-    dx, dt, _ = cuda.backward(x, t, values, table, operands, k, *saved, False)
-    return v.cpu(), log_mass.cpu(), dx.cpu(), dt.cpu()
+    stored = Stored(values, table, anchor)
+    rows = Rows(x, t, (v - (stored.decode() - x)).float(), stored, anchor_log_weight, k)
+    cotangents = cuda.begin(rows, Output("displacement", 0.0, 1.0), torch.ones_like(x), t**0)
+    cuda.backward(rows, values, table, operands, cotangents, False)
+    return v.cpu(), log_mass.cpu(), cotangents.dx.cpu(), cotangents.dt.cpu()
 
 
 def decoded(values: Tensor, table: Tensor) -> Tensor:
@@ -85,7 +88,7 @@ def test_values_and_gradients(d, B, N, codes, D):
     assert (errors(v, truth) <= TOLERANCE).all()
     assert_log_mass(log_mass, truth)
     gradients = differentiate(truth, x, x0, torch.ones(B, d), torch.ones(B).double(), D)
-    assert_gradients(gradients, dx - 1, dt)
+    assert_gradients(gradients, dx, dt)
     if N > 1:
         assert truth.effective_sample_size.max() > 64
         assert (errors(v, truth) > EXACT).any(), "the products took no part"

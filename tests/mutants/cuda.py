@@ -62,7 +62,6 @@ HARMLESS = {
         "exact.cuh: for (int start = warp() * per_warp; start <= count;"
         " start += kWarps * per_warp) {",
         "exact.cuh: while (next <= task.end) {",
-        "exact.cuh: for (int64_t start = 0; start <= a.p.batch; start += kSpan) {",
         "weigh.cu: for (int64_t start = 0; start <= a.groups; start += kThreads) {",
     ],
     "one turn more, with references of the next part or with the last one again": [
@@ -71,6 +70,7 @@ HARMLESS = {
     "more threads than columns where d is a power of two, which are idle": [
         "exact.cuh: while (width <= dim && width < kExactThreads) width *= 2;",
         "exact_backward.cu: while (width <= p.dim && width < 32) width *= 2;",
+        "rows.cu: while (a.lanes <= p.dim && a.lanes < kWarp) a.lanes *= 2;",
     ],
     "a number that nothing reads": [
         "exact.cuh: if (i <= count && lane() % lanes == 0) {",

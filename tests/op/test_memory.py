@@ -162,7 +162,7 @@ def test_cuda_temporaries_stay_within_the_workspace(batch, count, d, workspace):
     module = emulated.build("plain")
     names = ["x", "t", "values", "header", "origin", "mean", "squares", "parts", "displacement"]
     names += ["anchor", "log_mass", "anchor_log_weight", "anchor_square", "grad_displacement"]
-    names += ["projection", "grad_log_mass", "dx", "dt"]
+    names += ["projection", "grad_log_mass", "dx", "dt", "x_single", "crowd"]
     for flags in itertools.product((False, True), repeat=3):
         prepared, values_grad, single = flags
         rows, references = cuda.chunk_shape(batch, count, d, workspace, prepared, values_grad)

@@ -97,7 +97,7 @@ def test_a_small_workspace(backend, monkeypatch, d, count, batch, D, references)
     assert len(chunks.references) > 3
     assert len(chunks.queries) > 3 or d < 100
 
-    monkeypatch.setattr("pfgm_kernels.field.DEFAULT_WORKSPACE", MIB)
+    monkeypatch.setattr("pfgm_kernels.field.default_workspace", lambda device: MIB)
     inputs = [x, t]
     if references == "set":
         stored = ReferenceSet(x0, workspace=MIB)

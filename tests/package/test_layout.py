@@ -24,9 +24,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Imports run from higher layers to lower ones; within a layer, between modules of one package only.
 LAYERS = [
     ("_C", "_checks"),
-    ("backends._native", "backends._values"),
+    ("backends._native", "backends._shapes", "backends._values", "outputs"),
+    ("rows",),
     ("backends.eager", "backends.cpu", "backends.triton", "backends.cuda"),
-    ("backends", "merge", "outputs"),
+    ("backends", "merge"),
     ("chunks",),
     ("ops", "references"),
     ("autograd", "_traced"),

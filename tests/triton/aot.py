@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What do the Triton kernels become on each chip? No GPU is needed.
+"""What do the Triton kernels become on each chip, by the oldest Triton that is supported and by the
+one that is installed? No GPU is needed.
 
-python tests/triton/aot.py compiles them all and prints a table. The backend itself is called,
-with tensors that hold no data: what is compiled is what it launches, with the block sizes that it
-takes there.
+python tests/triton/aot.py compiles them all and prints a table. The op itself is called, with
+tensors that hold no data: what is compiled is what it launches, with the block sizes that it takes
+there. The oldest Triton is where `make build/triton-3.6` puts it, beside the environment.
 """
 
 from __future__ import annotations
@@ -21,13 +22,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 
+from pfgm_kernels.chunks import Inputs, Saved, field_backward, field_forward
+from pfgm_kernels.outputs import Output
+from pfgm_kernels.references import default_workspace
+
 MAX_SPILL = 32  # bytes a thread
+MAX_WARPS = 4  # of a kernel with a Hopper's products, see configurations.py
+OLDEST = Path(__file__).parents[2] / "build" / "triton-3.6"
 
 
 @dataclass(frozen=True)
@@ -43,25 +51,26 @@ class Chip:
 CHIPS = {
     "sm_80": Chip(80, 108, 166_912, r"mma\.sync.*bf16"),
     "sm_90": Chip(90, 132, 232_448, r"wgmma.*bf16"),
-    "sm_100": Chip(100, 148, 232_448, r"tcgen05\.mma.*f16"),
+    "sm_100": Chip(100, 148, 232_448, r"tcgen05\.mma.*f16|mma\.sync.*bf16"),
     "sm_120": Chip(120, 170, 101_376, r"mma\.sync.*bf16"),
 }
 
 
 @dataclass(frozen=True)
 class Use:
-    """One call of the backend, forward and backward."""
+    """One call of the op, forward and backward."""
 
     d: int
     dtype: torch.dtype = torch.float32
     gaussian: bool = False
     values_grad: bool = False
+    output: str = "displacement"
     B: int = 512
     N: int = 50_000
 
 
 USES = {
-    "float32": Use(3072, values_grad=True),
+    "float32": Use(3072, values_grad=True, output="field"),
     "8-bit": Use(3072, torch.uint8),
     "Gaussian": Use(3072, gaussian=True),
     "8-bit Gaussian": Use(3072, torch.uint8, gaussian=True),
@@ -72,12 +81,22 @@ USES = {
     "d = 16, Gaussian": Use(16, gaussian=True),
     "d = 32": Use(32),
     "d = 64": Use(64),
-    "d = 100, 8-bit": Use(100, torch.uint8),
+    "d = 100, 8-bit": Use(100, torch.uint8, output="mean"),
+    "d = 128": Use(128),
     "d = 256": Use(256),
     "d = 256, Gaussian": Use(256, gaussian=True),
+    "a tail": Use(3072, B=96, N=848),
+    "a tail, 8-bit": Use(3072, torch.uint8, B=96, N=848),
+}
+# Sizes of 1 are constants in a kernel.
+USES |= {
+    f"{name}, d = {d}": Use(d, B=B, N=N, values_grad=True)
+    for name, B, N in (("one query", 1, 848), ("one reference", 33, 1), ("one of each", 1, 1))
+    for d in (16, 64, 333)
 }
 # Together these launch every kernel.
 REPRESENTATIVES = ("float32", "d = 16", "d = 64")
+ONES = ("one of each, d = 16", "one of each, d = 64", "one of each, d = 333")
 
 
 @dataclass(frozen=True)
@@ -85,6 +104,9 @@ class Compiled:
     kernel: str
     use: str
     chip: str
+    triton: str
+    """its version"""
+    warps: int
     registers: int
     spill: int
     shared: int
@@ -94,11 +116,13 @@ class Compiled:
     """of tensor cores, and how many of each"""
     narrow: int
     """loads of a single bfloat16"""
+    carried: int
+    """products that are added to a sum of an earlier iteration"""
 
     @property
     def problems(self) -> list[str]:
         """A sentence for each limit that is exceeded."""
-        name = f"{self.kernel} ({self.use}) on {self.chip}"
+        name = f"{self.kernel} ({self.use}) on {self.chip} by Triton {self.triton}"
         chip, found = CHIPS[self.chip], []
         if self.spill > MAX_SPILL:
             found.append(f"{name} spills {self.spill} bytes a thread, the limit is {MAX_SPILL}")
@@ -109,6 +133,10 @@ class Compiled:
             has = ", ".join(self.instructions) or "no tensor core instruction"
             wanted = f"{chip.product} for {self.dots} products" if self.dots else "none"
             found.append(f"{name} has {has}, expected {wanted}")
+        if self.warps > MAX_WARPS and any("wgmma" in i for i in self.instructions):
+            found.append(f"{name} has {self.warps} warps, the limit is {MAX_WARPS}")
+        if self.carried:
+            found.append(f"{name} has {self.carried} sums of products that do not begin at zero")
         if self.dots and self.narrow:
             found.append(f"{name} has {self.narrow} loads of a single bfloat16, expected none")
         return found
@@ -119,27 +147,32 @@ class Failed:
     kernel: str
     use: str
     chip: str
+    triton: str
     reason: str
 
     @property
     def problems(self) -> list[str]:
-        return [f"{self.kernel} ({self.use}) does not compile for {self.chip}: {self.reason}"]
+        chip = f"{self.chip} by Triton {self.triton}"
+        return [f"{self.kernel} ({self.use}) does not compile for {chip}: {self.reason}"]
 
 
 def run(use: Use) -> None:
-    """Calls the backend with tensors that hold nothing."""
+    """The op, forward and backward, on tensors that hold nothing."""
     from pfgm_kernels.backends import triton as backend
 
     meta = functools.partial(torch.empty, device="meta")
     query = torch.float64 if use.dtype == torch.float64 else torch.float32
-    x, t = meta(use.B, use.d, dtype=query), meta(use.B, dtype=torch.float64)
-    values, table = meta(use.N, use.d, dtype=use.dtype), meta(256)
+    x, t = meta(use.B, use.d, dtype=query), meta(use.B)
+    values = meta(use.N, use.d, dtype=use.dtype)
+    table = meta(256 if use.dtype == torch.uint8 else 0)
     k = math.inf if use.gaussian else use.d + 1.0
-    operands = backend.prepare(values, table, 1 << 30)
-    v, log_mass, _, log_weight = backend.forward(x, t, values, table, operands, k)
+    operands = backend.prepare(values, table, values.nbytes)
+    inputs, output = Inputs(x, t, values, table, operands, k), Output(use.output, 5.0, 1.0)
+    workspace = default_workspace(torch.device("cuda"))
+    result, log_mass, *saved = field_forward(inputs, output, True, workspace, "triton")
     for values_grad in {False, use.values_grad}:
-        backend.backward(
-            x, t, values, table, operands, k, v, v, log_weight, v, log_mass, values_grad
+        field_backward(
+            inputs, output, Saved(*saved), result, log_mass, values_grad, workspace, "triton"
         )
 
 
@@ -206,27 +239,44 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
+def carried_products(ttir: str) -> int:
+    """How many products are added to what a loop hands from one iteration to the next."""
+    handed = set(re.findall(r"(%\w+) = ", " ".join(re.findall(r"iter_args\((.*?)\)", ttir))))
+    accumulators = re.findall(r"tt\.dot %\w+, %\w+, (%\w+)", ttir)
+    return sum(accumulator in handed for accumulator in accumulators)
+
+
 def inspect(name: str, use: str, chip: str, kernel: Any) -> Compiled | Failed:
+    import triton
+
     if isinstance(kernel, BaseException):
-        return Failed(name, use, chip, f"{type(kernel).__name__}: {kernel}".splitlines()[-1])
-    ptx = kernel.asm["ptx"]
+        reason = f"{type(kernel).__name__}: {kernel}".splitlines()[-1]
+        return Failed(name, use, chip, triton.__version__, reason)
+    ptx, ttir = kernel.asm["ptx"], kernel.asm["ttir"]
     found = re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[.\w:]*", ptx)
     registers, spill = resources(kernel.asm["cubin"])
     return Compiled(
         kernel=name,
         use=use,
         chip=chip,
+        triton=triton.__version__,
+        warps=kernel.metadata.num_warps,
         registers=registers,
         spill=spill,
         shared=kernel.metadata.shared,
-        dots=kernel.asm["ttir"].count("tt.dot "),
+        dots=ttir.count("tt.dot "),
         instructions=dict(Counter(found)),
         narrow=ptx.count("ld.global.b16"),
+        carried=carried_products(ttir),
     )
 
 
-def compile_chip(chip: str, uses: tuple[str, ...], once: bool) -> list[Compiled | Failed]:
+def compile_chip(
+    chip: str, folder: Path | None, uses: tuple[str, ...], once: bool
+) -> list[Compiled | Failed]:
     """What differs among the kernels that the uses launch."""
+    if folder is not None:
+        sys.path.insert(0, str(folder))
     out: dict[str, Compiled | Failed] = {}
     with pretend(CHIPS[chip], once) as launches:
         for use in uses:
@@ -243,12 +293,18 @@ def compile_chip(chip: str, uses: tuple[str, ...], once: bool) -> list[Compiled 
 
 
 def compile_all(
-    uses: tuple[str, ...], cache: str, chips: Iterable[str] = CHIPS, once: bool = False
+    uses: tuple[str, ...],
+    cache: str,
+    chips: Iterable[str] = CHIPS,
+    folder: Path | None = None,
+    once: bool = False,
 ) -> list[Compiled | Failed]:
-    """The kernels of the uses on the chips, in processes that do not interpret."""
+    """The kernels of the uses on the chips, in processes that do not interpret, by the Triton that
+    is installed or the one in a folder.
+    """
     # Which way Triton goes is settled when it is imported.
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
-    job = functools.partial(compile_chip, uses=uses, once=once)
+    job = functools.partial(compile_chip, folder=folder, uses=uses, once=once)
     context = multiprocessing.get_context("spawn")
     with (
         mock.patch.dict(os.environ, environment),
@@ -259,21 +315,28 @@ def compile_all(
 
 def table(found: list[Compiled | Failed]) -> str:
     lines = [
-        "| kernel | use | chip | registers | spilled bytes | shared memory | tensor cores |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| kernel | use | chip | Triton | registers | spilled bytes | shared memory "
+        "| tensor cores |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for c in sorted(found, key=lambda c: (c.kernel, c.use, CHIPS[c.chip].capability)):
-        cells = [c.kernel, c.use, c.chip, *["—"] * 4]
+    order = sorted(found, key=lambda c: (c.kernel, c.use, CHIPS[c.chip].capability, c.triton))
+    for c in order:
+        cells = [c.kernel, c.use, c.chip, c.triton, *["—"] * 4]
         if isinstance(c, Compiled):
             products = ", ".join(f"{i} ×{n}" for i, n in c.instructions.items())
-            cells[3:] = map(str, [c.registers, c.spill, c.shared, products])
+            cells[4:] = map(str, [c.registers, c.spill, c.shared, products])
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> int:
+    folders = [None, OLDEST] if OLDEST.exists() else [None]
+    if OLDEST not in folders:
+        print(f"without {OLDEST}, see the Makefile: the installed Triton alone", file=sys.stderr)
+    found = []
     with tempfile.TemporaryDirectory() as cache:
-        found = compile_all(tuple(USES), cache)
+        for folder in folders:
+            found += compile_all(tuple(USES), cache, folder=folder)
     print(table(found))
     problems = [problem for c in found for problem in c.problems]
     print(*problems, sep="\n", file=sys.stderr)

@@ -14,25 +14,63 @@ from pfgm_kernels.backends import triton as backend
 
 pytest.importorskip("triton", "3.6")
 
+KERNELS = {
+    f"{source.stem}.{name}"
+    for source in Path(backend.__file__).parent.glob("*.py")
+    for name in re.findall(r"^def (\w+_kernel)\(", source.read_text(encoding="utf-8"), re.M)
+}
+
+
+VERSIONS = pytest.mark.parametrize(
+    "folder",
+    [
+        pytest.param(None, id="installed"),
+        pytest.param(
+            aot.OLDEST,
+            id="oldest",
+            marks=pytest.mark.skipif(
+                not aot.OLDEST.exists(), reason=f"{aot.OLDEST} is not there: make aot tries it"
+            ),
+        ),
+    ],
+)
+
+
+def problems(found: list[aot.Compiled | aot.Failed]) -> str:
+    return "\n".join(problem for c in found for problem in c.problems)
+
 
 @pytest.mark.exhaustive
+@VERSIONS
 @pytest.mark.parametrize("chip", aot.CHIPS)
-def test_each_kernel_compiles_and_keeps_to_the_limits_of_the_chip(tmp_path, chip):
-    here = aot.compile_all(aot.REPRESENTATIVES, str(tmp_path), [chip], once=True)
-    sources = Path(backend.__file__).parent.glob("*.py")
-    kernels = {
-        f"{source.stem}.{name}"
-        for source in sources
-        for name in re.findall(r"^def (\w+_kernel)\(", source.read_text(encoding="utf-8"), re.M)
-    }
-    problems = [problem for c in here for problem in c.problems]
-    assert not problems, "\n".join(problems)
-    assert {c.kernel for c in here} == kernels
+def test_each_kernel_compiles_and_keeps_to_the_limits_of_the_chip(tmp_path, chip, folder):
+    here = aot.compile_all(aot.REPRESENTATIVES, str(tmp_path), [chip], folder, once=True)
+    assert not problems(here)
+    assert {c.kernel for c in here} == KERNELS
     assert {"products.compare_kernel", "products.sum_kernel"} <= {c.kernel for c in here if c.dots}
 
 
+@pytest.mark.exhaustive
+@VERSIONS
+def test_each_kernel_compiles_for_one_query_and_one_reference(tmp_path, folder):
+    here = aot.compile_all(aot.ONES, str(tmp_path), ["sm_90"], folder, once=True)
+    assert not problems(here)
+    assert {c.kernel for c in here} == KERNELS
+
+
 GOOD = aot.Compiled(
-    "a_kernel", "a use", "sm_120", 168, 32, 101_376, 3, {"mma.sync.aligned.m16n8k16.bf16": 8}, 0
+    kernel="a_kernel",
+    use="a use",
+    chip="sm_120",
+    triton="3.6.0",
+    warps=8,
+    registers=168,
+    spill=32,
+    shared=101_376,
+    dots=3,
+    instructions={"mma.sync.aligned.m16n8k16.bf16": 8},
+    narrow=0,
+    carried=0,
 )
 
 
@@ -41,8 +79,8 @@ def test_what_keeps_to_the_limits_is_no_problem():
 
 
 def test_what_does_not_compile_is_named():
-    (problem,) = aot.Failed("a_kernel", "a use", "sm_80", "no such name").problems
-    assert problem == "a_kernel (a use) does not compile for sm_80: no such name"
+    (problem,) = aot.Failed("a_kernel", "a use", "sm_80", "3.6.0", "no such name").problems
+    assert problem == "a_kernel (a use) does not compile for sm_80 by Triton 3.6.0: no such name"
 
 
 @pytest.mark.parametrize(
@@ -57,9 +95,26 @@ def test_what_does_not_compile_is_named():
         ),
         ({"dots": 0}, "expected none"),
         ({"narrow": 64}, "has 64 loads of a single bfloat16"),
+        ({"carried": 1}, "has 1 sums of products that do not begin at zero"),
+        (
+            {"chip": "sm_90", "instructions": {"wgmma.mma_async.m64n128k16.bf16": 8}},
+            "has 8 warps, the limit is 4",
+        ),
     ],
 )
 def test_a_limit_that_is_exceeded_is_named(change, words):
     (problem,) = replace(GOOD, **change).problems
-    assert problem.startswith("a_kernel (a use) on sm_120")
+    assert problem.startswith("a_kernel (a use) on sm_")
     assert words in problem
+
+
+CARRIED = """
+    %sum:2 = scf.for %i = %c0 to %width step %c64 iter_args(%sum_1 = %zero, %at = %c0) -> (f, i) {
+      %total = tt.dot %a, %b, %zero, inputPrecision = ieee : t * t -> t
+      %total_2 = tt.dot %a, %b, %total, inputPrecision = ieee : t * t -> t
+"""
+
+
+def test_sums_of_products_that_go_through_a_loop_are_seen():
+    assert aot.carried_products(CARRIED) == 0
+    assert aot.carried_products(CARRIED.replace("%b, %zero", "%b, %sum_1")) == 1

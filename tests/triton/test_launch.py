@@ -10,12 +10,14 @@ from unittest import mock
 
 import pytest
 import torch
+from sizes import DIMENSIONS, call_all
 
 from pfgm_kernels.backends import triton as backend
 
-triton = pytest.importorskip("triton", "3.6")
+pytest.importorskip("triton", "3.6")
 
-from pfgm_kernels.backends.triton.launch import LARGEST_BLOCK, Kernel  # noqa: E402
+from pfgm_kernels.backends.triton import configurations
+from pfgm_kernels.backends.triton.launch import LARGEST_BLOCK, Kernel
 
 
 @Kernel
@@ -95,8 +97,47 @@ def test_blocks_that_registers_do_not_hold_are_refused(launches):
     assert len(launches) == 1
 
 
-def test_every_kernel_is_launched_so():
+def kernels() -> dict[str, Kernel]:
+    """All of the backend, by module and name."""
+    found = {}
     for source in Path(backend.__file__).parent.glob("*.py"):
         module = importlib.import_module(f"{backend.__name__}.{source.stem}")
-        kernels = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
-        assert all(isinstance(kernel, Kernel) for kernel in kernels.values()), kernels
+        for name, value in vars(module).items():
+            if name.endswith("_kernel"):
+                found[f"{source.stem}.{name}"] = value
+    return found
+
+
+def test_every_kernel_is_launched_so():
+    assert all(isinstance(kernel, Kernel) for kernel in kernels().values())
+
+
+# Calls of any size
+
+
+@pytest.fixture
+def every_launch(monkeypatch):
+    """Of all kernels of the backend, which do nothing: names and grids."""
+    found: list[tuple[str, tuple[int, ...]]] = []
+
+    class Jit:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: found.append((self.name, grid))
+
+    for kernel in kernels().values():
+        monkeypatch.setattr(kernel, "jit", Jit(kernel.name))
+    for cached in (configurations.kind, configurations.multiprocessors):
+        monkeypatch.setattr(configurations, cached.__name__, cached.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    return found
+
+
+@pytest.mark.parametrize("d", DIMENSIONS)
+def test_calls_of_any_size_are_launched_as_a_gpu_can(every_launch, d):
+    call_all(backend, d)
+    assert len({name for name, _ in every_launch}) >= 9

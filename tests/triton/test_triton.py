@@ -21,7 +21,7 @@ if REASON is None:
     import triton
     import triton.language as tl
 
-    from pfgm_kernels.backends.triton import maths, operands
+    from pfgm_kernels.backends.triton import maths, operands, products
     from pfgm_kernels.backends.triton.call import Call, Screen, compare
 
     @triton.jit
@@ -91,8 +91,7 @@ def test_crowds_of_equal_references_are_seen(copies, crowded, generator):
 def screen_of(x, t, x0, k):
     call = Call(x, t.double(), x0, x0.new_empty(0), k)
     prepared = operands.prepare(x0, call.table)
-    wanted, anchor = call.rows(1, torch.int8), call.rows(0, torch.int64)
-    return Screen.make(call, prepared, wanted, anchor)
+    return Screen.make(call, prepared, anchor=call.rows(0, torch.int64))
 
 
 def test_the_error_of_the_products_is_within_its_bound(generator):
@@ -130,8 +129,7 @@ def test_flat_rows_of_images_take_the_dense_path_and_others_do_not(eight_bit, ge
     )
     prepared = operands.prepare(call.values, call.table)
     assert len(prepared.parts) == (1 if eight_bit else 2)
-    anchor = call.rows(0, torch.int64)
-    screen = Screen.make(call, prepared, call.rows(1, torch.int8), anchor)
+    screen = Screen.make(call, prepared, anchor=call.rows(0, torch.int64))
     dense = (screen.cut != -math.inf).cpu()
     assert not dense[:12].any()
     assert dense[12:].all()
@@ -153,10 +151,9 @@ def test_products_of_parts_are_nearly_float32(generator):
     x0 = torch.randn(200, 70, generator=generator)
     call = Call(a.float().to(DEVICE), torch.ones(3), x0.to(DEVICE), x0.new_empty(0), 71.0)
     prepared = operands.prepare(call.values, call.table)
-    one = torch.ones(1, dtype=torch.float64, device=DEVICE)
-    zero = torch.zeros(70, dtype=torch.float64, device=DEVICE)
-    parts, _, _ = operands.split(a.to(DEVICE), call.table, zero, one, 2)
-    out, _ = compare(call, prepared, parts, call.rows(1, torch.int8), distances=False)
+    given = call.x, call.t, call.t
+    parts = operands.split(a.to(DEVICE), call.table, prepared, 2, cotangents=given).parts
+    out, _ = compare(call, prepared, parts, None, distances=False)
     y = (x0.to(DEVICE).double() - prepared.origin).cpu()
     error = (out.cpu().double() - a @ y.T).abs()
     assert (error <= 3 * 2**-18 * (a.abs() @ y.abs().T)).all()
@@ -168,3 +165,25 @@ def test_parts_have_the_digits_of_bfloat16(generator, d):
     values = torch.randn(70, d, generator=generator).to(DEVICE)
     parts = operands.prepare(values, values.new_empty(0)).parts
     assert torch.equal(parts.float(), parts.bfloat16().float())
+
+
+@pytest.mark.parametrize("dense", [0, 1, 40, 70])
+def test_queries_with_a_cut_stand_side_by_side(generator, dense):
+    """In as few blocks as hold them, each with the tiles in which any of its queries has weight."""
+    B, tiles, block = 70, 150, 32
+    cut = torch.full((B,), -math.inf)
+    chosen = torch.randperm(B, generator=generator)[:dense].sort().values
+    cut[chosen] = 1.0
+    active = (torch.rand(B, tiles, generator=generator) < 0.02).to(torch.int8)
+    blocks = -(-B // block)
+    order = torch.full((blocks * block,), 7, dtype=torch.int32, device=DEVICE)
+    listed = torch.full((blocks, tiles), 7, dtype=torch.int32, device=DEVICE)
+    lengths = torch.full((blocks,), 7, dtype=torch.int32, device=DEVICE)
+    arguments = cut.to(DEVICE), active.to(DEVICE), order, listed, lengths
+    products.list_kernel[blocks,](*arguments, B, tiles, BLOCK_M=block, BLOCK_B=16, GROUP=64)
+    assert order[:dense].cpu().tolist() == chosen.tolist()
+    assert (order[dense:] == -1).all()
+    for i in range(blocks):
+        rows = active[chosen[i * block : (i + 1) * block]]
+        expected = rows.sum(0).nonzero()[:, 0].tolist()
+        assert listed[i, : lengths[i]].cpu().tolist() == expected

@@ -18,6 +18,10 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
+from pfgm_kernels.backends._shapes import fit
+from pfgm_kernels.outputs import Output
+from pfgm_kernels.rows import Cotangents, Rows, Stored
+
 OLDEST = (3, 6)
 
 
@@ -57,14 +61,12 @@ def chunk_shape(
     from pfgm_kernels.backends.triton import direct, operands
 
     if d <= direct.MAX_DIM:
-        pairs = workspace // 16
-    elif prepared:
-        pairs = workspace // 32
-    else:
-        pairs = workspace * 3 // 8 // 32
-        count = min(count, workspace * 5 // 8 // operands.bytes_per_reference(d))
-    batch = max(1, min(batch, 1024, pairs // 128, workspace // 4 // (40 * d)))
-    return batch, max(1, min(count, pairs // batch))
+        return fit(batch, count, workspace // 4 // (40 * d), workspace // 16)
+    references = None
+    if not prepared:
+        references = workspace * 5 // 8 // operands.bytes_per_reference(d)
+        workspace = workspace * 3 // 8
+    return fit(batch, count, workspace // 4 // (40 * d), workspace // 32, references)
 
 
 def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
@@ -103,48 +105,60 @@ def forward(
     elif call.d <= direct.MAX_DIM:
         direct.direct_forward(call, out)
     else:
-        prepared, wanted = Operands(*operands), call.rows(1, torch.int8)
+        prepared, queries, wanted = Operands(*operands), None, None
         if call.d <= FUSED_MAX_DIM:
-            wanted = fused.fused_forward(call, prepared, out)
-        two_pass_forward(call, prepared, wanted, out)
+            queries, wanted = fused.fused_forward(call, prepared, out)
+        two_pass_forward(call, prepared, out, queries, wanted)
     return out
 
 
-def backward(
+def finish(
+    output: Output,
+    v: Tensor,
     x: Tensor,
     t: Tensor,
+    result: Tensor,
+    residual: Tensor,
+    anchor: Stored,
+) -> None:
+    """As rows.finish."""
+    from pfgm_kernels.backends.triton import rows
+
+    if len(x) > 0:
+        rows.finish(output, v, x, t, result, residual, anchor)
+
+
+def begin(queries: Rows, output: Output, g: Tensor | None, g_m: Tensor | None) -> Cotangents:
+    """As rows.begin."""
+    from pfgm_kernels.backends.triton import rows
+
+    return rows.begin(queries, output, g, g_m)
+
+
+def backward(
+    queries: Rows,
     values: Tensor,
     table: Tensor,
     operands: list[Tensor],
-    k: float,
-    displacement: Tensor,
-    anchor_x0: Tensor,
-    anchor_log_weight: Tensor,
-    grad_displacement: Tensor,
-    grad_log_mass: Tensor,
+    cotangents: Cotangents,
     values_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> Tensor | None:
     from pfgm_kernels.backends.triton import backward_pass as passes
     from pfgm_kernels.backends.triton import direct
     from pfgm_kernels.backends.triton.call import Call
     from pfgm_kernels.backends.triton.operands import Operands
 
-    call = Call(x.contiguous(), t.contiguous(), values.contiguous(), table, k)
-    base = (anchor_x0 - x).square().sum(1)
-    constant = grad_log_mass - (grad_displacement * displacement).sum(1)
-    g = grad_displacement.contiguous()
-    cotangents = passes.Cotangents(g, constant, base, anchor_log_weight.contiguous())
-    dx, dt = torch.empty_like(g), torch.empty_like(call.t)
+    call = Call(queries.x.contiguous(), queries.t, values.contiguous(), table, queries.k)
     if call.B == 0:
-        return dx, dt, torch.zeros_like(values) if values_grad else None
+        return torch.zeros_like(values) if values_grad else None
+    log_weight = queries.anchor_log_weight
     if values_grad:
-        return dx, dt, passes.references_backward(call, cotangents, dx, dt)
-    if x.dtype == torch.float64:
+        return passes.references_backward(call, cotangents, log_weight)
+    if call.x.dtype == torch.float64:
         limit = call.rows(math.nan, torch.float32)
-        passes.exact_backward(call, limit, cotangents, dx, dt, None)
+        passes.exact_backward(call, limit, cotangents, log_weight)
     elif call.d <= direct.MAX_DIM:
-        direct.direct_backward(call, cotangents, dx, dt)
+        direct.direct_backward(call, cotangents, log_weight)
     else:
-        wanted = call.rows(1, torch.int8)
-        passes.two_pass_backward(call, Operands(*operands), wanted, cotangents, dx, dt)
-    return dx, dt, None
+        passes.two_pass_backward(call, Operands(*operands), cotangents, log_weight)
+    return None

@@ -11,90 +11,77 @@ Weights are recomputed from the squared distance and log w of the anchor.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
 from pfgm_kernels.backends.triton import exact
-from pfgm_kernels.backends.triton.call import Call, Screen, compare
+from pfgm_kernels.backends.triton.call import Call, Dense, Screen, compare
 from pfgm_kernels.backends.triton.configurations import blocks
 from pfgm_kernels.backends.triton.operands import Operands, split
-
-
-@dataclass(frozen=True)
-class Cotangents:
-    """g (B, d), constant (B,) = g_m − g·v, and squared distances and log w (B,) of the anchors; all
-    float64.
-    """
-
-    g: Tensor
-    constant: Tensor
-    base: Tensor
-    log_weight: Tensor
+from pfgm_kernels.rows import Cotangents
 
 
 def exact_backward(
-    call: Call, limit: Tensor, cotangents: Cotangents, dx: Tensor, dt: Tensor, r: Tensor | None
+    call: Call,
+    limit: Tensor,
+    cotangents: Cotangents,
+    log_weight: Tensor,
+    r: Tensor | None = None,
+    operands: Operands | None = None,
+    dense: Dense | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx (B, d) and dt (B,) of the queries that have a limit (B,), of the references within it.
-    Returns the weights and the coefficients of these, (B, N) each.
+    """Adds to dx, of the references within the limit (B,), and to dt, of those and of what products
+    have summed. log_weight (B,) is of the anchors. Returns the weights and the coefficients of
+    references within the limit, (B, N) each.
     """
     squares, counts, projection = call.distances(limit, r, cotangents.g)
     exact.coefficients_kernel[call.B,](
         call.t,
-        call.half_k,
+        call.half_k_bits,
         limit,
         counts,
         squares,
         projection,
-        cotangents.base,
-        cotangents.log_weight,
-        cotangents.constant,
-        dt,
+        cotangents.anchor_square,
+        log_weight,
+        cotangents.g_m,
+        cotangents.projection,
+        limit if operands is None else operands.header,
+        limit if dense is None else dense.cut,
+        limit if dense is None else dense.sums,
+        cotangents.dt,
+        call.B,
         call.N,
         call.exact_tiles,
+        0 if dense is None else dense.tiles,
+        SUMMED=dense is not None,
         **call.row_options(),
     )
-    call.gather(limit, counts, projection, call.rows(2.0), dx)
+    call.gather(limit, counts, projection, None, cotangents.dx)
     return squares, projection
 
 
 def two_pass_backward(
-    call: Call, operands: Operands, wanted: Tensor, cotangents: Cotangents, dx: Tensor, dt: Tensor
+    call: Call, operands: Operands, cotangents: Cotangents, log_weight: Tensor
 ) -> None:
-    """dx (B, d) and dt (B,) of the queries that are wanted, by products and direct differences."""
-    base, log_weight = cotangents.base, cotangents.log_weight
-    screen = Screen.make(call, operands, wanted, wanted, base, log_weight)
-    unit = screen.unit
+    """Adds to dx and dt, by products and direct differences (route.py)."""
+    base = cotangents.anchor_square
+    screen = Screen.make(call, operands, base=base, log_weight=log_weight)
     # a_j + g_m = unit (g·y_j + constant)
-    zero, one = torch.zeros_like(operands.origin), torch.ones_like(operands.header[:1])
-    parts, _, shared = split(cotangents.g, call.table, zero, one, 2, operands.mean)
-    pull, _ = compare(call, operands, parts, wanted, distances=False)
-    shift = (cotangents.g * (operands.origin - call.x)).sum(1)
-    constant = (cotangents.constant + shift) / unit + shared
-    high = constant.float()
-    halves = torch.stack([high, (constant - high).float()])
-    dense, rest, moment = screen.sum_dense(pull, halves, log_weight)
-
-    exact_backward(call, screen.limit, cotangents, dx, dt, screen.r)
-    t = call.t
-    if call.gaussian:
-        factor = unit * (0.5 / (t * t))
-        light = (2 / t) * factor * (base * rest + 2 * t * t * moment)
-    else:
-        factor = unit * (call.half_k / (base + t * t))
-        light = -2 * t * factor * rest
-    summed = screen.cut != -math.inf
-    dt += torch.where(summed, light, 0.0)
-    screen.combine(dense, rest, 2 * factor, dx)
+    given = call.x, cotangents.g_m, cotangents.projection
+    rows = split(cotangents.g, call.table, operands, 2, cotangents=given)
+    pull, _ = compare(call, operands, rows.parts, None, distances=False)
+    dense = screen.sum_dense(pull, rows.marks, log_weight)
+    exact_backward(call, screen.limit, cotangents, log_weight, screen.r, operands, dense)
+    screen.combine(dense, None, cotangents.dx)
 
 
-def references_backward(call: Call, cotangents: Cotangents, dx: Tensor, dt: Tensor) -> Tensor:
-    """dx0 (N, d), dx (B, d) and dt (B,) by direct differences throughout."""
+def references_backward(call: Call, cotangents: Cotangents, log_weight: Tensor) -> Tensor:
+    """dx0 (N, d), and adds to dx and dt, by direct differences throughout."""
     limit = call.rows(math.nan, torch.float32)
-    weights, coefficients = exact_backward(call, limit, cotangents, dx, dt, None)
+    weights, coefficients = exact_backward(call, limit, cotangents, log_weight)
     out = torch.empty_like(call.values)
     sizes = blocks("references", call.x.device)
     grid = triton.cdiv(call.N, sizes["BLOCK_N"]), triton.cdiv(call.d, sizes["BLOCK_D"])

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pfgm_kernels.backends.triton import exact, products, route
 from pfgm_kernels.backends.triton.configurations import blocks, multiprocessors
-from pfgm_kernels.backends.triton.maths import PITCH
-from pfgm_kernels.backends.triton.operands import Operands, split
+from pfgm_kernels.backends.triton.maths import PITCH, bits_of
+from pfgm_kernels.backends.triton.operands import Operands, Split, split
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,13 @@ class Call:
     def gaussian(self) -> bool:
         return math.isinf(self.k)
 
-    @cached_property
-    def half_k(self) -> Tensor:
-        """k/2 as a float64 tensor: Triton takes Python numbers as float32."""
-        value = 1.0 if self.gaussian else self.k / 2
-        return torch.full((1,), value, dtype=torch.float64, device=self.x.device)
+    @property
+    def half_k(self) -> float:
+        return 1.0 if self.gaussian else self.k / 2
+
+    @property
+    def half_k_bits(self) -> int:
+        return bits_of(self.half_k)
 
     def rows(self, value: float = 0.0, dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.full((self.B,), value, dtype=dtype, device=self.x.device)
@@ -74,7 +76,7 @@ class Call:
         squares = self.pairs(torch.float64)
         projection = squares if g is None else self.pairs(torch.float64)
         counts = torch.empty(self.B, self.exact_tiles, dtype=torch.int32, device=squares.device)
-        exact.distances_kernel[self.B, self.exact_tiles](
+        exact.distances_kernel[self.B * self.exact_tiles,](
             self.x,
             self.t,
             self.t if g is None else g,
@@ -85,6 +87,7 @@ class Call:
             squares,
             projection,
             counts,
+            self.B,
             self.N,
             self.d,
             CODES=self.codes,
@@ -96,10 +99,10 @@ class Call:
         return squares, counts, projection
 
     def gather(
-        self, limit: Tensor, counts: Tensor, weights: Tensor, scale: Tensor, out: Tensor
+        self, limit: Tensor, counts: Tensor, weights: Tensor, total: Tensor | None, out: Tensor
     ) -> None:
-        """out (B, d) = scale · Σ_j w_j (x0_j − x) over the references within the limit, for the
-        queries that have one.
+        """out (B, d) = Σ_j w_j (x0_j − x) / total over the references within the limit, for the
+        queries that have one; without a total twice the sum is added to it.
         """
         sizes = self._exact_blocks()
         exact.gather_kernel[self.B, triton.cdiv(self.d, sizes["BLOCK_D"])](
@@ -109,13 +112,13 @@ class Call:
             limit,
             counts,
             weights,
-            scale,
+            out if total is None else total,
             out,
             self.N,
             self.d,
             self.exact_tiles,
             CODES=self.codes,
-            TILES=triton.next_power_of_2(self.exact_tiles),
+            BACKWARD=total is None,
             **sizes,
         )
 
@@ -124,12 +127,13 @@ class Call:
         return {
             "GAUSSIAN": self.gaussian,
             "TILE": blocks("exact", self.x.device)["TILE"],
-            "TILES": triton.next_power_of_2(self.exact_tiles),
         }
 
     def _exact_blocks(self) -> dict[str, int]:
         sizes = blocks("exact", self.x.device)
-        return sizes | {"BLOCK_D": min(sizes["BLOCK_D"], triton.next_power_of_2(self.d))}
+        # Fewer columns than 16 would leave a row of TILE references to a thread.
+        columns = max(16, triton.next_power_of_2(self.d))
+        return sizes | {"BLOCK_D": min(sizes["BLOCK_D"], columns)}
 
 
 @dataclass(frozen=True)
@@ -145,63 +149,57 @@ class Screen:
     cut: Tensor
     """(B,) float32"""
     base: Tensor
-    """(B,) float64: squared distance of the anchor"""
+    """(B,) float64: squared distance of the anchor, of queries with a cut"""
     scales: Tensor
     """(4, B) float32"""
-
-    @property
-    def unit(self) -> Tensor:
-        return self.operands.header[0]
 
     @staticmethod
     def make(
         call: Call,
         operands: Operands,
-        wanted: Tensor,
-        anchor: Tensor,
+        queries: Split | None = None,
+        wanted: Tensor | None = None,
+        anchor: Tensor | None = None,
         base: Tensor | None = None,
         log_weight: Tensor | None = None,
     ) -> Screen:
-        """base and log_weight (B,): of the anchors, for the backward pass; the forward pass writes
-        the anchors of the queries that are wanted to anchor (B,) int64.
+        """Of all queries, or of those that are wanted (B,) int8. The forward pass has their anchors
+        written to anchor (B,) int64, the backward pass gives base and log_weight (B,) of these.
         """
-        inverse_unit = 1 / operands.header[:1]
-        parts, squares, shared = split(
-            call.x, call.table, operands.origin, inverse_unit, 2, operands.mean
-        )
-        r, minima = compare(call, operands, parts, wanted, distances=True)
+        queries = queries or split(call.x, call.table, operands, 2)
+        r, minima = compare(call, operands, queries.parts, wanted, distances=True)
+        limit, cut = (torch.empty_like(call.t, dtype=torch.float32) for _ in range(2))
         backward = base is not None
-        base = call.rows() if base is None else base.clone()
-        limit, cut = call.rows(0, torch.float32), call.rows(0, torch.float32)
+        base = torch.empty_like(call.t) if base is None else base
         scales = torch.empty(4, call.B, dtype=torch.float32, device=call.x.device)
-        tiles = minima.shape[1]
         route.route_kernel[call.B,](
             call.x,
             call.t,
-            call.half_k,
+            call.half_k_bits,
             call.values,
             call.table,
             operands.header,
-            squares,
-            shared,
+            queries.norms,
+            queries.marks,
             r,
             minima,
-            wanted,
+            limit if wanted is None else wanted,
             base,
             base if log_weight is None else log_weight,
-            anchor,
+            base if anchor is None else anchor,
             limit,
             cut,
             scales,
             call.N,
             call.d,
-            tiles,
+            minima.shape[1],
             CODES=call.codes,
             GAUSSIAN=call.gaussian,
             BACKWARD=backward,
+            ALL=wanted is None,
             Y_PARTS=min(2, len(operands.parts)),
             TILE=blocks("compare", call.x.device)["BLOCK_N"],
-            TILES=triton.next_power_of_2(tiles),
+            GROUP=8,
             BLOCK_D=min(1024, triton.next_power_of_2(call.d)),
         )
         return Screen(call, operands, r, limit, cut, base, scales)
@@ -211,21 +209,20 @@ class Screen:
         pull: Tensor | None = None,
         constant: Tensor | None = None,
         log_weight: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Σ w y (splits, B, width), Σ w and Σ w u (B,) of the references beyond the limits; for the
-        backward pass, which has pull, constant and log_weight, of c in place of w.
+    ) -> Dense:
+        """The references beyond the limits; for the backward pass, which has pull (B, N), constant
+        (2, B) and log_weight (B,), with what c_j is proportional to in place of w.
         """
-        call = self.call
-        sizes = blocks("sum", call.x.device)
-        tile, device = sizes["BLOCK_K"], call.x.device
-        tiles, group = triton.cdiv(call.N, tile), 8
-        parts = self.operands.parts
+        call, parts = self.call, self.operands.parts
+        sizes, device = blocks("sum", call.x.device), call.x.device
+        tile, group = sizes["BLOCK_K"], 8
+        tiles = triton.cdiv(call.N, tile)
         weights = torch.empty(2, call.B, tiles * tile, dtype=parts.dtype, device=device)
         active = torch.empty(call.B, tiles, dtype=torch.int8, device=device)
         sums = torch.empty(2, call.B, tiles, dtype=torch.float32, device=device)
-        route.weights_kernel[call.B, triton.cdiv(tiles, group)](
-            call.half_k,
+        route.weights_kernel[call.B * triton.cdiv(tiles, group),](
             self.r,
+            call.half_k_bits,
             self.r if pull is None else pull,
             self.r if constant is None else constant,
             self.r if log_weight is None else log_weight,
@@ -235,6 +232,7 @@ class Screen:
             weights,
             active,
             sums,
+            call.B,
             call.N,
             tiles,
             GAUSSIAN=call.gaussian,
@@ -243,16 +241,21 @@ class Screen:
             GROUP=group,
         )
         query_blocks = triton.cdiv(call.B, sizes["BLOCK_M"])
+        order = torch.empty(query_blocks * sizes["BLOCK_M"], dtype=torch.int32, device=device)
         listed = torch.empty(query_blocks, tiles, dtype=torch.int32, device=device)
         lengths = torch.empty(query_blocks, dtype=torch.int32, device=device)
         products.list_kernel[query_blocks,](
+            self.cut,
             active,
+            order,
             listed,
             lengths,
             call.B,
             tiles,
             BLOCK_M=sizes["BLOCK_M"],
-            TILES=triton.next_power_of_2(tiles),
+            BLOCK_B=min(1024, triton.next_power_of_2(call.B)),
+            GROUP=64,
+            num_warps=8,
         )
         width = parts.shape[2]
         column_blocks = triton.cdiv(width, sizes["BLOCK_D"])
@@ -261,7 +264,7 @@ class Screen:
         products.sum_kernel[query_blocks, column_blocks, splits](
             weights,
             parts,
-            self.cut,
+            order,
             listed,
             lengths,
             out,
@@ -273,54 +276,77 @@ class Screen:
             Y_PARTS=min(2, len(parts)),
             **sizes,
         )
-        # What belongs to no dense query was not written.
-        written = (self.cut != -math.inf)[:, None] & (active != 0)
-        totals = torch.where(written, sums.double(), 0.0).sum(2)
-        return out, totals[0], totals[1]
+        return Dense(self.cut, self.base, sums, out)
 
-    def combine(self, dense: Tensor, rest: Tensor, factor: Tensor, out: Tensor) -> None:
-        """out (B, d) += factor · Σ w (x0 − x) with what `sum_dense` returned."""
-        call = self.call
+    def combine(self, dense: Dense, total: Tensor | None, out: Tensor) -> None:
+        """out (B, d) += Σ w (x0 − x) / total, or without a total twice Σ c (x0 − x)."""
+        call, products = self.call, dense.products
         block = min(1024, triton.next_power_of_2(call.d))
         route.combine_kernel[call.B, triton.cdiv(call.d, block)](
             call.x,
+            call.t,
+            call.half_k_bits,
+            self.base,
             self.operands.header,
             self.operands.origin,
             self.cut,
-            rest,
-            factor,
-            dense,
+            self.base if total is None else total,
+            dense.sums,
+            products,
             out,
             call.B,
             call.d,
-            dense.shape[2],
-            SPLITS=dense.shape[0],
+            products.shape[2],
+            dense.tiles,
+            GAUSSIAN=call.gaussian,
+            BACKWARD=total is None,
+            SPLITS=products.shape[0],
             BLOCK_D=block,
         )
 
 
+@dataclass(frozen=True)
+class Dense:
+    """Sums by products, of queries with a cut; the others have nothing written."""
+
+    cut: Tensor
+    """(B,) float32"""
+    base: Tensor
+    """(B,) float64"""
+    sums: Tensor
+    """(2, B, tiles) float32: Σ w and Σ w u"""
+    products: Tensor
+    """(splits, B, width) float32 Σ w y"""
+
+    @property
+    def tiles(self) -> int:
+        return self.sums.shape[2]
+
+
 def compare(
-    call: Call, operands: Operands, parts: Tensor, wanted: Tensor, distances: bool
+    call: Call, operands: Operands, parts: Tensor, wanted: Tensor | None, distances: bool
 ) -> tuple[Tensor, Tensor]:
     """r (B, N) and its smallest in each tile, or without `distances` the products themselves, of
-    parts (2, B, width) with the references; of the queries that are wanted (B,) int8, at least.
+    parts (2, B, width) with the references; of all queries, or at least of those that are wanted
+    (B,) int8.
     """
     sizes = blocks("compare", call.x.device)
     tiles = triton.cdiv(call.N, sizes["BLOCK_N"])
     pitch = triton.cdiv(call.N, PITCH.value) * PITCH.value
     out = torch.empty(call.B, pitch, dtype=torch.float32, device=call.x.device)
     minima = torch.empty(call.B, tiles, dtype=torch.float32, device=out.device)
-    products.compare_kernel[triton.cdiv(call.B, sizes["BLOCK_M"]), tiles](
+    products.compare_kernel[triton.cdiv(call.B, sizes["BLOCK_M"]) * tiles,](
         parts,
         operands.parts,
         operands.norms,
-        wanted,
+        minima if wanted is None else wanted,
         out,
         minima,
         call.B,
         call.N,
         parts.shape[2],
         operands.parts.stride(0),
+        ALL=wanted is None,
         Y_PARTS=min(2, len(operands.parts)),
         DISTANCES=distances,
         **sizes,

@@ -11,8 +11,16 @@ from triton import knobs
 INTERPRETED = bool(knobs.runtime.interpret)
 Blocks = dict[str, int]
 
-# Kinds of chip, by what fits into a block's shared memory: 99 KiB (sm_86, 89 and 120), 163 KiB
-# (sm_80), 227 KiB (sm_90 and 100).
+# Kinds of chip: "small" has 99 KiB of shared memory for a block (sm_86, 89 and 120), "ampere" 163
+# (sm_80), "hopper" and "blackwell" 227 (sm_90; sm_100 and 103).
+#
+# Before Triton 3.9 a Hopper's wait for products holds for the four warps that wait: with more, an
+# asynchronous copy may overwrite what others still multiply. No kernel with products has more.
+# Before 3.9, too, a Blackwell's sums of several products are wrong where they go on from one
+# iteration of a loop to the next. Here each iteration sums its products from zero, however wide its
+# block of columns. But before 3.8 what threads compute and then multiply may be read too early, and
+# with 3.6 the one pass (fused.py) does not compile there: by 32 rows it keeps to synchronous
+# products.
 TABLE: dict[str, dict[str, Blocks]] = {
     "small": {
         "compare": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=4),
@@ -27,10 +35,16 @@ TABLE: dict[str, dict[str, Blocks]] = {
         "fused 128": dict(BLOCK_M=32, BLOCK_N=32, SLICE=64, SLICES=2, num_warps=4, num_stages=2),
     },
     "hopper": {
-        "compare": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
-        "sum": dict(BLOCK_M=128, BLOCK_D=128, BLOCK_K=64, num_warps=8, num_stages=3),
+        "compare": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=2),
+        "sum": dict(BLOCK_M=64, BLOCK_D=128, BLOCK_K=64, num_warps=4, num_stages=2),
         "fused 64": dict(BLOCK_M=64, BLOCK_N=32, SLICE=64, SLICES=1, num_warps=4, num_stages=2),
-        "fused 128": dict(BLOCK_M=128, BLOCK_N=32, SLICE=64, SLICES=2, num_warps=8, num_stages=3),
+        "fused 128": dict(BLOCK_M=64, BLOCK_N=32, SLICE=64, SLICES=2, num_warps=4, num_stages=2),
+    },
+    "blackwell": {
+        "compare": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
+        "sum": dict(BLOCK_M=64, BLOCK_D=128, BLOCK_K=64, num_warps=4, num_stages=3),
+        "fused 64": dict(BLOCK_M=32, BLOCK_N=32, SLICE=64, SLICES=1, num_warps=4, num_stages=2),
+        "fused 128": dict(BLOCK_M=32, BLOCK_N=32, SLICE=64, SLICES=2, num_warps=4, num_stages=2),
     },
     "interpreter": {
         "compare": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
@@ -46,7 +60,7 @@ TABLE: dict[str, dict[str, Blocks]] = {
 }
 # Kernels without matrix products run alike on all chips.
 ANY: dict[str, Blocks] = {
-    "exact": dict(TILE=256, GROUP=16, BLOCK_D=256),
+    "exact": dict(TILE=256, GROUP=8, BLOCK_D=256),
     "references": dict(BLOCK_N=32, BLOCK_D=64),
     "split": dict(BLOCK_R=8, BLOCK_D=256),
     "direct": dict(BLOCK_M=32, BLOCK_N=16, num_warps=1),
@@ -65,9 +79,9 @@ def kind(device: torch.device) -> str:
     if INTERPRETED:
         return "interpreter"
     capability = torch.cuda.get_device_capability(device)
-    if capability[0] in (9, 10):
-        return "hopper"
-    return "ampere" if capability == (8, 0) else "small"
+    if capability == (8, 0):
+        return "ampere"
+    return {9: "hopper", 10: "blackwell"}.get(capability[0], "small")
 
 
 @functools.cache

@@ -26,13 +26,13 @@ import triton.language as tl
 from torch import Tensor
 
 from pfgm_kernels.backends._values import decode
-from pfgm_kernels.backends.triton.backward_pass import Cotangents, exact_backward
+from pfgm_kernels.backends.triton.backward_pass import exact_backward
 from pfgm_kernels.backends.triton.call import Call
 from pfgm_kernels.backends.triton.configurations import Blocks, blocks, multiprocessors
 from pfgm_kernels.backends.triton.forward_pass import Outputs, exact_forward
 from pfgm_kernels.backends.triton.launch import Kernel
-from pfgm_kernels.backends.triton.maths import logits_float
-from pfgm_kernels.backends.triton.operands import SAMPLE, crowded, sample
+from pfgm_kernels.backends.triton.maths import as_double, bits_of, logits_float
+from pfgm_kernels.rows import Cotangents
 
 MAX_DIM = 32
 MAX_POWER = 40  # of 1/√(1 + u): the rounding of higher ones exceeds that of logarithms
@@ -54,6 +54,8 @@ MAX_POWER = 40  # of 1/√(1 + u): the rounding of higher ones exceeds that of l
 # of their terms: at GRADIENT_REACH they are by 2e-6 in a crowd. On a reference v is of the others
 # alone: where they have less than FAINT of the weight, 1.3 ρ |logit_j| may be 1e-6 of it.
 SMALL_REACH, ROOT_REACH, CROWD_REACH, GRADIENT_REACH, FAINT = 7.0, 4.6, 5.0, 50.0, 1e-3
+SAMPLE = 1024  # references among which equal ones are looked for
+CROWD = 8  # so many of them: rounding errors do not average out
 NARROW = 16  # columns up to which a block of references is larger
 GROUP = tl.constexpr(4)
 RUN = tl.constexpr(16)
@@ -64,7 +66,7 @@ def load_columns(ptr, row, DIM: tl.constexpr):
     """Columns of rows (…, DIM) as a tuple."""
     columns = tl.tuple([])
     for c in tl.static_range(DIM):
-        columns += (tl.load(ptr + row * DIM + c),)
+        columns += (tl.load(ptr + row.to(tl.int64) * DIM + c),)
     return columns
 
 
@@ -159,7 +161,7 @@ def nearest_kernel(
 def sum_kernel(
     x_ptr,  # (B, DIM) float32
     values_ptr,  # (N, DIM) float32
-    half_k_ptr,  # (1,) float64
+    half_k,
     scales_ptr,  # (3, B) float32: origin; 1/scale and what its rounding takes off, relatively
     without_ptr,  # (B,) int64: a reference that is left out
     g_ptr,  # (B, DIM) float32, for BACKWARD
@@ -186,7 +188,7 @@ def sum_kernel(
     origin, inverse = tl.load(scales_ptr + query), tl.load(scales_ptr + B + query)
     inverse_low = tl.load(scales_ptr + 2 * B + query)
     anchor = tl.load(without_ptr + query)
-    exact_half_k = tl.load(half_k_ptr)
+    exact_half_k = as_double(half_k)
     half_k = exact_half_k.to(tl.float32)
     half_k_low = (exact_half_k - half_k).to(tl.float32)
     g = x
@@ -226,7 +228,8 @@ def sum_kernel(
     to = out_ptr + split.to(tl.int64) * (DIM + 1) * B + b
     tl.store(to, total, mask=b < B)
     for c in tl.static_range(DIM):
-        tl.store(to + (c + 1) * B, sums[c], mask=b < B)
+        to += B
+        tl.store(to, sums[c], mask=b < B)
 
 
 @dataclass(frozen=True)
@@ -301,7 +304,7 @@ def _nearest(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sum(
-    scale: Scale, half_k: Tensor, without: Tensor, g: Tensor | None, constant: Tensor | None
+    scale: Scale, half_k: float, without: Tensor, g: Tensor | None, constant: Tensor | None
 ) -> Tensor:
     """(d + 1, B), see sum_kernel; g (B, d) and constant (2, B) for the backward pass."""
     call = scale.call
@@ -311,7 +314,7 @@ def _sum(
     sum_kernel[grid](
         call.x,
         call.values,
-        half_k,
+        bits_of(half_k),
         scale.parts,
         without,
         call.x if g is None else g,
@@ -365,35 +368,41 @@ def direct_forward(call: Call, out: Outputs) -> None:
     if not _is_power(call.k) or half_k > CROWD_REACH:
         spread = anchor_log_weight + math.log(call.N)
         most = (reach + 2 * spread).clamp(max=half_k if _is_power(call.k) else math.inf)
-        sure &= ~crowded(_hashes(sample(call.values, SAMPLE))) | (most <= CROWD_REACH)
+        sure &= ~_crowded(call.values) | (most <= CROWD_REACH)
     exact_forward(call, _limits(sure, sums), out)
 
 
-def _hashes(values: Tensor) -> Tensor:
-    """A number for each of values (N, d) that is the same for equal rows and hardly else."""
+def _crowded(values: Tensor) -> Tensor:
+    """Whether many of values (N, d) are equal, judged by a sample."""
+    count = min(len(values), SAMPLE)
+    rows = values[torch.arange(count, device=values.device) * len(values) // count]
+    # A number that is the same for equal rows and hardly else.
     factors = torch.arange(values.shape[1], device=values.device) * 40503 % 65521 + 1
-    return (values.double() * factors).sum(1)
+    ordered = (rows.double() * factors).sum(1).sort().values
+    return (ordered[1:] == ordered[:-1]).sum() >= CROWD
 
 
-def direct_backward(call: Call, cotangents: Cotangents, dx: Tensor, dt: Tensor) -> None:
-    """dx (B, d) and dt (B,) of float32 queries.
+def direct_backward(call: Call, cotangents: Cotangents, log_weight: Tensor) -> None:
+    """Adds to dx and dt of float32 queries.
 
     Weights only occur divided by s, and (1 + u)^(−k/2 − 1) is that quotient up to a factor of the
     query. Cotangents are scaled to what float32 holds.
     """
     call = _in_float32(call)
-    g, distance = cotangents.g, cotangents.base
-    scale = Scale.make(call, distance)
-    unit = (g.square().sum(1) * (distance + scale.offset)).sqrt() + cotangents.constant.abs()
+    g, distance = cotangents.g, cotangents.anchor_square
+    scale, constant = Scale.make(call, distance), cotangents.g_m - cotangents.projection
+    unit = (g.square().sum(1) * (distance + scale.offset)).sqrt() + constant.abs()
     unit = torch.where(unit > 0, unit, 1.0)
-    constant = cotangents.constant / unit
+    constant = constant / unit
     parts = torch.stack([constant, constant - constant.float()]).float()
     half_k, none = call.half_k + (not call.gaussian), call.rows(-1, torch.int64)
     sums = _sum(scale, half_k, none, (g / unit[:, None]).float(), parts)
 
-    factor = unit * (cotangents.log_weight - scale.logit(distance)).exp()
+    factor = unit * (log_weight - scale.logit(distance)).exp()
     factor *= scale.rate if call.gaussian else call.half_k / scale.s
-    dx.copy_(2 * (factor * sums[1:]).T)
-    dt.copy_((2 / call.t if call.gaussian else -2 * call.t) * factor * sums[0])
-    sure = (scale.reach(distance) <= GRADIENT_REACH) & factor.isfinite()
-    exact_backward(call, _limits(sure, sums), cotangents, dx, dt, None)
+    limits = _limits((scale.reach(distance) <= GRADIENT_REACH) & factor.isfinite(), sums)
+    factor, done = factor[:, None], limits[:, None].isinf()
+    cotangents.dx.add_(torch.where(done, 2 * factor * sums[1:].T, 0.0))
+    dt = (2 / call.t if call.gaussian else -2 * call.t)[:, None] * factor * sums[0, :, None]
+    cotangents.dt.add_(torch.where(done, dt, 0.0)[:, 0])
+    exact_backward(call, limits, cotangents, log_weight)

@@ -22,25 +22,54 @@ import triton.language as tl
 
 from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import (
+    as_double,
     load_values,
     logit_of,
     pitch,
+    place,
     relative_logit,
     s_offset,
 )
 
+SCAN = tl.constexpr(128)  # tiles that are looked at together
+
 
 @triton.jit
-def next_tile(counts, tiles, after, TILES: tl.constexpr):
-    """The first of `tiles` beyond `after` that has a count; TILES where there is none."""
-    return tl.min(tl.where((counts > 0) & (tiles > after), tiles, TILES), 0)
+def next_tile(counts_ptr, first, tiles):
+    """The first tile from `first` on that has a count; `tiles` where there is none."""
+    first, found = tl.cast(first, tl.int32), tl.cast(tiles, tl.int32)
+    while (found == tiles) & (first < tiles):
+        ids = first + tl.arange(0, SCAN)
+        counts = tl.load(counts_ptr + ids, mask=ids < tiles, other=0)
+        found = tl.min(tl.where(counts > 0, ids, tiles), 0)
+        first += SCAN
+    return found
+
+
+@triton.jit
+def sum_tiles(sums_ptr, b, tiles):
+    """Σ over the tiles of a row of sums (rows, tiles), in float64."""
+    total = tl.zeros((SCAN,), tl.float64)
+    for first in range(0, tiles, SCAN):
+        ids = first + tl.arange(0, SCAN)
+        total += tl.load(sums_ptr + b * tiles + ids, mask=ids < tiles, other=0.0).to(tl.float64)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def summed_factor(header_ptr, base, half_k, t, GAUSSIAN: tl.constexpr):
+    """c_j over what weights_kernel (route.py) has in its place."""
+    if GAUSSIAN:
+        return tl.load(header_ptr) * (0.5 / (t * t))
+    else:
+        return tl.load(header_ptr) * (half_k / (base + t * t))
 
 
 @triton.jit
 def members(chosen, rank, j, slots):
     """The values of j that are chosen, of the ranks `slots`; 0 beyond the last."""
     hit = (rank[None, :] == slots[:, None]) & chosen[None, :]
-    return tl.sum(tl.where(hit, j[None, :], 0), 1).to(tl.int64)
+    return tl.max(tl.where(hit, j[None, :], 0), 1).to(tl.int64)
 
 
 @Kernel
@@ -55,6 +84,7 @@ def distances_kernel(
     squares_ptr,  # (B, N) float64
     projection_ptr,  # (B, N) float64, for PROJECT
     counts_ptr,  # (B, tiles) int32
+    B,
     N,
     d,
     CODES: tl.constexpr,
@@ -68,8 +98,8 @@ def distances_kernel(
     """‖x − x0_j‖² of one query and one tile. References meant are taken GROUP at a time:
     the work follows their number.
     """
-    b = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
+    query, tile = place(B)
+    b = query.to(tl.int64)
     limit = tl.load(limit_ptr + b)
     j = tile * TILE + tl.arange(0, TILE)
     meant = j < tl.where(limit == -float("inf"), 0, N)
@@ -77,7 +107,7 @@ def distances_kernel(
         r = tl.load(r_ptr + b * pitch(N) + j, mask=meant, other=0.0)
         meant = meant & ((r > limit) == 0)  # which NaN does not leave out
     count = tl.sum(meant.to(tl.int32), 0)
-    tl.store(counts_ptr + b * tl.num_programs(1) + tile, count)
+    tl.store(counts_ptr + b * tl.cdiv(N, TILE) + tile, count)
     if count > 0:
         tl.store(squares_ptr + b * N + j, float("inf"), mask=(j < N) & (meant == 0))
         offset = s_offset(tl.load(t_ptr + b), GAUSSIAN)
@@ -111,52 +141,60 @@ def distances_kernel(
 @Kernel
 def weigh_kernel(
     t_ptr,  # (B,) float64
-    half_k_ptr,  # (1,) float64
+    half_k,
     limit_ptr,  # (B,) float32
     counts_ptr,  # (B, tiles) int32
     squares_ptr,  # (B, N) float64; becomes the weights
-    base_ptr,  # (B,) float64: the anchor's, of queries whose other references were summed
+    cut_ptr,  # (B,) float32, for SUMMED: −∞ where products summed no other references
+    base_ptr,  # (B,) float64, for SUMMED: ‖x − x0_a‖² of queries with a cut
+    sums_ptr,  # (B, dense_tiles) float32, for SUMMED: the weights of those others
     anchor_ptr,  # (B,) int64
-    rest_ptr,  # (B,) float64: the weight of those others
     total_ptr,  # (B,) float64
     log_mass_ptr,  # (B,) float64
     anchor_log_weight_ptr,  # (B,) float64
     N,
     tiles,
+    dense_tiles,
     GAUSSIAN: tl.constexpr,
+    SUMMED: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,
 ):
     """w_j relative to the anchor's in place of ‖x − x0_j‖², and log_mass, for one query. The anchor
-    is the nearest reference, except where base is not NaN.
+    is the nearest reference, except of queries with a cut.
     """
     b = tl.program_id(0).to(tl.int64)
     if tl.load(limit_ptr + b) == -float("inf"):
         return
-    t, half_k = tl.load(t_ptr + b), tl.load(half_k_ptr)
-    base, anchor, total = tl.load(base_ptr + b), tl.load(anchor_ptr + b), tl.load(rest_ptr + b)
-    ids = tl.arange(0, TILES)
-    counts = tl.load(counts_ptr + b * tiles + ids, mask=ids < tiles, other=0)
-    if base != base:
-        base = float("inf") + 0 * total
-        tile = next_tile(counts, ids, -1, TILES)
-        while tile < TILES:
+    t, half_k = tl.load(t_ptr + b), as_double(half_k)
+    anchor = tl.full((), 0, tl.int64)
+    base = tl.full((), float("inf"), tl.float64)
+    total = tl.full((), 0, tl.float64)
+    chosen = False
+    if SUMMED:
+        chosen = tl.load(cut_ptr + b) != -float("inf")
+        if chosen:
+            base, anchor = tl.load(base_ptr + b), tl.load(anchor_ptr + b)
+            total = sum_tiles(sums_ptr, b, dense_tiles)
+    counts_ptr += b * tiles
+    if not chosen:
+        tile = next_tile(counts_ptr, 0, tiles)
+        while tile < tiles:
             j = tile * TILE + tl.arange(0, TILE)
             squares = tl.load(squares_ptr + b * N + j, mask=j < N, other=float("inf"))
             nearest = tl.min(squares, 0)
             if nearest < base:
                 base = nearest
                 anchor = tl.min(tl.where(squares == nearest, j, N), 0).to(tl.int64)
-            tile = next_tile(counts, ids, tile, TILES)
-    tile = next_tile(counts, ids, -1, TILES)
-    while tile < TILES:
+            tile = next_tile(counts_ptr, tile + 1, tiles)
+    tile = next_tile(counts_ptr, 0, tiles)
+    while tile < tiles:
         j = tile * TILE + tl.arange(0, TILE)
         squares = tl.load(squares_ptr + b * N + j, mask=j < N, other=float("inf"))
         logit = relative_logit(squares, base, half_k, t, GAUSSIAN)
         weights = tl.where(squares == float("inf"), 0.0, tl.exp(logit))
         total += tl.sum(weights, 0)
         tl.store(squares_ptr + b * N + j, weights, mask=j < N)
-        tile = next_tile(counts, ids, tile, TILES)
+        tile = next_tile(counts_ptr, tile + 1, tiles)
     tl.store(anchor_ptr + b, anchor)
     tl.store(total_ptr + b, total)
     tl.store(log_mass_ptr + b, logit_of(base, half_k, t, GAUSSIAN) + tl.log(total))
@@ -166,38 +204,50 @@ def weigh_kernel(
 @Kernel
 def coefficients_kernel(
     t_ptr,  # (B,) float64
-    half_k_ptr,  # (1,) float64
+    half_k,
     limit_ptr,  # (B,) float32
     counts_ptr,  # (B, tiles) int32
     squares_ptr,  # (B, N) float64; becomes the weights
     projection_ptr,  # (B, N) float64 g·(x0_j − x); becomes c_j
     base_ptr,  # (B,) float64, squared distance of the anchor
     log_weight_ptr,  # (B,) float64, log w of the anchor
-    constant_ptr,  # (B,) float64, g_m − g·v
+    g_m_ptr,  # (B,) float64
+    product_ptr,  # (B,) float64, g·v
+    header_ptr,  # (5,) float64, for SUMMED
+    cut_ptr,  # (B,) float32, for SUMMED: −∞ where products summed no other references
+    sums_ptr,  # (2, B, dense_tiles) float32, for SUMMED: Σ c and Σ c u of those, over a factor
     dt_ptr,  # (B,) float64
+    B,
     N,
     tiles,
+    dense_tiles,
     GAUSSIAN: tl.constexpr,
+    SUMMED: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,
 ):
     """c_j = (k/2) w_j (a_j + g_m)/s_j in place of the projections of one query, w_j in place of
-    q_j = ‖x − x0_j‖², and dt = −2t Σ_j c_j (Gaussian: c_j = w_j (a_j + g_m)/(2t²) and dt = (2/t)
+    q_j = ‖x − x0_j‖², and adds to dt −2t Σ_j c_j (Gaussian: c_j = w_j (a_j + g_m)/(2t²) and (2/t)
     Σ_j c_j q_j).
     """
     b = tl.program_id(0).to(tl.int64)
     if tl.load(limit_ptr + b) == -float("inf"):
         return
-    t, half_k = tl.load(t_ptr + b), tl.load(half_k_ptr)
+    t, half_k = tl.load(t_ptr + b), as_double(half_k)
     base, log_weight = tl.load(base_ptr + b), tl.load(log_weight_ptr + b)
-    constant = tl.load(constant_ptr + b)
-    ids = tl.arange(0, TILES)
-    counts = tl.load(counts_ptr + b * tiles + ids, mask=ids < tiles, other=0)
-    dt = 0 * half_k
-    if GAUSSIAN:
-        dt = 0 * base
-    tile = next_tile(counts, ids, -1, TILES)
-    while tile < TILES:
+    constant = tl.load(g_m_ptr + b) - tl.load(product_ptr + b)
+    counts_ptr += b * tiles
+    dt = tl.load(dt_ptr + b)
+    if SUMMED:
+        if tl.load(cut_ptr + b) != -float("inf"):
+            factor = summed_factor(header_ptr, base, half_k, t, GAUSSIAN)
+            rest = sum_tiles(sums_ptr, b, dense_tiles)
+            if GAUSSIAN:
+                moment = sum_tiles(sums_ptr, b + B, dense_tiles)
+                dt += (2 / t) * factor * (base * rest + 2 * t * t * moment)
+            else:
+                dt -= 2 * t * factor * rest
+    tile = next_tile(counts_ptr, 0, tiles)
+    while tile < tiles:
         j = tile * TILE + tl.arange(0, TILE)
         squares = tl.load(squares_ptr + b * N + j, mask=j < N, other=float("inf"))
         a = tl.load(projection_ptr + b * N + j, mask=squares < float("inf"), other=0.0) + constant
@@ -213,7 +263,7 @@ def coefficients_kernel(
             dt -= 2 * t * tl.sum(c, 0)
         tl.store(squares_ptr + b * N + j, weights, mask=j < N)
         tl.store(projection_ptr + b * N + j, c, mask=j < N)
-        tile = next_tile(counts, ids, tile, TILES)
+        tile = next_tile(counts_ptr, tile + 1, tiles)
     tl.store(dt_ptr + b, dt)
 
 
@@ -225,19 +275,19 @@ def gather_kernel(
     limit_ptr,  # (B,) float32
     counts_ptr,  # (B, tiles) int32
     weights_ptr,  # (B, N) float64
-    scale_ptr,  # (B,) float64
+    total_ptr,  # (B,) float64, but for BACKWARD
     out_ptr,  # (B, d) float64
     N,
     d,
     tiles,
     CODES: tl.constexpr,
+    BACKWARD: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """scale · Σ_j w_j (x0_j − x) of one query over BLOCK_D columns. Only references with weight are
-    read.
+    """Σ_j w_j (x0_j − x) / total of one query over BLOCK_D columns; for BACKWARD adds twice the
+    sum. Only references with weight are read.
     """
     b = tl.program_id(0).to(tl.int64)
     if tl.load(limit_ptr + b) == -float("inf"):
@@ -245,11 +295,10 @@ def gather_kernel(
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < d
     x = tl.load(x_ptr + b * d + column, mask=inside, other=0.0).to(tl.float64)
-    ids = tl.arange(0, TILES)
-    counts = tl.load(counts_ptr + b * tiles + ids, mask=ids < tiles, other=0)
+    counts_ptr += b * tiles
     accumulator = tl.zeros((BLOCK_D,), tl.float64)
-    tile = next_tile(counts, ids, -1, TILES)
-    while tile < TILES:
+    tile = next_tile(counts_ptr, 0, tiles)
+    while tile < tiles:
         j = tile * TILE + tl.arange(0, TILE)
         weights = tl.load(weights_ptr + b * N + j, mask=j < N, other=0.0)
         heavy = weights != 0
@@ -266,9 +315,13 @@ def gather_kernel(
             term = tl.where(mask, w[:, None] * (y - x[None, :]), 0.0)
             accumulator += tl.sum(term, 0)
             start += GROUP
-        tile = next_tile(counts, ids, tile, TILES)
-    scaled = accumulator * tl.load(scale_ptr + b)
-    tl.store(out_ptr + b * d + column, scaled, mask=inside)
+        tile = next_tile(counts_ptr, tile + 1, tiles)
+    out_ptr += b * d + column
+    if BACKWARD:
+        accumulator = tl.load(out_ptr, mask=inside, other=0.0) + 2 * accumulator
+    else:
+        accumulator /= tl.load(total_ptr + b)
+    tl.store(out_ptr, accumulator, mask=inside)
 
 
 @Kernel

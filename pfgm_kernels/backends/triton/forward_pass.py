@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from pfgm_kernels.backends.triton import exact
-from pfgm_kernels.backends.triton.call import Call, Screen
-from pfgm_kernels.backends.triton.operands import Operands
+from pfgm_kernels.backends.triton.call import Call, Dense, Screen
+from pfgm_kernels.backends.triton.operands import Operands, Split
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -27,42 +25,50 @@ def exact_forward(call: Call, limit: Tensor, out: Outputs) -> None:
     """Queries whose limit (B,) is NaN by direct differences with all references; those whose limit
     is −∞ are left as they are.
     """
-    _finish(call, limit, None, call.rows(math.nan), call.rows(), out)
+    _finish(call, limit, None, None, out)
 
 
-def two_pass_forward(call: Call, operands: Operands, wanted: Tensor, out: Outputs) -> None:
-    """Queries that are wanted (B,) int8, by products and direct differences (route.py)."""
-    screen = Screen.make(call, operands, wanted, out[2])
-    dense, rest, _ = screen.sum_dense()
-    total = _finish(call, screen.limit, screen.r, screen.base, rest, out)
-    screen.combine(dense, rest, 1 / total, out[0])
+def two_pass_forward(
+    call: Call,
+    operands: Operands,
+    out: Outputs,
+    queries: Split | None = None,
+    wanted: Tensor | None = None,
+) -> None:
+    """All queries, or those that are wanted (B,) int8, by products and direct differences
+    (route.py).
+    """
+    screen = Screen.make(call, operands, queries, wanted, out[2])
+    dense = screen.sum_dense()
+    total = _finish(call, screen.limit, screen.r, dense, out)
+    screen.combine(dense, total, out[0])
 
 
 def _finish(
-    call: Call, limit: Tensor, r: Tensor | None, base: Tensor, rest: Tensor, out: Outputs
+    call: Call, limit: Tensor, r: Tensor | None, dense: Dense | None, out: Outputs
 ) -> Tensor:
-    """Everything but what products add to the displacement. base and rest (B,) are the squared
-    distance of the anchor and the weight of the references beyond the limit, where there are any.
-    Returns the sum of all weights (B,).
-    """
+    """Everything but what products add to the displacement. Returns the sum of all weights (B,)."""
     displacement, log_mass, anchor, anchor_log_weight = out
-    total = call.rows(1.0)
+    total = torch.empty_like(call.t)
     squares, counts, _ = call.distances(limit, r)
     exact.weigh_kernel[call.B,](
         call.t,
-        call.half_k,
+        call.half_k_bits,
         limit,
         counts,
         squares,
-        base,
+        limit if dense is None else dense.cut,
+        total if dense is None else dense.base,
+        total if dense is None else dense.sums,
         anchor,
-        rest,
         total,
         log_mass,
         anchor_log_weight,
         call.N,
         call.exact_tiles,
+        0 if dense is None else dense.tiles,
+        SUMMED=dense is not None,
         **call.row_options(),
     )
-    call.gather(limit, counts, squares, 1 / total, displacement)
+    call.gather(limit, counts, squares, total, displacement)
     return total

@@ -36,13 +36,14 @@ from pfgm_kernels.backends.triton.fused_products import (
 )
 from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import (
+    as_double,
     load_values,
     logit_of,
     logits_float,
     relative_logit,
     s_offset,
 )
-from pfgm_kernels.backends.triton.operands import Operands, split
+from pfgm_kernels.backends.triton.operands import Operands, Split, split
 from pfgm_kernels.backends.triton.route import DEPTH
 
 CAP = tl.constexpr(128)  # references that may be listed for a query in each split
@@ -86,7 +87,7 @@ def largest_share(error):
 @Kernel
 def fused_kernel(
     t_ptr,  # (B,) float64
-    half_k_ptr,  # (1,) float64
+    half_k,
     header_ptr,  # (5,) float64
     squares_ptr,  # (B,) float64 ‖x'‖²
     shared_ptr,  # (B,) float64: what the products x'·y_j of a query all lack
@@ -116,7 +117,7 @@ def fused_kernel(
     row = tl.arange(0, BLOCK_M)
     b = block * BLOCK_M + row
     query = tl.minimum(b, B - 1)
-    unit, half_k = tl.load(header_ptr), tl.load(half_k_ptr)
+    unit, half_k = tl.load(header_ptr), as_double(half_k)
     half_k_float = half_k.to(tl.float32)
     depth = -(tl.log(tl.cast(N, tl.float64)) + DEPTH).to(tl.float32)
     t = tl.load(t_ptr + query)
@@ -187,6 +188,7 @@ def fused_kernel(
                 w = tl.where((j[None, :] == at[:, None]) & heavy[:, None], 0.0, w)
                 heaviest = tl.max(w, 1)
             count += tl.where(heaviest > limit, CAP + 1, 0)
+            count = tl.minimum(count, CAP + 1)  # which would not hold the sum of all tiles'
         light += tl.sum(w, 1)
         if tl.max(heaviest, 0) > 0:
             weights = split_parts(w, x_ptr.dtype.element_ty)
@@ -212,7 +214,7 @@ def fused_kernel(
 def finish_kernel(
     x_ptr,  # (B, d)
     t_ptr,  # (B,) float64
-    half_k_ptr,  # (1,) float64
+    half_k,
     values_ptr,  # (N, d)
     table_ptr,  # (256,) float32, for CODES
     header_ptr,  # (5,) float64
@@ -246,7 +248,7 @@ def finish_kernel(
     b = tl.program_id(0).to(tl.int64)
     B = tl.num_programs(0).to(tl.int64)
     tl.store(left_ptr + b, tl.full((), 1, tl.int8))
-    t, half_k = tl.load(t_ptr + b), tl.load(half_k_ptr)
+    t, half_k = tl.load(t_ptr + b), as_double(half_k)
     offset = load_offset(header_ptr, squares_ptr, shared_ptr, b)
     unit, crowded, radius = tl.load(header_ptr), tl.load(header_ptr + 2), tl.load(header_ptr + 3)
     square, offset_t, squared = unit * unit, s_offset(t, GAUSSIAN), tl.load(squares_ptr + b)
@@ -332,15 +334,13 @@ def finish_kernel(
 
 def fused_forward(
     call: Call, operands: Operands, out: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> Tensor:
+) -> tuple[Split, Tensor]:
     """Writes displacement, log_mass, anchor and its log weight of the queries that this is precise
-    enough for. Returns which are left, (B,) int8.
+    enough for. Returns what was made of all queries, and which are left, (B,) int8.
     """
     device, B = call.x.device, call.B
-    inverse_unit = 1 / operands.header[:1]
-    parts, squares, shared = split(
-        call.x, call.table, operands.origin, inverse_unit, 3, operands.mean
-    )
+    queries = split(call.x, call.table, operands, 3)
+    parts, squares, shared = queries.parts, queries.norms, queries.marks[1]
     width = parts.shape[2]
     sizes = blocks(f"fused {width}", device)
     query_blocks, tiles = triton.cdiv(B, sizes["BLOCK_M"]), triton.cdiv(call.N, sizes["BLOCK_N"])
@@ -357,7 +357,7 @@ def fused_forward(
     )
     fused_kernel[query_blocks, splits](
         call.t,
-        call.half_k,
+        call.half_k_bits,
         operands.header,
         squares,
         shared,
@@ -376,7 +376,7 @@ def fused_forward(
     finish_kernel[B,](
         call.x,
         call.t,
-        call.half_k,
+        call.half_k_bits,
         call.values,
         call.table,
         operands.header,
@@ -396,4 +396,4 @@ def fused_forward(
         GROUP=blocks("exact", device)["GROUP"],
         BLOCK_D=triton.next_power_of_2(call.d),
     )
-    return left
+    return queries, left

@@ -19,9 +19,10 @@ def load_slices(
     SLICE: tl.constexpr,
     SLICES: tl.constexpr,
 ):
-    """The first `rows` of BLOCK rows in slices of columns, each as its high, middle and low part;
-    the high one alone where there is one.
+    """The first `rows` of BLOCK rows in slices of columns, each as its high, middle and low part,
+    which are `stride` apart; the high one alone where there is one.
     """
+    stride = tl.cast(stride, tl.int64)
     row, column = tl.arange(0, BLOCK), tl.arange(0, SLICE)
     index, mask = row[:, None] * (SLICE * SLICES) + column[None, :], (row < rows)[:, None]
     slices = tl.tuple([])

@@ -11,7 +11,7 @@ import torch
 import triton
 
 MOST_PROGRAMS = 2**31 - 1, 65_535, 65_535  # along the axes of a grid
-LARGEST_BLOCK = 65_536
+LARGEST_BLOCK = 4096
 
 
 class Kernel:

@@ -9,8 +9,20 @@ Logits are only ever formed relative to a reference near the nearest one.
 
 from __future__ import annotations
 
+import struct
+
 import triton
 import triton.language as tl
+
+
+def bits_of(value: float) -> int:
+    """A number as kernels take it: Triton would round a float to float32."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+@triton.jit
+def as_double(bits):
+    return tl.cast(bits, tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -85,6 +97,15 @@ def s_offset(t, GAUSSIAN: tl.constexpr):
         return (t - t) * (0.5 / (t * t))
     else:
         return t * t
+
+
+@triton.jit
+def place(inner):
+    """Where a program is in a grid of two axes, of which the first has so many. Launched along one:
+    others than the first end at 65,535.
+    """
+    program = tl.program_id(0)
+    return program % inner, program // inner
 
 
 PITCH = tl.constexpr(16)

@@ -28,49 +28,108 @@ PART = torch.float32 if INTERPRETED else torch.bfloat16
 DIM_MULTIPLE = 64  # rows are padded to this many columns, with zeros
 CODE_ORIGIN = 128
 FUSED_MAX_DIM = 128  # columns up to which queries take one pass (fused.py)
-SAMPLE = 1024  # references among which equal ones are looked for
-CROWD = 8  # so many of them: rounding errors do not average out
+MEAN_SAMPLE = tl.constexpr(256)  # references whose mean is that of all, nearly
+SAMPLE = tl.constexpr(1024)  # references among which equal ones are looked for
+CROWD = tl.constexpr(8)  # so many of them: rounding errors do not average out
+
+
+@Kernel
+def origin_kernel(
+    values_ptr,  # (N, d)
+    table_ptr,  # (256,) float32, for CODES
+    header_ptr,  # these and all below are written: see Operands
+    origin_ptr,
+    mean_ptr,
+    N,
+    d,
+    CODES: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Unit, deviation, and the origin and the mean of BLOCK_D columns."""
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    rows = tl.minimum(N, MEAN_SAMPLE).to(tl.int64)
+    total = tl.zeros((BLOCK_D,), tl.float64)
+    for first in range(0, rows, GROUP):
+        i = first + tl.arange(0, GROUP)
+        row = i * tl.cast(N, tl.int64) // rows
+        mask = (i < rows)[:, None] & (column < d)[None, :]
+        index = row[:, None] * d + column[None, :]
+        total += tl.sum(load_values(values_ptr, table_ptr, index, mask, False), 0)
+    mean = total / rows.to(tl.float64)
+    unit = tl.full((), 1, tl.float64)
+    deviation = tl.full((), 0, tl.float64)
+    if CODES:
+        codes = tl.arange(0, 256)
+        low, high = tl.load(table_ptr).to(tl.float64), tl.load(table_ptr + 255).to(tl.float64)
+        unit = (high - low) / 255
+        off = tl.load(table_ptr + codes).to(tl.float64) - (low + unit * codes)
+        deviation = tl.max(tl.abs(off), 0) / tl.abs(unit) * tl.sqrt(tl.cast(d, tl.float64))
+        origin = low + 128 * unit + 0 * mean
+        mean -= 128
+    else:
+        origin = mean.to(tl.float32).to(tl.float64)
+        mean = tl.zeros((BLOCK_D,), tl.float64)
+    tl.store(header_ptr, unit)
+    tl.store(header_ptr + 1, deviation)
+    tl.store(origin_ptr + column, origin, mask=column < d)
+    tl.store(mean_ptr + column, mean, mask=column < d)
 
 
 @Kernel
 def split_kernel(
     values_ptr,  # (rows, d)
     table_ptr,  # (256,) float32, for CODES
+    header_ptr,  # (5,) float64
     origin_ptr,  # (d,) float64
-    inverse_unit_ptr,  # (1,) float64
     mean_ptr,  # (d,) float64, but for REFERENCES
+    x_ptr,  # (rows, d) queries, for COTANGENTS as the next two
+    g_m_ptr,  # (rows,) float64
+    product_ptr,  # (rows,) float64 g·v
     parts_ptr,  # (PARTS, rows, width)
     norms_ptr,  # (rows,) float64
-    marks_ptr,  # (rows,) float64
+    marks_ptr,  # (2, rows) float64
     rows,
     d,
     width,
     CODES: tl.constexpr,
     REFERENCES: tl.constexpr,
+    COTANGENTS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Parts and ‖y‖² of BLOCK_R rows, and a mark of each: of a reference a sum that is the same for
-    equal references and hardly else; of a query what its parts leave of its product with the mean
-    of the references, an error that all of its products would share.
+    equal references and hardly else; of a query what two parts, and what all of them, leave of its
+    product with the mean of the references, an error that all of its products would share; of a
+    cotangent, y = g, that and (g_m − g·v + g·(origin − x))/unit, in two parts as float32 holds it.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inverse_unit = tl.load(inverse_unit_ptr)
     norm = tl.zeros((BLOCK_R,), tl.float64)
+    early = tl.zeros((BLOCK_R,), tl.float64)
     mark = tl.zeros((BLOCK_R,), tl.float64)
+    shift = tl.zeros((BLOCK_R,), tl.float64)
     for first in range(0, width, BLOCK_D):
         column = first + tl.arange(0, BLOCK_D)
         mask = (row < rows)[:, None] & (column < d)[None, :]
-        y = load_values(values_ptr, table_ptr, row[:, None] * d + column[None, :], mask, False)
+        index = row[:, None] * d + column[None, :]
+        y = load_values(values_ptr, table_ptr, index, mask, False)
         if CODES:
             y = tl.where(mask, y - 128, 0.0)
         else:
-            origin = tl.load(origin_ptr + column, mask=column < d, other=0.0)
-            y = tl.where(mask, (y - origin[None, :]) * inverse_unit, 0.0)
+            origin = tl.load(origin_ptr + column, mask=column < d, other=0.0)[None, :]
+            if COTANGENTS:
+                x = tl.load(x_ptr + index, mask=mask, other=0.0).to(tl.float64)
+                shift += tl.sum(y * (origin - x), 1)
+            elif REFERENCES:
+                y = tl.where(mask, y - origin, 0.0)
+            else:
+                y = tl.where(mask, (y - origin) / tl.load(header_ptr), 0.0)
         norm += tl.sum(y * y, 1)
         if REFERENCES:
-            mark += tl.sum(y * ((column * 40503) % 65536).to(tl.float64)[None, :], 1)
+            mark += tl.sum(y * ((column % 32768) * 40503 % 65536).to(tl.float64)[None, :], 1)
+        else:
+            mean = tl.load(mean_ptr + column, mask=column < d, other=0.0)[None, :]
         rest = y.to(tl.float32)
         for part in tl.static_range(PARTS):
             high = round_to_bfloat16(rest)
@@ -79,11 +138,57 @@ def split_kernel(
             to = (part * tl.cast(rows, tl.int64) + row[:, None]) * width + column[None, :]
             stored = (row < rows)[:, None] & (column < width)[None, :]
             tl.store(parts_ptr + to, high.to(parts_ptr.dtype.element_ty), mask=stored)
+            if part == 1 and not REFERENCES:
+                early += tl.sum(y * mean, 1)
         if not REFERENCES:
-            mean = tl.load(mean_ptr + column, mask=column < d, other=0.0)
-            mark += tl.sum(y * mean[None, :], 1)
+            mark += tl.sum(y * mean, 1)
+    if COTANGENTS:
+        own = tl.load(g_m_ptr + row, mask=row < rows, other=0.0)
+        own -= tl.load(product_ptr + row, mask=row < rows, other=0.0)
+        early = mark + (own + shift) / tl.load(header_ptr)
+        mark = early - early.to(tl.float32).to(tl.float64)
     tl.store(norms_ptr + row, norm, mask=row < rows)
-    tl.store(marks_ptr + row, mark, mask=row < rows)
+    tl.store(marks_ptr + row, early, mask=row < rows)
+    tl.store(marks_ptr + rows + row, mark, mask=row < rows)
+
+
+@Kernel
+def summarise_kernel(
+    squares_ptr,  # (N,) float64 ‖y‖²
+    marks_ptr,  # (N,) float64
+    header_ptr,  # this and the next are written: see Operands
+    norms_ptr,
+    N,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """What is known of all references together, by the first program, and the norms of BLOCK."""
+    count = tl.cast(N, tl.int64)
+    centre = tl.load(squares_ptr) + tl.load(squares_ptr + count // 2)
+    centre = (centre + tl.load(squares_ptr + count - 1)) / 3
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    squares = tl.load(squares_ptr + row, mask=row < N, other=0.0)
+    tl.store(norms_ptr + row, (squares - centre).to(tl.float32), mask=row < N)
+    if tl.program_id(0) == 0:
+        most = tl.zeros((BLOCK,), tl.float64)
+        for first in range(0, count, BLOCK):
+            row = first + tl.arange(0, BLOCK)
+            squares = tl.load(squares_ptr + row, mask=row < N, other=0.0)
+            most = tl.where((squares > most) | (squares != squares), squares, most)
+        worst = tl.sum(tl.where(most != most, most, 0.0), 0)  # NaN, which a maximum may swallow
+        samples = tl.minimum(N, SAMPLE)
+        ids = tl.arange(0, SAMPLE)
+        marks = tl.load(marks_ptr + ids * count // samples, mask=ids < samples, other=0.0)
+        equal = 0
+        for first in range(0, samples, GROUP):
+            i = first + tl.arange(0, GROUP)
+            own = tl.load(marks_ptr + i * count // samples, mask=i < samples, other=0.0)
+            same = (own[:, None] == marks[None, :]) & (ids[None, :] < i[:, None])
+            found = tl.max(same.to(tl.int32), 1)
+            equal += tl.sum(tl.where(i < samples, found, 0), 0)
+        tl.store(header_ptr + 2, tl.where(equal >= CROWD, 1.0, 0.0).to(tl.float64))
+        tl.store(header_ptr + 3, tl.sqrt(tl.max(most, 0)) + worst)
+        tl.store(header_ptr + 4, centre)
 
 
 @dataclass(frozen=True)
@@ -110,42 +215,57 @@ class Operands:
         return replace(self, norms=self.norms[references], parts=self.parts[:, references])
 
 
+@dataclass(frozen=True)
+class Split:
+    """Rows as the tensor cores read them; see split_kernel."""
+
+    parts: Tensor
+    """(parts, rows, width)"""
+    norms: Tensor
+    """(rows,) float64 ‖y‖²"""
+    marks: Tensor
+    """(2, rows) float64"""
+
+
 def split(
     values: Tensor,
     table: Tensor,
-    origin: Tensor,
-    inverse_unit: Tensor,
+    operands: Operands,
     parts: int,
-    mean: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Parts (parts, rows, width), ‖y‖² (rows,) and marks (rows,) of values (rows, d): of
-    references, or where there is a mean of these, of queries.
+    references: bool = False,
+    cotangents: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Split:
+    """Of queries (rows, d), of the references that the operands are being made of, or of cotangents
+    with x, g_m and g·v.
     """
     rows, d = values.shape
-    width = padded(d)
-    out = torch.empty(parts, rows, width, dtype=PART, device=values.device)
-    norms = torch.empty(rows, dtype=torch.float64, device=values.device)
-    marks = torch.empty_like(norms)
+    out = Split(
+        torch.empty(parts, rows, padded(d), dtype=PART, device=values.device),
+        torch.empty(rows, dtype=torch.float64, device=values.device),
+        torch.empty(2, rows, dtype=torch.float64, device=values.device),
+    )
     sizes = blocks("split", values.device)
-    sizes = sizes | {"BLOCK_D": min(sizes["BLOCK_D"], triton.next_power_of_2(width))}
-    split_kernel[(triton.cdiv(rows, sizes["BLOCK_R"]),)](
+    block = min(sizes["BLOCK_D"], triton.next_power_of_2(padded(d)))
+    split_kernel[triton.cdiv(rows, sizes["BLOCK_R"]),](
         values,
         table,
-        origin,
-        inverse_unit,
-        origin if mean is None else mean,
-        out,
-        norms,
-        marks,
+        operands.header,
+        operands.origin,
+        operands.mean,
+        *(cotangents or (values, out.norms, out.norms)),
+        out.parts,
+        out.norms,
+        out.marks,
         rows,
         d,
-        width,
+        padded(d),
         CODES=values.dtype == torch.uint8,
-        REFERENCES=mean is None,
+        REFERENCES=references,
+        COTANGENTS=cotangents is not None,
         PARTS=parts,
-        **sizes,
+        **(sizes | {"BLOCK_D": block}),
     )
-    return out, norms, marks
+    return out
 
 
 def reference_parts(dtype: torch.dtype, d: int) -> int:
@@ -165,33 +285,18 @@ def bytes_per_reference(d: int) -> int:
 def prepare(values: Tensor, table: Tensor) -> Operands:
     """Operands of values (N, d) float32, or uint8 codes into table."""
     count, d = values.shape
-    one = torch.ones(1, dtype=torch.float64, device=values.device)
-    mean = sample(values, 256).double().mean(0)
-    if values.dtype == torch.uint8:
-        codes = torch.arange(256, dtype=torch.float64, device=values.device)
-        low, unit = table[0].double(), (table[255].double() - table[0].double()) / 255
-        deviation = (table.double() - (low + unit * codes)).abs().amax() / unit.abs() * d**0.5
-        origin, mean = (low + CODE_ORIGIN * unit).expand(d).contiguous(), mean - CODE_ORIGIN
-    else:
-        origin = mean.float().double()
-        unit, deviation, mean = one[0], 0 * one[0], 0 * origin
-    parts, squares, hashes = split(
-        values, table, origin, 1 / unit.reshape(1), reference_parts(values.dtype, d)
+    codes = values.dtype == torch.uint8
+    header, origin, mean = (
+        torch.empty(n, dtype=torch.float64, device=values.device) for n in (5, d, d)
     )
-    centre = (squares[0] + squares[count // 2] + squares[-1]) / 3
-    radius = squares.amax().sqrt()
-    equal = crowded(sample(hashes, SAMPLE)).double()
-    header = torch.stack([unit, deviation, equal, radius, centre])
-    return Operands(header, origin, mean, (squares - centre).float(), parts)
-
-
-def sample(rows: Tensor, most: int) -> Tensor:
-    """At most so many of the rows (N, …), evenly spread."""
-    count = min(len(rows), most)
-    return rows[torch.arange(count, device=rows.device) * len(rows) // count]
-
-
-def crowded(hashes: Tensor) -> Tensor:
-    """Whether many references are equal, judged by the hashes of a sample."""
-    ordered = hashes.sort().values
-    return (ordered[1:] == ordered[:-1]).sum() >= CROWD
+    norms = torch.empty(count, dtype=torch.float32, device=values.device)
+    sizes = {"GROUP": 16, "BLOCK_D": min(256, triton.next_power_of_2(d))}
+    origin_kernel[triton.cdiv(d, sizes["BLOCK_D"]),](
+        values, table, header, origin, mean, count, d, CODES=codes, **sizes
+    )
+    found = Operands(header, origin, mean, norms, norms)
+    rows = split(values, table, found, reference_parts(values.dtype, d), references=True)
+    summarise_kernel[triton.cdiv(count, 1024),](
+        rows.norms, rows.marks[1], header, norms, count, BLOCK=1024, GROUP=16
+    )
+    return replace(found, parts=rows.parts)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pfgm_kernels.backends.triton.launch import Kernel
-from pfgm_kernels.backends.triton.maths import pitch
+from pfgm_kernels.backends.triton.maths import pitch, place
 
 
 @triton.jit
@@ -30,13 +30,14 @@ def compare_kernel(
     a_ptr,  # (2, B, width) parts of queries or of cotangents
     y_ptr,  # (Y_PARTS, N, width), parts y_plane apart
     norms_ptr,  # (N,) float32, for DISTANCES
-    wanted_ptr,  # (B,) int8
+    wanted_ptr,  # (B,) int8, but for ALL
     out_ptr,  # (B, pitch) float32
     minima_ptr,  # (B, tiles) float32, for DISTANCES
     B,
     N,
     width,
     y_plane,
+    ALL: tl.constexpr,
     Y_PARTS: tl.constexpr,
     DISTANCES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -47,10 +48,11 @@ def compare_kernel(
     BLOCK_N references. Nothing where none of BLOCK_M queries is wanted.
     """
     # Programs that run together share references: there are far more of these than of queries.
-    b = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    if tl.max(tl.load(wanted_ptr + b, mask=b < B, other=0).to(tl.int32), 0) == 0:
-        return
-    tile = tl.program_id(1)
+    block, tile = place(tl.cdiv(B, BLOCK_M))
+    b = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    if not ALL:
+        if tl.max(tl.load(wanted_ptr + b, mask=b < B, other=0).to(tl.int32), 0) == 0:
+            return
     j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(b, B - 1).to(tl.int64)[:, None] * width
     column = tl.minimum(j, N - 1).to(tl.int64)[None, :] * width
@@ -71,41 +73,63 @@ def compare_kernel(
         norms = tl.load(norms_ptr + reference, mask=reference < N, other=float("inf"))
         accumulator = norms[None, :] - 2 * accumulator
         smallest = tl.min(accumulator, 1)
-        tl.store(minima_ptr + b.to(tl.int64) * tl.num_programs(1) + tile, smallest, mask=b < B)
+        to = minima_ptr + b.to(tl.int64) * tl.cdiv(N, BLOCK_N) + tile
+        tl.store(to, smallest, mask=b < B)
     out = out_ptr + b.to(tl.int64)[:, None] * pitch(N) + j[None, :]
     tl.store(out, accumulator, mask=(b < B)[:, None] & (j < pitch(N))[None, :])
 
 
 @Kernel
 def list_kernel(
-    active_ptr,  # (B, tiles) int8
-    list_ptr,  # (blocks of queries, tiles) int32
-    length_ptr,  # (blocks of queries,) int32
+    cut_ptr,  # (B,) float32
+    active_ptr,  # (B, tiles) int8: 0 or 1, where cut is not −∞
+    order_ptr,  # (blocks · BLOCK_M,) int32
+    list_ptr,  # (blocks, tiles) int32
+    length_ptr,  # (blocks,) int32
     B,
     tiles,
     BLOCK_M: tl.constexpr,
-    TILES: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """The tiles in which any of BLOCK_M queries has a weight, in order."""
+    """The queries with a cut side by side, BLOCK_M to a block, −1 beyond the last: a few of them in
+    each block would make all blocks pay. And the tiles in which any of a block has a weight, in
+    order.
+    """
     block = tl.program_id(0)
-    tile = tl.arange(0, TILES)
-    wanted = tl.zeros((TILES,), tl.int32)
-    for i in range(0, BLOCK_M):
-        b = tl.minimum(block * BLOCK_M + i, B - 1).to(tl.int64)
-        active = tl.load(active_ptr + b * tiles + tile, mask=tile < tiles, other=0)
-        wanted |= active.to(tl.int32)
-    rank = tl.cumsum(wanted, 0) - 1
-    tl.store(list_ptr + block.to(tl.int64) * tiles + rank, tile, mask=wanted > 0)
-    tl.store(length_ptr + block, tl.sum(wanted, 0))
+    order_ptr += block * BLOCK_M
+    before = -block * BLOCK_M
+    for first in range(0, B, BLOCK_B):
+        b = first + tl.arange(0, BLOCK_B)
+        cut = tl.load(cut_ptr + b, mask=b < B, other=-float("inf"))
+        dense = (cut != -float("inf")).to(tl.int32)
+        slot = before + tl.cumsum(dense, 0) - 1
+        tl.store(order_ptr + slot, b, mask=(dense > 0) & (slot >= 0) & (slot < BLOCK_M))
+        before += tl.sum(dense, 0)
+    slot = tl.arange(0, BLOCK_M)
+    tl.store(order_ptr + slot, -1, mask=slot >= before)
+    tl.debug_barrier()  # other threads have written what is read here
+    b = tl.load(order_ptr + slot)
+    active_ptr += tl.maximum(b, 0).to(tl.int64)[:, None] * tiles
+    list_ptr += block.to(tl.int64) * tiles
+    length = 0
+    for first in range(0, tiles, GROUP):
+        tile = first + tl.arange(0, GROUP)
+        mask = (b >= 0)[:, None] & (tile < tiles)[None, :]
+        active = tl.load(active_ptr + tile[None, :], mask=mask, other=0)
+        wanted = tl.max(active.to(tl.int32), 0)
+        tl.store(list_ptr + length + tl.cumsum(wanted, 0) - 1, tile, mask=wanted > 0)
+        length += tl.sum(wanted, 0)
+    tl.store(length_ptr + block, length)
 
 
 @Kernel
 def sum_kernel(
     weights_ptr,  # (2, B, tiles · BLOCK_K) parts, where cut is not −∞
     y_ptr,  # (Y_PARTS, N, width), parts y_plane apart
-    cut_ptr,  # (B,) float32
-    list_ptr,  # (blocks of queries, tiles) int32
-    length_ptr,  # (blocks of queries,) int32
+    order_ptr,  # these three: see list_kernel
+    list_ptr,
+    length_ptr,
     out_ptr,  # (splits, B, width) float32
     B,
     N,
@@ -122,15 +146,14 @@ def sum_kernel(
     """
     block, split, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
     length = tl.load(length_ptr + block)
-    b = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    summed = tl.load(cut_ptr + b, mask=b < B, other=-float("inf")) != -float("inf")
-    if tl.max(summed.to(tl.int32), 0) > 0:
-        row = b.to(tl.int64)
+    b = tl.load(order_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    if tl.max(b, 0) >= 0:
+        row = tl.maximum(b, 0).to(tl.int64)
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         column = d % width  # in one piece, unlike a minimum, so that loads stay wide
         stride = tiles * BLOCK_K
         low_w, low_y = tl.cast(B, tl.int64) * stride, tl.cast(y_plane, tl.int64)
-        mask = summed[:, None]
+        mask = (b >= 0)[:, None]
         accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         list_ptr += block.to(tl.int64) * tiles
         following = tl.load(list_ptr + tl.maximum(tl.minimum(split, length - 1), 0))
@@ -150,4 +173,4 @@ def sum_kernel(
                 y_low = tl.load(y + low_y)
             accumulator += dot_parts(w_high, w_low, y_high, y_low, Y_PARTS)
         to = out_ptr + (split.to(tl.int64) * B + row[:, None]) * width + d[None, :]
-        tl.store(to, accumulator, mask=(b < B)[:, None] & (d < width)[None, :])
+        tl.store(to, accumulator, mask=mask & (d < width)[None, :])

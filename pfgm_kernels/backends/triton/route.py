@@ -15,13 +15,17 @@ weight. Where float32 does not hold the squares, or is not finite, limit is NaN:
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
+from pfgm_kernels.backends.triton.exact import sum_tiles, summed_factor
 from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import (
+    as_double,
     load_values,
     logits_float,
     pitch,
+    place,
     round_to_bfloat16,
     s_offset,
 )
@@ -29,14 +33,25 @@ from pfgm_kernels.backends.triton.maths import (
 FEW = tl.constexpr(64)  # candidates up to which a query is always finished by direct differences
 HEAVY = tl.constexpr(64.0)  # one over the share of the weight that is left to these
 LOGIT_ERROR = tl.constexpr(5e-6)  # of a dense sum's logits at most, root mean square
+SCAN = tl.constexpr(512)  # tiles that are looked at together
 DEPTH = tl.constexpr(16.0)  # weights below exp(−DEPTH)/N of the nearest's are not seen
+
+
+@triton.jit
+def load_within(r_ptr, minima_ptr, first, N, tiles, limit, TILE: tl.constexpr, GROUP: tl.constexpr):
+    """r (GROUP, TILE) of a query and GROUP tiles, ∞ in those of which none is within the limit."""
+    ids = first + tl.arange(0, GROUP)
+    smallest = tl.load(minima_ptr + ids, mask=ids < tiles, other=float("inf"))
+    j = ids[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    mask = (smallest <= limit)[:, None] & (j < N)
+    return tl.load(r_ptr + j, mask=mask, other=float("inf"))
 
 
 @Kernel
 def route_kernel(
     x_ptr,  # (B, d)
     t_ptr,  # (B,) float64
-    half_k_ptr,  # (1,) float64
+    half_k,
     values_ptr,  # (N, d)
     table_ptr,  # (256,) float32, for CODES
     header_ptr,  # (5,) float64
@@ -44,8 +59,8 @@ def route_kernel(
     shared_ptr,  # (B,) float64: what the products x'·y_j of a query all lack
     r_ptr,  # (B, pitch) float32
     minima_ptr,  # (B, tiles) float32
-    wanted_ptr,  # (B,) int8: queries that are to be computed here
-    base_ptr,  # (B,) float64 ‖x − x0_a‖²: for BACKWARD given, else written, NaN without a cut
+    wanted_ptr,  # (B,) int8: queries that are to be computed here; all of them for ALL
+    base_ptr,  # (B,) float64 ‖x − x0_a‖²: for BACKWARD given, else written
     log_weight_ptr,  # (B,) float64 log w of the anchor, for BACKWARD
     anchor_ptr,  # (B,) int64, written but for BACKWARD
     limit_ptr,  # (B,) float32
@@ -57,19 +72,21 @@ def route_kernel(
     CODES: tl.constexpr,
     GAUSSIAN: tl.constexpr,
     BACKWARD: tl.constexpr,
+    ALL: tl.constexpr,
     Y_PARTS: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """limit and cut of one query, and what its logits are formed with."""
     b = tl.program_id(0).to(tl.int64)
-    B = tl.num_programs(0)
-    if tl.load(wanted_ptr + b) == 0:
-        tl.store(limit_ptr + b, -float("inf"))
-        tl.store(cut_ptr + b, -float("inf"))
-        return
-    t, half_k = tl.load(t_ptr + b), tl.load(half_k_ptr)
+    B = tl.num_programs(0).to(tl.int64)
+    if not ALL:
+        if tl.load(wanted_ptr + b) == 0:
+            tl.store(limit_ptr + b, -float("inf"))
+            tl.store(cut_ptr + b, -float("inf"))
+            return
+    t, half_k = tl.load(t_ptr + b), as_double(half_k)
     unit, deviation = tl.load(header_ptr), tl.load(header_ptr + 1)
     crowded, radius, centre = (
         tl.load(header_ptr + 2),
@@ -81,9 +98,15 @@ def route_kernel(
     offset = squared + centre - 2 * tl.load(shared_ptr + b)
     length = tl.sqrt(squared)
 
-    ids = tl.arange(0, TILES)
-    minima = tl.load(minima_ptr + b * tiles + ids, mask=ids < tiles, other=float("inf"))
-    nearest = tl.min(minima, 0)
+    minima_ptr += b * tiles
+    nearest, nearest_tile = tl.full((), float("inf"), tl.float32), 0
+    for first in range(0, tiles, SCAN):
+        ids = first + tl.arange(0, SCAN)
+        minima = tl.load(minima_ptr + ids, mask=ids < tiles, other=float("inf"))
+        smallest = tl.min(minima, 0)
+        if smallest < nearest:
+            nearest = smallest
+            nearest_tile = tl.min(tl.where(minima == smallest, ids, tiles), 0)
     depth = tl.log(tl.cast(N, tl.float64)) + DEPTH
     heavy = tl.log(0 * depth + HEAVY)
     if BACKWARD:
@@ -92,8 +115,7 @@ def route_kernel(
         depth += log_weight
         heavy += log_weight
     else:
-        tile = tl.min(tl.where(minima == nearest, ids, TILES - 1), 0)
-        j = tile * TILE + tl.arange(0, TILE)
+        j = nearest_tile * TILE + tl.arange(0, TILE)
         r = tl.load(r_ptr + b * pitch(N) + j, mask=j < N, other=float("inf"))
         anchor = tl.minimum(tl.min(tl.where(r == nearest, j, N), 0), N - 1).to(tl.int64)
         base = 0 * t
@@ -132,12 +154,12 @@ def route_kernel(
     usable = (squared + offset_t / square < 1e30) & (radius < 1e15) & (cut == cut)
     limit = tl.where(usable, cut, float("nan")).to(tl.float32)
     limit += tl.abs(limit) * 2e-7  # what rounding it took off
-    count = 0
-    for tile in range(0, tiles):
-        if tl.load(minima_ptr + b * tiles + tile) <= limit:
-            j = tile * TILE + tl.arange(0, TILE)
-            r = tl.load(r_ptr + b * pitch(N) + j, mask=j < N, other=float("inf"))
-            count += tl.sum((r <= limit).to(tl.int32), 0)
+    r_ptr += b * pitch(N)
+    found = tl.zeros((GROUP, TILE), tl.int32)
+    for first in range(0, tiles, GROUP):
+        group = load_within(r_ptr, minima_ptr, first, N, tiles, limit, TILE, GROUP)
+        found += (group <= limit).to(tl.int32)
+    count = tl.sum(tl.sum(found, 1), 0)
 
     distance = tl.sqrt(base)
     share = 64.0 if BACKWARD else 4.0
@@ -165,22 +187,18 @@ def route_kernel(
         cut_float = limit
         if not BACKWARD:
             total = 0 * depth
-            for tile in range(0, tiles):
-                if tl.load(minima_ptr + b * tiles + tile) <= cut_float:
-                    j = tile * TILE + tl.arange(0, TILE)
-                    r = tl.load(r_ptr + b * pitch(N) + j, mask=j < N, other=float("inf"))
-                    u = tl.minimum(((r - origin_high) - origin_low) * inverse, 1e30)
-                    w = tl.exp(logits_float(u, half_k_float, correction, GAUSSIAN))
-                    total += tl.sum(tl.where(r <= cut_float, w, 0.0), 0).to(tl.float64)
+            for first in range(0, tiles, GROUP):
+                group = load_within(r_ptr, minima_ptr, first, N, tiles, limit, TILE, GROUP)
+                u = tl.minimum(((group - origin_high) - origin_low) * inverse, 1e30)
+                w = tl.exp(logits_float(u, half_k_float, correction, GAUSSIAN))
+                sums = tl.sum(tl.where(group <= cut_float, w, 0.0), 1)
+                total += tl.sum(sums.to(tl.float64), 0)
             heavy -= tl.log(total)
         # logit(u) = −heavy
         if GAUSSIAN:
             limit = (origin + heavy / exact).to(tl.float32)
         else:
             limit = (origin + (tl.exp(heavy / half_k) - 1) / exact).to(tl.float32)
-    else:
-        if not BACKWARD:
-            base = float("nan") + 0 * base
     if not BACKWARD:
         tl.store(base_ptr + b, base)
     tl.store(limit_ptr + b, limit)
@@ -189,17 +207,18 @@ def route_kernel(
 
 @Kernel
 def weights_kernel(
-    half_k_ptr,  # (1,) float64
     r_ptr,  # (B, pitch) float32
+    half_k,
     pull_ptr,  # (B, pitch) float32 g·y_j, for BACKWARD
-    constant_ptr,  # (2, B) float32, high and low parts of what a_j has besides, for BACKWARD
+    constant_ptr,  # (2, B) float64, high and low parts of what a_j has besides, for BACKWARD
     log_weight_ptr,  # (B,) float64 log w of the anchor, for BACKWARD
     limit_ptr,  # (B,) float32
     cut_ptr,  # (B,) float32
     scales_ptr,  # (4, B) float32
     weights_ptr,  # (2, B, tiles · TILE) parts, not written for a query without a cut
-    active_ptr,  # (B, tiles) int8
+    active_ptr,  # (B, tiles) int8, likewise as the sums
     sums_ptr,  # (2, B, tiles) float32: Σ w; Σ w u
+    B,
     N,
     tiles,
     GAUSSIAN: tl.constexpr,
@@ -210,13 +229,12 @@ def weights_kernel(
     """Weights of limit < r ≤ cut of one query and GROUP tiles, as two parts; for BACKWARD instead
     w_j (g·y_j + constant) s_a/s_j, to which c_j is proportional.
     """
-    b = tl.program_id(0).to(tl.int64)
-    B = tl.num_programs(0).to(tl.int64)
-    tile = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
+    query, group = place(B)
+    b, B = query.to(tl.int64), tl.cast(B, tl.int64)
+    tile = group * GROUP + tl.arange(0, GROUP)
     limit, cut = tl.load(limit_ptr + b), tl.load(cut_ptr + b)
     to = b * tiles + tile
     if cut == -float("inf"):
-        tl.store(active_ptr + to, tl.zeros((GROUP,), tl.int8), mask=tile < tiles)
         return
     j = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
     r = tl.load(r_ptr + b * pitch(N) + j, mask=j < N, other=float("inf"))
@@ -224,14 +242,15 @@ def weights_kernel(
         scales_ptr + 2 * B + b
     )
     u = tl.minimum(u, 1e30)
-    half_k = tl.load(half_k_ptr).to(tl.float32)
+    half_k = as_double(half_k).to(tl.float32)
     logits = logits_float(u, half_k, tl.load(scales_ptr + 3 * B + b), GAUSSIAN)
     if BACKWARD:
         logits += tl.load(log_weight_ptr + b).to(tl.float32)
     w = tl.where((r > limit) & (r <= cut), tl.exp(logits), 0.0)
     if BACKWARD:
         pull = tl.load(pull_ptr + b * pitch(N) + j, mask=j < N, other=0.0)
-        w *= (pull + tl.load(constant_ptr + b)) + tl.load(constant_ptr + B + b)
+        high, low = tl.load(constant_ptr + b), tl.load(constant_ptr + B + b)
+        w *= (pull + high.to(tl.float32)) + low.to(tl.float32)
         if not GAUSSIAN:
             w /= 1 + u
     high = round_to_bfloat16(w)
@@ -249,20 +268,28 @@ def weights_kernel(
 @Kernel
 def combine_kernel(
     x_ptr,  # (B, d)
+    t_ptr,  # (B,) float64, for BACKWARD as the next two
+    half_k,
+    base_ptr,  # (B,) float64 ‖x − x0_a‖²
     header_ptr,  # (5,) float64
     origin_ptr,  # (d,) float64
     cut_ptr,  # (B,) float32
-    rest_ptr,  # (B,) float64 Σ w
-    factor_ptr,  # (B,) float64
+    total_ptr,  # (B,) float64, but for BACKWARD
+    rest_ptr,  # (B, tiles) float32 Σ w
     sums_ptr,  # (splits, B, width) float32 Σ w y
     out_ptr,  # (B, d) float64
     B,
     d,
     width,
+    tiles,
+    GAUSSIAN: tl.constexpr,
+    BACKWARD: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Adds factor · Σ_j w_j (x0_j − x) over BLOCK_D columns of a query with weights summed."""
+    """Adds Σ_j w_j (x0_j − x) / total, for BACKWARD twice Σ_j c_j (x0_j − x), over BLOCK_D columns
+    of a query whose weights were summed.
+    """
     b = tl.program_id(0).to(tl.int64)
     if tl.load(cut_ptr + b) == -float("inf"):
         return
@@ -270,10 +297,17 @@ def combine_kernel(
     inside = column < d
     sums = tl.zeros((BLOCK_D,), tl.float64)
     for split in tl.static_range(SPLITS):
-        part = tl.load(sums_ptr + (split * B + b) * width + column, mask=inside, other=0.0)
+        part = tl.load(
+            sums_ptr + (tl.cast(B, tl.int64) * split + b) * width + column, mask=inside, other=0.0
+        )
         sums += part.to(tl.float64)
     x = tl.load(x_ptr + b * d + column, mask=inside, other=0.0).to(tl.float64)
     origin = tl.load(origin_ptr + column, mask=inside, other=0.0)
-    moved = tl.load(header_ptr) * sums + tl.load(rest_ptr + b) * (origin - x)
+    moved = tl.load(header_ptr) * sums + sum_tiles(rest_ptr, b, tiles) * (origin - x)
+    if BACKWARD:
+        t, base = tl.load(t_ptr + b), tl.load(base_ptr + b)
+        moved *= 2 * summed_factor(header_ptr, base, as_double(half_k), t, GAUSSIAN)
+    else:
+        moved /= tl.load(total_ptr + b)
     before = tl.load(out_ptr + b * d + column, mask=inside, other=0.0)
-    tl.store(out_ptr + b * d + column, before + tl.load(factor_ptr + b) * moved, mask=inside)
+    tl.store(out_ptr + b * d + column, before + moved, mask=inside)
