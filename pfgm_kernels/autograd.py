@@ -27,7 +27,7 @@ def apply(*args: Any) -> tuple[Tensor, Tensor]:
     scale, workspace, backend), differentiable in x, t and values.
     """
     *inputs, workspace, backend = args
-    if _forward_mode():
+    if forward_mode():
         run = _DualField.apply
     elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs[:3]):
         run = _Field.apply
@@ -36,7 +36,7 @@ def apply(*args: Any) -> tuple[Tensor, Tensor]:
     return run(*inputs, True, workspace, backend)[:2]
 
 
-def _forward_mode() -> bool:
+def forward_mode() -> bool:
     """Whether a level of forward mode is entered, by torch.func.jvp or by forward_ad itself."""
     return forward_ad._current_level >= 0
 
@@ -60,7 +60,7 @@ class _Field(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, g_log_mass: Tensor | None, *_: Any) -> Any:
         # Where a second derivative is prepared for, the detour makes asking for it an error.
         run: Any = torch.ops.pfgm.field_backward
-        if _forward_mode():
+        if forward_mode():
             run = _DualGradient.apply
         elif torch.is_grad_enabled():
             run = _Gradient.apply

@@ -46,11 +46,24 @@ def _pfgm() -> None:
 
 
 @app.command()
-def report() -> None:
-    """Say which backends there are and, of the others, why not."""
+def report(
+    check: Annotated[
+        bool, typer.Option("--check", help="First have all kernels prove themselves on this GPU.")
+    ] = False,
+) -> None:
+    """Say which backends there are and, of the others, why not; on a GPU, what has proven itself.
+
+    With --check the exit code is 1 where kernels failed.
+    """
     import pfgm_kernels
 
-    typer.echo(str(pfgm_kernels.report()))
+    states = pfgm_kernels.report(check)
+    typer.echo(str(states))
+    verdicts = [state for name, state in states.items() if ", " in name]
+    if check and not verdicts:
+        raise ValueError("report --check expects a GPU that kernels can run on")
+    if check and any(state.startswith("FAILED") for state in verdicts):
+        raise typer.Exit(1)
 
 
 @app.command()

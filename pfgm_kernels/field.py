@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pfgm_kernels._checks import REAL, floating, holds, non_negative, number, tensor
 from pfgm_kernels._traced import traceable
-from pfgm_kernels.autograd import apply
-from pfgm_kernels.backends import choose
+from pfgm_kernels.autograd import apply, forward_mode
+from pfgm_kernels.choice import choose
 from pfgm_kernels.references import ReferenceSet, check_references, default_workspace
 
 
@@ -51,7 +51,7 @@ def poisson_field(
         gamma: ≥ 0, added to the norm, in the units of x.
         scale: factor of the normalised field.
         backend: a name from `report()`, or None for the one that a ReferenceSet was made for, or
-            else the first that can run.
+            else the first that can run; on a GPU, that has proven itself there (see `report`).
 
     Returns:
         (B, d + 1), the last column the t-component, in the dtype that x and x0 promote to
@@ -151,13 +151,13 @@ def _run(
         raise ValueError(f"D expects a real number ≥ 0, got {D}")
     t = _expand_t(t, x, D)
 
-    requires_grad = torch.is_grad_enabled() and (
-        x.requires_grad or t.requires_grad or values.requires_grad
+    derivatives = forward_mode() or (
+        torch.is_grad_enabled() and (x.requires_grad or t.requires_grad or values.requires_grad)
     )
     if backend is None and references:
         backend = references.backend
     d = math.prod(event_shape)
-    name = choose(backend, x.device, d, requires_grad)
+    name = choose(backend, x.device, d, values.dtype == torch.uint8, derivatives)
     operands = references.operands_for(name) if references else []
     k, gamma, scale = traceable(d + D, gamma, scale)
     return apply(x, t, values, table, operands, k, output, gamma, scale, workspace, name)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels._checks import INTEGER, floating, integer, number, tensor
-from pfgm_kernels.backends import BACKENDS, choose
+from pfgm_kernels.backends import BACKENDS
+from pfgm_kernels.choice import choose
 from pfgm_kernels.chunks import flatten
 
 LEAST_WORKSPACE = 1 << 20
@@ -39,7 +40,7 @@ class ReferenceSet:
         workspace: bytes of temporaries that one call of the op may take, whatever B and N; ≥ 2²⁰.
             By default 256 MiB, and 1 GiB on a GPU, where small chunks would leave it idle.
         backend: the one that the op will run on where it is not asked for another; by default the
-            first that can.
+            first that can run and, on a GPU, has proven itself there.
 
     Raises:
         TypeError: an argument of the wrong type, dtype or layout.
@@ -127,7 +128,8 @@ class ReferenceSet:
         self.event_shape, self.backend = event_shape, backend
         self._version = _version(values)
         self.operands = {}
-        self._prepare(choose(backend, values.device, values.shape[1], requires_grad=False))
+        codes = values.dtype == torch.uint8
+        self._prepare(choose(backend, values.device, values.shape[1], codes, derivatives=False))
 
     def stored(self) -> tuple[Tensor, Tensor]:
         """`values` and `table`.

@@ -17,7 +17,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from pfgm_kernels import ReferenceSet, poisson_displacement, poisson_field, posterior_mean
+from pfgm_kernels import ReferenceSet, choice, poisson_displacement, poisson_field, posterior_mean
 from pfgm_kernels.backends import BACKENDS, cpu
 
 settings.register_profile("default", max_examples=100, deadline=None, derandomize=True)
@@ -140,6 +140,7 @@ def poison() -> Iterator[None]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    choice._reason.cache_clear()  # a test may have pretended to be on another machine
     interpreted.CORE = tensor_core.of_test(item.nodeid)
     if EMULATED is not None:
         emulated.set_up(EMULATED, item.nodeid, interpreted.CORE)

@@ -9,7 +9,7 @@ from cases import seeded
 from oracle import assert_displacement, float32_contract, solve
 from torch import Tensor
 
-from pfgm_kernels import ReferenceSet, poisson_displacement
+from pfgm_kernels import ReferenceSet, choice, poisson_displacement, proof
 from pfgm_kernels.backends import BACKENDS
 
 DIMS = [3, 64, 300]  # one for each path
@@ -86,3 +86,23 @@ def test_the_second_of_two_devices(backend, d):
     assert v.device == dx.device == x.device
     assert torch.cuda.current_device() == 0
     check(v, backend, x.detach().cpu(), t.cpu(), x0.cpu())
+
+
+@pytest.mark.parametrize("d", DIMS)
+def test_kernels_prove_themselves_before_a_graph_is_captured(monkeypatch, tmp_path, backend, d):
+    monkeypatch.setattr(proof, "_verdicts", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(choice, "preferred", lambda *_: (backend, "eager"))
+    x, t, x0 = problem(d)
+    queries, times, rows = (part.cuda() for part in (x, t, x0))
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.ones_like(queries)
+        with pytest.raises(RuntimeError, match="yet to prove itself"):
+            poisson_displacement(queries, times, rows)
+    check(poisson_displacement(queries, times, rows)[0], backend, x, t, x0)
+    assert [verdict.passed for verdict in proof._verdicts.values()] == [True]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        v, _ = poisson_displacement(queries, times, rows)
+    graph.replay()
+    check(v, backend, x, t, x0)

@@ -18,7 +18,7 @@ from pfgm_kernels import (
     posterior_mean,
     report,
 )
-from pfgm_kernels.backends import BACKENDS, choose
+from pfgm_kernels.backends import BACKENDS
 from pfgm_kernels.flow import FieldLoss, log_prior, perturb, sample
 
 X, X0 = torch.ones(4, 2, 3), torch.zeros(7, 2, 3)
@@ -199,14 +199,6 @@ def test_without_the_extension_another_backend_is_chosen(monkeypatch):
     with pytest.raises(RuntimeError, match=r"cpu.*not built"):
         poisson_field(X, 1.0, X0, backend="cpu")
     torch.testing.assert_close(poisson_field(X, 1.0, X0), expected)
-
-
-def test_what_has_proven_itself_comes_first():
-    """`eager` runs everywhere: what comes after it is chosen only where it is asked for."""
-    order = list(BACKENDS)
-    assert order.index("cpu") < order.index("eager") < order.index("cuda")
-    chosen = choose(None, torch.device("cpu"), 3, requires_grad=False)
-    assert chosen == ("cpu" if BACKENDS["cpu"].unsupported_reason() is None else "eager")
 
 
 def test_no_backend_at_all(monkeypatch):

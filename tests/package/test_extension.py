@@ -150,5 +150,6 @@ def test_a_launch_without_a_device_raises() -> None:
     if _native.build_info["CUDA"] == "none":
         pytest.skip("the extension was built without CUDA")
     t = torch.ones(2, dtype=torch.float64)
+    crowd = torch.zeros(cuda.CROWD_BLOCKS, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="CUDA error: "):
-        cuda.forward(torch.ones(2, 3), t, torch.ones(4, 3), torch.empty(0), [], 4.0)
+        cuda.forward(torch.ones(2, 3), t, torch.ones(4, 3), torch.empty(0), [crowd], 4.0)

@@ -23,17 +23,19 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports run from higher layers to lower ones; within a layer, between modules of one package only.
 LAYERS = [
-    ("_C", "_checks"),
+    ("_C", "_checks", "files"),
     ("backends._native", "backends._shapes", "backends._values", "outputs"),
     ("rows",),
     ("backends.eager", "backends.cpu", "backends.triton", "backends.cuda"),
     ("backends", "merge"),
-    ("chunks",),
+    ("chunks", "problems"),
+    ("proof",),
+    ("choice",),
     ("ops", "references"),
     ("autograd", "_traced"),
     ("field",),
     ("",),
-    ("flow", "files"),
+    ("flow",),
     ("training", "figures", "memory"),
     ("demo",),
     ("cli",),

@@ -17,7 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import pfgm_kernels
-from pfgm_kernels import figures
+from pfgm_kernels import choice, figures
 from pfgm_kernels.cli import app
 from pfgm_kernels.training.checkpoint import read
 from pfgm_kernels.training.generate import generate
@@ -53,6 +53,26 @@ def test_report() -> None:
     assert result.exit_code == 0
     assert result.stdout == f"{pfgm_kernels.report()}\n"
     assert "eager" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("verdict", "code"), [("proven: all right", 0), ("FAILED: tails", 1), (None, 2)]
+)
+def test_report_after_a_check(monkeypatch: pytest.MonkeyPatch, verdict: str, code: int) -> None:
+    asked = []
+
+    def report(check: bool) -> choice.Report:
+        asked.append(check)
+        verdicts = {} if verdict is None else {"triton, d > 128, float, forward": verdict}
+        return choice.Report({"eager": "available", "extension": "g++"} | verdicts)
+
+    monkeypatch.setattr(pfgm_kernels, "report", report)
+    result = pfgm("report", "--check")
+    assert result.exit_code == code
+    assert str(verdict or "eager") in result.stdout
+    assert ("expects a GPU" in result.stderr) == (verdict is None)
+    pfgm("report")
+    assert asked == [True, False]
 
 
 def test_runs_as_a_module() -> None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 
 import torch
 from torch import Tensor
@@ -28,9 +29,9 @@ OLDEST = (3, 6)
 def unsupported_reason(
     device: torch.device | None = None, d: int | None = None, requires_grad: bool = False
 ) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    found = version()
+    if found is None:
         return "triton is not installed (pip install -e '.[triton]')"
-    found = version("triton")
     if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
         return f"triton {found} is too old: it needs {'.'.join(map(str, OLDEST))} or later"
     if _interpreted():
@@ -45,6 +46,18 @@ def unsupported_reason(
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "it needs a GPU of compute capability 8.0 or later"
     return None
+
+
+def version() -> str | None:
+    """Of Triton, None where it is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        return version_of("triton")
+    except PackageNotFoundError:  # what comes with a nightly torch goes by another name
+        import triton
+
+        return triton.__version__
 
 
 def _interpreted() -> bool:

@@ -32,6 +32,7 @@ from pfgm_kernels.backends.triton.configurations import Blocks, blocks, multipro
 from pfgm_kernels.backends.triton.forward_pass import Outputs, exact_forward
 from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import as_double, bits_of, logits_float
+from pfgm_kernels.backends.triton.operands import crowded
 from pfgm_kernels.rows import Cotangents
 
 MAX_DIM = 32
@@ -54,8 +55,6 @@ MAX_POWER = 40  # of 1/√(1 + u): the rounding of higher ones exceeds that of l
 # of their terms: at GRADIENT_REACH they are by 2e-6 in a crowd. On a reference v is of the others
 # alone: where they have less than FAINT of the weight, 1.3 ρ |logit_j| may be 1e-6 of it.
 SMALL_REACH, ROOT_REACH, CROWD_REACH, GRADIENT_REACH, FAINT = 7.0, 4.6, 5.0, 50.0, 1e-3
-SAMPLE = 1024  # references among which equal ones are looked for
-CROWD = 8  # so many of them: rounding errors do not average out
 NARROW = 16  # columns up to which a block of references is larger
 GROUP = tl.constexpr(4)
 RUN = tl.constexpr(16)
@@ -368,18 +367,8 @@ def direct_forward(call: Call, out: Outputs) -> None:
     if not _is_power(call.k) or half_k > CROWD_REACH:
         spread = anchor_log_weight + math.log(call.N)
         most = (reach + 2 * spread).clamp(max=half_k if _is_power(call.k) else math.inf)
-        sure &= ~_crowded(call.values) | (most <= CROWD_REACH)
+        sure &= ~crowded(call.values) | (most <= CROWD_REACH)
     exact_forward(call, _limits(sure, sums), out)
-
-
-def _crowded(values: Tensor) -> Tensor:
-    """Whether many of values (N, d) are equal, judged by a sample."""
-    count = min(len(values), SAMPLE)
-    rows = values[torch.arange(count, device=values.device) * len(values) // count]
-    # A number that is the same for equal rows and hardly else.
-    factors = torch.arange(values.shape[1], device=values.device) * 40503 % 65521 + 1
-    ordered = (rows.double() * factors).sum(1).sort().values
-    return (ordered[1:] == ordered[:-1]).sum() >= CROWD
 
 
 def direct_backward(call: Call, cotangents: Cotangents, log_weight: Tensor) -> None:
