@@ -12,6 +12,7 @@ import emulated
 import interpreted
 import pytest
 import selection
+import tensor_core
 import torch
 from hypothesis import settings
 from torch import Tensor
@@ -140,8 +141,9 @@ def poison() -> Iterator[None]:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     choice._reason.cache_clear()  # a test may have pretended to be on another machine
+    interpreted.CORE = tensor_core.of_test(item.nodeid)
     if EMULATED is not None:
-        emulated.set_schedule(EMULATED, item.nodeid)
+        emulated.set_up(EMULATED, item.nodeid, interpreted.CORE)
 
 
 def kernels_that_did_not_run() -> set[str]:

@@ -118,36 +118,46 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
 
 #if !defined(__CUDACC__)
 struct Fragments {
-  float a[8], b[4];
+  emulation::Factor a[8], b[4];
 };
 
 // The two bfloat16 values of each register.
 template <int kRegisters>
-void widen(const uint32_t (&registers)[kRegisters], float* values) {
+void widen(const uint32_t (&registers)[kRegisters], emulation::Factor* values) {
   for (int i = 0; i < kRegisters; ++i) {
-    values[2 * i] = __uint_as_float(registers[i] << 16);
-    values[2 * i + 1] = __uint_as_float(registers[i] & 0xffff0000);
+    values[2 * i] = emulation::Factor(__uint_as_float(registers[i] << 16));
+    values[2 * i + 1] = emulation::Factor(__uint_as_float(registers[i] & 0xffff0000));
   }
 }
 
 // Lane 4g + q holds c at rows g (0, 1) and g + 8 (2, 3), columns 2q and 2q + 1; a in register
 // 2·(k / 8) + (row / 8) at row g (or g + 8), k = 2q, 2q + 1 modulo 8; b in register k / 8 at column
-// g, the same k. The sum starts from c and takes k in order, each product exact, each sum rounded
-// to nearest (tensor cores truncate, and take other orders).
+// g, the same k.
 __attribute__((no_sanitize("thread"))) inline void multiply_fragments(float (&c)[4],
                                                                       const Fragments& own) {
   const Fragments* all =
       emulation::exchange(emulation::kFullMask, own, {"mma.sync", __FILE__, __LINE__});
   const Fragments* const rows = all + emulation::lane() / 4 * 4;
-  const Fragments* const left = all + emulation::lane() % 4 * 8;
-  const Fragments* const right = left + 4;
-  for (int k = 0; k < 16; ++k) {
-    const int lane = k % 8 / 2, a = k / 8 * 4 + k % 2, b = k / 8 * 2 + k % 2;
-    c[0] += rows[lane].a[a] * left[lane].b[b];
-    c[1] += rows[lane].a[a] * right[lane].b[b];
-    c[2] += rows[lane].a[a + 2] * left[lane].b[b];
-    c[3] += rows[lane].a[a + 2] * right[lane].b[b];
+  const Fragments* const columns = all + emulation::lane() % 4 * 8;
+  float products[16][4];
+  int exponents[16][4];
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const int k = j / 2 * 8 + 2 * q + j % 2;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const emulation::Factor a = rows[q].a[j / 2 * 4 + i / 2 * 2 + j % 2];
+        const emulation::Factor b = columns[i % 2 * 4 + q].b[j];
+        products[k][i] = a.value * b.value;
+        exponents[k][i] = a.exponent + b.exponent;
+      }
+    }
   }
+  emulation::add_products<4>(
+      emulation::tensor_core, 16, [&](int k, int i) { return products[k][i]; },
+      [&](int k, int i) { return exponents[k][i]; }, c);
 }
 #endif
 

@@ -34,8 +34,16 @@ constexpr int kFragmentsN = kWarpN / kMmaN;
 constexpr int kFragmentsK = kBlockK / kMmaK;
 static_assert(kFragmentsN % 2 == 0, "load_matrices fetches two fragments of b at once");
 
-// Tensor cores truncate what they add up: sums of kBlockK columns are promoted to float sums.
+// Tensor cores align what they add at a time, the products of 8 columns (from sm_90 on 16) and a
+// sum, to the largest exponent among them and cut each toward zero, as far behind its point as a
+// float reaches or one bit further, from sm_90 on two. They cut the sum to a float. Of g columns
+// that loses at most (g + 2) units in the last place of Σ|a b|, g ≥ 8: kCut for each column.
+//
+// So much is lost where one product outweighs all others and these have one sign. Where columns are
+// alike, few products are cut: they have 16 digits. But the sum is, each time: of kMaxPromotion
+// columns it loses kCut of itself on average. So kBlockK columns are summed from zero.
 constexpr int kMaxPromotion = 128;
+constexpr double kCut = 1.25 * 0x1p-23;
 static_assert(kBlockK <= kMaxPromotion);
 
 // Rows of operands are padded with zeros to a multiple of this, which also aligns them.

@@ -48,19 +48,20 @@ struct Query {
 struct Errors {
   double certain, noise;
 
-  __device__ Errors(const TwoPassArguments& a, const Query& q, double nearest) {
+  // alike: what all errors share.
+  __device__ Errors(const TwoPassArguments& a, const Query& q, double nearest, double alike) {
     const double d = static_cast<double>(a.p.dim);
     // Two parts leave 2⁻¹⁷ of a number at most, usually half of it. The product of the low parts,
     // 2⁻⁸ of a number each, is left out. Three parts hold a float: its rounding is what is left.
     const double left = a.num_parts == 3 ? 0x1p-24 : 0x1p-17;
     const double split = a.p.num_parts == 1 ? left : 4 * left;
-    const double summed = (16 + d / 64) * 0x1p-23;
+    const double summed = kMaxPromotion * kCut + d / 64 * 0x1p-23;
     certain = 2 * q.length * q.radius * (split + summed) +
               2.4e-7 * q.radius * (q.radius + 2 * q.length) +
               2 * q.deviation * (q.radius + q.length);
     const double product = (::fabs(nearest) + ::fabs(q.centre) + q.radius * q.radius) / 2;
     noise = (q.length * q.radius * left / 2 + q.deviation * (q.length + q.radius)) / ::sqrt(d);
-    noise = 2 * (noise + product * 3.6e-8 * ::sqrt(1 + d / 192));
+    noise = ::fmax(2 * (noise + product * 3.6e-8 * ::sqrt(1 + d / 192)), alike);
   }
 };
 
@@ -109,6 +110,16 @@ __device__ double exact_square(const TwoPassArguments& a, const Query& q, int64_
     square += difference * difference;
   }
   return block_reduce(square, Sum());
+}
+
+// What all errors share moves the log mass: what sums of columns lose (kernel_traits.cuh) may be a
+// tenth as large as what differs. And the anchor shows an error of its own, of which parts are
+// little where there are three.
+__device__ double shared_error(const TwoPassArguments& a, const Query& q, double nearest,
+                               int64_t anchor, double base) {
+  const double lost = kCut * ::fabs(a.p.squares[anchor] - nearest);
+  const double off = ::fabs(nearest + q.offset - base / (q.unit * q.unit));
+  return ::fmax(10 * lost, a.num_parts == 3 ? 2.5 * off : off);
 }
 
 // How logits are formed of r.
@@ -178,6 +189,7 @@ __global__ void __launch_bounds__(kThreads)
   const Query q(a, b);
   const float nearest = smallest_r(a, b);
   double depth = ::log(static_cast<double>(a.p.count)) + kDepth, heavy = ::log(kHeavy), base;
+  double alike = 0;
   if (a.backward) {
     base = a.p.anchor_square[b];
     depth += a.p.anchor_log_weight[b];
@@ -185,9 +197,10 @@ __global__ void __launch_bounds__(kThreads)
   } else {
     const int64_t anchor = find_anchor(a, b, nearest);
     base = exact_square(a, q, anchor);
+    alike = shared_error(a, q, nearest, anchor, base);
     if (threadIdx.x == 0) a.p.anchor[b] = anchor;
   }
-  const Errors errors(a, q, nearest);
+  const Errors errors(a, q, nearest, alike);
   const double slope = q.kernel.slope(base);
   const float cut = largest_r(a, q, errors, nearest, base, depth);
 

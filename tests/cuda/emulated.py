@@ -3,7 +3,7 @@
 
 python tests/cuda/emulated.py KIND [ARGUMENT ...] runs pytest with the kernels so built, as backend
 "cuda" on CPU tensors: "plain"; "races", which finds what no barrier orders; "address", where the
-tensors' ends are guarded. Each test runs under one of SCHEDULES.
+tensors' ends are guarded. Each test runs under one of SCHEDULES and, see tensor_core.py, of CORES.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EMULATION = Path(__file__).parent / "emulation"
 BUILD = ROOT / "build" / "emulation"
 
 EMULATOR = [EMULATION / f"{part}.cpp" for part in ("emulator", "schedule", "races")]
-PROGRAMS = (EMULATION / "programs.cu", EMULATION / "programs_module.cpp")
+PROGRAMS = (EMULATION / "programs.cu", EMULATION / "programs_module.cpp", *EMULATOR)
 
 FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
@@ -99,7 +99,7 @@ def link(objects: Iterable[Path], output: Path, kind: str) -> None:
 @functools.cache
 def library(kind: str = "plain", name: str = "kernels", sources: tuple[Path, ...] = ()) -> Path:
     """The shared library of the sources (by default all kernels), built where it is not there."""
-    sources = sources or tuple(sources_of_kernels())
+    sources = sources or (*sources_of_kernels(), *EMULATOR)
     common = flags(name, kind)
     folder = BUILD / f"{name}-{kind}-{_digest(' '.join(common), sources)}"
     output = folder / f"{name}_{kind}.so"
@@ -107,7 +107,7 @@ def library(kind: str = "plain", name: str = "kernels", sources: tuple[Path, ...
         return output
     work = folder.with_suffix(f".{os.getpid()}")
     work.mkdir(parents=True, exist_ok=True)
-    objects = {source: work / f"{source.name}.o" for source in (*sources, *EMULATOR)}
+    objects = {source: work / f"{source.name}.o" for source in sources}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         tasks = [
             pool.submit(compile_source, source, target, [*common, *flags_of(source, kind)])
@@ -125,6 +125,11 @@ def library(kind: str = "plain", name: str = "kernels", sources: tuple[Path, ...
     except OSError:  # another process was faster
         shutil.rmtree(work)
     return output
+
+
+def tensor_core_library() -> Path:
+    """tensor_core.cpp, for kernels that are interpreted."""
+    return library("plain", "tensor_core", (EMULATION / "tensor_core.cpp",))
 
 
 @functools.cache
@@ -177,11 +182,12 @@ def install(kernels: ModuleType) -> None:
     cuda.unsupported_reason = unsupported_reason
 
 
-def set_schedule(kernels: ModuleType, test: str) -> None:
-    """One of the schedules for a test, always the same one."""
+def set_up(kernels: ModuleType, test: str, core: tuple[int, int]) -> None:
+    """One of the schedules for a test, always the same one; and how tensor cores sum."""
     seed = zlib.crc32(test.encode())
     order, late = SCHEDULES[seed % len(SCHEDULES)]
     kernels.set_schedule(order, seed, bool(late))
+    kernels.set_tensor_core(*core)
 
 
 def kernels_that_did_not_run(kernels: ModuleType) -> list[str]:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's interpreter as the tests use it: faster, and it remembers which kernels ran."""
+"""Triton's interpreter as the tests use it: faster, with bfloat16, with the sums of tensor cores, and
+it remembers which kernels ran.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,24 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import tensor_core
+import torch
+from numpy.typing import NDArray
+
 from pfgm_kernels.backends import triton as backend
 
 LAUNCHED: set[str] = set()
 
+CORE = tensor_core.CORES["rounded"]
+"""Set for each test."""
+
 
 def install() -> None:
+    import triton.language as tl
     from triton.runtime import interpreter
+
+    from pfgm_kernels.backends.triton import operands
 
     patch, patched = interpreter._patch_lang, set()
     launch = interpreter.GridExecutor.__call__
@@ -30,8 +43,36 @@ def install() -> None:
         LAUNCHED.add(f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}")
         launch(self, *args, **kwargs)
 
+    # Its own conversion to bfloat16 truncates, and its products are of bit patterns.
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_rounded(self: Any, value: Any, to: Any) -> Any:
+        if (value.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, value, to)
+        return interpreter.TensorHandle(bfloat16_bits(value.data), tl.bfloat16)
+
+    def dot(self: Any, a: Any, b: Any, c: Any, *precision: Any) -> Any:
+        left, right = (
+            float32_of(v.data) if v.dtype.scalar == tl.bfloat16 else v.data for v in (a, b)
+        )
+        return interpreter.TensorHandle(
+            tensor_core.multiply(left, right, c.data, CORE), c.dtype.scalar
+        )
+
+    operands.PART = torch.bfloat16
+    interpreter.InterpreterBuilder.cast_impl = cast_rounded
+    interpreter.InterpreterBuilder.create_dot = dot
     interpreter.InterpretedFunction.__call__ = call_function
     interpreter.GridExecutor.__call__ = call_kernel
+
+
+def bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Rounded to nearest, ties to even."""
+    return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().view(torch.uint16).numpy()
+
+
+def float32_of(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def kernels_that_did_not_run() -> list[str]:

@@ -181,6 +181,7 @@ class Screen:
             operands.header,
             queries.norms,
             queries.marks,
+            operands.norms,
             r,
             minima,
             limit if wanted is None else wanted,

@@ -28,6 +28,12 @@ from torch import Tensor
 
 from pfgm_kernels.backends.triton.call import Call
 from pfgm_kernels.backends.triton.configurations import blocks, multiprocessors
+from pfgm_kernels.backends.triton.fused_errors import (
+    MOST_OFF,
+    error_of_r,
+    largest_share,
+    precise_enough,
+)
 from pfgm_kernels.backends.triton.fused_products import (
     dot_parts,
     dot_slices,
@@ -49,15 +55,6 @@ from pfgm_kernels.backends.triton.route import DEPTH
 CAP = tl.constexpr(128)  # references that may be listed for a query in each split
 ROUNDS = tl.constexpr(4)  # and in each tile
 FEWEST_TILES = 4  # in a split
-# Products may move a logit by ε at most, if all of their roundings added up. So they do to all of
-# the result by ε times the share of what is not listed, which may be LOGIT_BOUND. In fact they
-# hardly add up, and less the more references share the weight: one that has much of it is listed.
-LOGIT_BOUND = tl.constexpr(4e-5)
-HEAVY = tl.constexpr(1 / 32)  # share of the weight that may be left to a product at that bound
-MOST = tl.constexpr(0.25)  # … at any
-# By how much the logit of an anchor that is not listed may be off: there are others like it, which
-# may all err alike.
-ANCHOR_BOUND = tl.constexpr(8e-7)
 
 
 @triton.jit
@@ -65,23 +62,6 @@ def load_offset(header_ptr, squares_ptr, shared_ptr, index):
     """‖x − x0_j‖² / unit² − r_j of queries."""
     squared, shared = tl.load(squares_ptr + index), tl.load(shared_ptr + index)
     return squared + tl.load(header_ptr + 4) - 2 * shared
-
-
-@triton.jit
-def error_of_r(header_ptr, squared):
-    """How far r may be off at most, tensor cores rounding twice as far as float32 does."""
-    deviation, radius = tl.load(header_ptr + 1), tl.load(header_ptr + 3)
-    length, centre = tl.sqrt(squared), tl.load(header_ptr + 4)
-    spread = tl.maximum(centre, radius * radius - centre)
-    error = 5.960464477539063e-08 * (6 * length * radius + 2 * spread)
-    return error + 2 * deviation * (length + radius)
-
-
-@triton.jit
-def largest_share(error):
-    """Of the weight: what a reference may have unlisted where logits are off by error."""
-    ratio = (0 * error + LOGIT_BOUND) / error
-    return tl.minimum(tl.maximum(ratio * ratio, 1) * HEAVY, MOST)
 
 
 @Kernel
@@ -266,7 +246,7 @@ def finish_kernel(
     if GAUSSIAN:
         slope = square * (0.5 / (t * t))
     error = slope * error_of_r(header_ptr, squared)
-    fine = (error <= 0.25) & (slope < 1e30) & (slope > 1e-30)
+    fine = (error <= MOST_OFF) & (slope < 1e30) & (slope > 1e-30)
     fine = fine & (squared + offset_t / square < 1e30) & (radius < 1e15) & (crowded == 0)
     fine = fine & (tl.max(counts, 0) <= CAP)
     if fine:
@@ -291,6 +271,8 @@ def finish_kernel(
             mask = (group < splits)[:, None] & inside[None, :]
             sums = tl.load(sums_ptr + index, mask=mask, other=0.0).to(tl.float64)
             moved += tl.sum(scale[:, None] * sums, 0)
+        away = x - origin
+        products = tl.sum(away * (moved + light * away), 0) / square  # Σ w x'·y
 
         # What was listed in splits in which it counts.
         total = light
@@ -320,8 +302,7 @@ def finish_kernel(
         log_mass = logit_of(base, half_k, t, GAUSSIAN) + tl.log(total)
         moved /= total
         size = tl.sqrt(distance + tl.sum(moved * moved, 0))
-        fine = error * light <= total * LOGIT_BOUND
-        fine = fine & ((tl.abs(anchor_logit) <= ANCHOR_BOUND) | (total * largest_share(error) <= 1))
+        fine = precise_enough(error, light, total, anchor_logit, slope * products)
         # A sum of what is not listed must resolve the displacement.
         fine = fine & (unit * radius * light <= 4 * size * total)
         if fine & (tl.abs(log_mass) < float("inf")):

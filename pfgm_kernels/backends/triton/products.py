@@ -1,8 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrix products on tensor cores at nearly float32 precision: sums of products of bfloat16 parts.
 
-A block of BLOCK_K terms is summed from zero, the small products first, and then added to a float32
-accumulator: tensor cores truncate what they add up.
+Tensor cores align what they add at a time, the products of 8 columns (from sm_90 on 16) and a sum,
+to the largest exponent among them and cut each toward zero, as far behind its point as a float
+reaches or one bit further, from sm_90 on two. They cut the sum to a float. Of g columns that loses
+at most (g + 2) units in the last place of Σ|a b|, g ≥ 8: CUT for each column.
+
+So much is lost where one product outweighs all others and these have one sign. Where columns are
+alike, few products are cut: they have 16 digits. But the sum is, each time: of PROMOTED columns it
+loses CUT of itself on average.
+
+So a block of BLOCK_K columns, PROMOTED at most, is summed from zero, the small products first, and
+then added to a float32 accumulator.
 """
 
 from __future__ import annotations
@@ -12,6 +21,9 @@ import triton.language as tl
 
 from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import pitch, place
+
+PROMOTED = tl.constexpr(128)
+CUT = tl.constexpr(1.25 * 2.0**-23)
 
 
 @triton.jit

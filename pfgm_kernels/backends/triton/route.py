@@ -29,6 +29,7 @@ from pfgm_kernels.backends.triton.maths import (
     round_to_bfloat16,
     s_offset,
 )
+from pfgm_kernels.backends.triton.products import CUT, PROMOTED
 
 FEW = tl.constexpr(64)  # candidates up to which a query is always finished by direct differences
 HEAVY = tl.constexpr(64.0)  # one over the share of the weight that is left to these
@@ -57,6 +58,7 @@ def route_kernel(
     header_ptr,  # (5,) float64
     squares_ptr,  # (B,) float64 ‖x'‖²
     shared_ptr,  # (B,) float64: what the products x'·y_j of a query all lack
+    norms_ptr,  # (N,) float32
     r_ptr,  # (B, pitch) float32
     minima_ptr,  # (B, tiles) float32
     wanted_ptr,  # (B,) int8: queries that are to be computed here; all of them for ALL
@@ -132,13 +134,19 @@ def route_kernel(
     # Two parts leave 2⁻¹⁷ of a number at most, usually half of it, and the product of low parts,
     # 2⁻⁸ of a number each, is left out.
     split = 7.62939453125e-06 * (4 if Y_PARTS == 2 else 1)
-    summed = (16 + d / 64.0) * 1.1920928955078125e-07
+    summed = PROMOTED * CUT + d / 64.0 * 1.1920928955078125e-07
     error = 2 * length * radius * (split + summed) + 2.4e-7 * radius * (radius + 2 * length)
     error += 2 * deviation * (radius + length)
     product = (tl.abs(nearest.to(tl.float64)) + tl.abs(centre) + radius * radius) / 2
     noise = length * radius / tl.sqrt(tl.cast(d, tl.float64)) * 3.814697265625e-06
     noise += deviation * (length + radius) / tl.sqrt(tl.cast(d, tl.float64))
     noise = 2 * (noise + product * 3.6e-8 * tl.sqrt(1 + d / 192.0))
+    if not BACKWARD:
+        # What all errors share moves the log mass: what sums of columns lose (products.py) may be a
+        # tenth as large. And the anchor shows an error of its own.
+        lost = CUT * tl.abs(tl.load(norms_ptr + anchor) - nearest).to(tl.float64)
+        off = tl.abs(nearest + offset - base / square)
+        noise = tl.maximum(noise, tl.maximum(10 * lost, off))
 
     # The largest r that can carry weight.
     least = nearest + error + offset

@@ -25,6 +25,9 @@ inline void set_schedule(const std::string& order, uint64_t seed, bool late) {
   schedule.late = late;
 }
 
+// How tensor cores sum (tensor_core.h).
+inline void set_tensor_core(int terms, int places) { tensor_core = {terms, places}; }
+
 // How often each kernel has run, by its offset in the module's file.
 inline std::map<uintptr_t, long> launches() {
   std::map<uintptr_t, long> result;
@@ -41,6 +44,7 @@ inline void define_controls(pybind11::module_& module) {
   namespace py = pybind11;
   module.def("set_schedule", &set_schedule, py::arg("order"), py::arg("seed") = 0,
              py::arg("late") = false);
+  module.def("set_tensor_core", &set_tensor_core);
   module.def("launches", &launches);
   module.def("set_multiprocessors", [](int count) { multiprocessors = count; });
 }

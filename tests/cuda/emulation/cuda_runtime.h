@@ -14,6 +14,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "tensor_core.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -35,7 +37,7 @@ extern dim3 blockDim, gridDim;
 namespace emulation {
 
 constexpr int kWarpSize = 32;
-constexpr size_t kMaxValue = 48;  // bytes that a lane can hand to the others
+constexpr size_t kMaxValue = 96;  // bytes that a lane can hand to the others
 constexpr unsigned kFullMask = 0xffffffff;
 inline int multiprocessors = 4;  // few, so that small problems have more tiles than these
 
@@ -65,6 +67,8 @@ template <class T>
 T from_lane(unsigned mask, const T& value, int source, const Site& site);
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+extern TensorCore tensor_core;  // of the GPU
 
 void* shared_memory();
 // Fails unless the bytes are the block's shared memory and aligned to 16.
@@ -168,14 +172,6 @@ inline double rsqrt(double v) { return 1 / std::sqrt(v); }
 inline float rsqrt(float v) { return rsqrtf(v); }
 
 namespace emulation {
-
-template <class To, class From>
-To bits(From value) {
-  static_assert(sizeof(To) == sizeof(From));
-  To result;
-  std::memcpy(&result, &value, sizeof result);
-  return result;
-}
 
 template <class T>
 struct Identity {

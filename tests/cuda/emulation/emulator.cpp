@@ -23,6 +23,7 @@ dim3 blockDim, gridDim;
 
 namespace emulation {
 
+TensorCore tensor_core;
 Schedule schedule;
 Block block;
 std::vector<Thread> threads;
