@@ -33,7 +33,8 @@ from pfgm_kernels.chunks import Inputs, Saved, field_backward, field_forward
 from pfgm_kernels.outputs import Output
 from pfgm_kernels.references import default_workspace
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 MAX_SPILL = 32  # bytes a thread
 MAX_WARPS = 4  # of a kernel with a Hopper's products, see configurations.py

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's interpreter as the tests use it: faster, with bfloat16, with the sums of tensor cores, and
-it remembers which kernels ran.
+"""Triton's interpreter as the tests use it: faster, with bfloat16, with the sums of tensor cores,
+and it remembers which kernels ran.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensor_core
+import tensor_core  # type: ignore[import-not-found]
 import torch
 from numpy.typing import NDArray
 
