@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdio>
 #include <stdexcept>
 #include <string>
@@ -106,6 +107,48 @@ inline void check_multiply() {
                                                std::to_string(column) + " is wrong");
     }
   }
+}
+
+// c and 16 products, all of which bfloat16 holds, in one instruction.
+inline float add_products(float c, const float (&products)[16]) {
+  Managed<uint32_t> a(4 * kLanes), b(2 * kLanes);
+  Managed<float> sums(4 * kLanes);
+  for (int i = 0; i < 4 * kLanes; ++i) a[i] = sums[i] = 0;
+  for (int i = 0; i < 2 * kLanes; ++i) b[i] = bfloat16_bits(1) << 16 | bfloat16_bits(1);
+  for (int k = 0; k < 16; ++k) {
+    a[k % 8 / 2 * 4 + k / 8 * 2] |= bfloat16_bits(products[k]) << (k % 2 * 16);
+  }
+  sums[0] = c;
+  run_warp(multiply_kernel, MultiplyArguments{a.data(), b.data(), sums.data()}, 0);
+  return sums[0];
+}
+
+// How the tensor cores sum, by sums that tell.
+inline std::string describe_tensor_core() {
+  int at_a_time = 2;  // 1 is lost where it meets 2^30
+  for (; at_a_time < 16; ++at_a_time) {
+    float products[16] = {0x1p30f, -0x1p30f};
+    products[at_a_time] = 1;
+    if (add_products(0, products) == 1) break;
+  }
+  int guard_bits = 0;  // with i, 2^i products of 2^-(23 + i) are not lost beside 1
+  for (int i = 1; i <= 3; ++i) {
+    float products[16] = {};
+    for (int k = 0; k < 1 << i; ++k) products[k] = std::ldexp(1.0f, -23 - i);
+    if (add_products(1, products) != 1) guard_bits = i;
+  }
+  const float little = std::ldexp(1.0f, -26 - guard_bits);
+  const bool toward_zero = add_products(1, {-little}) == 1 && add_products(-1, {little}) == -1;
+  // ±2 and one and a half units in the last place
+  const float above = add_products(1, {1, 0x1.8p-22f}), below = add_products(-1, {-1, -0x1.8p-22f});
+  const char* const sums = above == 0x1.000002p1f && below == -above   ? "cut toward zero"
+                           : above == 0x1.000004p1f && below == -above ? "rounded to nearest"
+                                                                       : "neither";
+  return "products added at a time: " + std::to_string(at_a_time) +
+         (at_a_time == 2 ? " or fewer" : "") + (at_a_time == 16 ? " or more" : "") +
+         "\nguard bits: " + std::to_string(guard_bits) + (guard_bits == 3 ? " or more" : "") +
+         "\nwhat is less is cut " + (toward_zero ? "toward zero" : "to one side") + "\nsums are " +
+         sums + "\n";
 }
 
 struct LoadArguments {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks the intrinsics on the GPU that runs it:
+// Checks the intrinsics on the GPU that runs it, and says how its tensor cores sum:
 //
 //   nvcc -std=c++17 -arch=native -o device_check tests/cuda/emulation/device_check.cu &&
 //   ./device_check
@@ -23,5 +23,6 @@ int main() {
   run("product", [] { check_product(false); });
   run("product of a transposed operand", [] { check_product(true); });
   run("copy_async", check_copy);
+  if (failures == 0) std::printf("%s", describe_tensor_core().c_str());
   return failures;
 }

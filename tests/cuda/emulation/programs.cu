@@ -134,4 +134,6 @@ void run_check(const std::string& name) {
   throw std::invalid_argument("no check " + name);
 }
 
+std::string describe() { return describe_tensor_core(); }
+
 }  // namespace pfgm

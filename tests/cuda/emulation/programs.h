@@ -26,5 +26,6 @@ enum Mistake {
 
 void run_program(const std::string& name, int mistake, const float* in, float* out);
 void run_check(const std::string& name);
+std::string describe();
 
 }  // namespace pfgm

@@ -28,5 +28,6 @@ PYBIND11_MODULE(PFGM_MODULE, module) {
     run_program(name, mistake, reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out));
   });
   module.def("run_check", &run_check);
+  module.def("describe_tensor_core", &describe);
   emulation::define_controls(module);
 }
