@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pfgm_kernels import poisson_displacement
 from pfgm_kernels.backends import cpu
-from pfgm_kernels.backends._values import decode as decode_values
+from pfgm_kernels.rows import Rows, Stored
 
 pytest.importorskip("pfgm_kernels._C", reason="the extension is not built")
 pytestmark = pytest.mark.usefixtures("poison")
@@ -72,36 +72,25 @@ class Queries:
         self.x, self.t, self.values, self.table = x, t.double(), values, table
         self.k = x.shape[1] + D
         self.operands = cpu.prepare(values, table, WORKSPACE)
-        self.v, _, anchor, self.anchor_log_weight = cpu.forward(
-            x, self.t, values, table, self.operands, self.k
-        )
-        self.anchor_x0 = decode_values(values[anchor], table)
+        self.v, _, anchor, log_weight = cpu.forward(x, self.t, values, table, self.operands, self.k)
+        stored = Stored(values, table, anchor)
+        residual = self.v - (stored.decode() - x)
+        self.rows = Rows(x, self.t, residual, stored, log_weight, self.k)
 
     def slope_of_the_anchor(self, x_dot: Tensor, t_dot: Tensor) -> Tensor:
-        difference, t = self.anchor_x0 - self.x, self.t
+        difference, t = self.rows.anchor_x0 - self.x, self.t
         pull, square = (difference * x_dot).sum(1), difference.square().sum(1)
         if math.isinf(self.k):
             return pull / t**2 + square * t_dot / t**3
         return self.k * (pull - t * t_dot) / (square + t**2)
 
     def sums(
-        self, x_dot: Tensor, t_dot: Tensor, centre: Tensor, rows: slice = slice(None)
+        self, x_dot: Tensor, t_dot: Tensor, centre: Tensor, cut: slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
         """What the kernels give for a chunk of the references."""
-        return cpu.jvp(
-            self.x,
-            self.t,
-            self.values[rows],
-            self.table,
-            cpu.operands_of(self.operands, rows) if self.operands else [],
-            self.k,
-            self.v,
-            self.anchor_x0,
-            self.anchor_log_weight,
-            x_dot,
-            t_dot,
-            centre,
-        )
+        operands = cpu.operands_of(self.operands, cut) if self.operands else []
+        values = self.values[cut]
+        return cpu.jvp(self.rows, values, self.table, operands, x_dot, t_dot, centre)
 
     def push(
         self, x_dot: Tensor, t_dot: Tensor, step: int | None = None, centre: Tensor | None = None
