@@ -24,12 +24,16 @@ READY := .venv/.ready
 # tests/op/selection.py says what is in the parts of the tests. Two workers share the cores: a thread
 # that waits has to leave its own.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2
-# The Triton kernels run on the CPU under Triton's interpreter, whose matrix products are numpy's.
+# The Triton kernels run on the CPU under Triton's interpreter. In each test its products, and those
+# of the emulated GPU, sum as the tensor cores of one kind of chip do (tests/cuda/tensor_core.py).
 INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PYTEST) -k triton
 # The CUDA kernels run on the CPU on an emulated GPU, once with every test of the op and then with
 # a search for races and for accesses out of bounds.
 EMULATED := OMP_NUM_THREADS=1 $(BIN)/python tests/cuda/emulated.py
 CUDA_TESTS := $(patsubst %,tests/cuda/test_%.py,cuda_direct cuda_sizes cuda_two_pass)
+# What depends most on how they sum runs with both that are in use.
+DENSE := (clusters or flat) and (test_float32 or without)
+DENSE_TESTS := --interpret-all tests/op/test_accuracy.py tests/op/test_gradients.py
 SEARCHED_TESTS := $(CUDA_TESTS) $(patsubst %,tests/op/test_%.py,gradients low_dimension nonfinite singular)
 
 # The oldest Triton that is supported, beside the environment: nothing but the compiler is used of
@@ -54,15 +58,21 @@ demo: $(READY)
 
 test: $(READY)
 	$(PYTEST) --part thin
-	$(INTERPRETED) --part thin --every-kernel tests/op tests/triton/test_triton.py
+	$(INTERPRETED) --part thin --every-kernel tests/op tests/triton/test_triton.py \
+	  tests/triton/test_tables.py
 	$(EMULATED) plain -q -n 2 --part thin --every-kernel tests/op $(CUDA_TESTS)
 
 # The lines of the Triton kernels are counted in few tests, which take twice as long for it.
 check: test $(OLDEST_TRITON)
 	$(PYTEST) --part rest
-	$(INTERPRETED) --part rest tests/op
+	$(INTERPRETED) --part rest tests/op tests/triton/test_tables.py
 	$(INTERPRETED) --cov --part spread tests/op/test_gradients.py tests/triton/test_triton.py
 	$(EMULATED) plain -q -n 2 --part rest tests/op
+	for core in sm_80 sm_90; do \
+	  export PFGM_TENSOR_CORE=$$core; \
+	  $(INTERPRETED) -k "triton and $(DENSE)" $(DENSE_TESTS) && \
+	  $(EMULATED) plain -q -n 2 -k "cuda and $(DENSE)" $(DENSE_TESTS) || exit 1; \
+	done
 	$(EMULATED) races -q -n 2 --part spread $(SEARCHED_TESTS)
 	$(EMULATED) address -q -n 2 --part spread $(SEARCHED_TESTS)
 

@@ -262,8 +262,8 @@ class Worker:
     def _build(self, name: str, kind: str, changed: set[str]) -> Path:
         objects, flags = [], emulated.flags(name, kind)
         programs = [self.tree / path.relative_to(ROOT) for path in emulated.PROGRAMS]
-        sources = programs if name == "programs" else emulated.sources_of_kernels(self.tree)
-        for source in [*sources, *emulated.EMULATOR]:
+        kernels = [*emulated.sources_of_kernels(self.tree), *emulated.EMULATOR]
+        for source in programs if name == "programs" else kernels:
             base = self.objects / kind / f"{source.name}.o"
             base.parent.mkdir(parents=True, exist_ok=True)
             target = base.with_suffix(".changed.o") if source.name in changed else base

@@ -193,6 +193,21 @@ def two_clusters(d: int, D: float, distance: float, width: float, t: float) -> C
     return Case(torch.cat([near, middle]), torch.full((12,), t), x0, D, dense=True, named=False)
 
 
+def clusters_far_apart(d: int, peak: float, other: float, t: float) -> Case:
+    """About ±c, where c has a peak in every 64th column: what sums of products lose is alike for
+    all references of one of them, and the more the higher the peaks. Queries by one of them.
+    """
+    generator = seeded(d)
+    centre = torch.full((d,), other)
+    centre[::64] = peak
+    sign = 1 - 2 * (torch.arange(300) % 2)
+    stretch = sign * (1 + 0.05 * torch.randn(300, generator=generator))
+    x0 = stretch[:, None] * centre + 0.3 * other * torch.randn(300, d, generator=generator)
+    x = centre + 0.3 * centre.norm() / math.sqrt(d) * torch.randn(8, d, generator=generator)
+    times = t * centre.norm() * torch.logspace(-0.5, 0.7, 8)
+    return Case(x, times, x0, dense=True, named=False)
+
+
 def mostly_coinciding(d: int, D: float) -> Case:
     """Of five references four coincide, as far away as the other."""
     generator = seeded(d)
@@ -307,6 +322,9 @@ for d, D, distance, width, t in (
     (257, 1e6, 1000, 1e-7, 3e-4),
 ):
     register(f"two clusters d={d} D={D:g} width={width:g}", two_clusters, d, D, distance, width, t)
+for d, peak, other, t in ((100, 1, 1, 2), (100, 30, 1, 2), (300, 5, 0.02, 8)):
+    name = f"clusters far apart d={d} peak={peak}"
+    register(name, clusters_far_apart, d, float(peak), float(other), t)
 for d in (3, 16, 20, 24):
     register(f"mostly coinciding d={d}", mostly_coinciding, d, 8)
 register("at the origin d=257", at_the_origin, 257)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's interpreter as the tests use it: faster, with bfloat16, with the sums of tensor cores,
-and it remembers which kernels ran.
+"""Triton's interpreter as the tests use it: faster, with bfloat16 and the sums of tensor cores. It
+remembers which kernels ran.
 """
 
 from __future__ import annotations

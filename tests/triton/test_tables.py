@@ -36,7 +36,7 @@ SHAPES = [
     (20, 40, 40, False),
     (60, 40, 330, True),
     (100, 40, 330, False),
-    (200, 130, 330, True),
+    pytest.param(200, 130, 270, True, marks=pytest.mark.exhaustive),
     (300, 20, 330, False),
 ]
 

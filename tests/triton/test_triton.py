@@ -168,8 +168,9 @@ def test_products_of_parts_are_nearly_float32(generator):
 
 
 @pytest.mark.parametrize("d", [40, 300])
-def test_parts_have_the_digits_of_bfloat16(generator, d):
-    """Interpreted, they are held in float32, which would keep more."""
+def test_parts_have_the_digits_of_bfloat16(generator, d, monkeypatch):
+    """Triton's own interpreter has them held in float32, which would keep more."""
+    monkeypatch.setattr(operands, "PART", torch.float32)
     values = torch.randn(70, d, generator=generator).to(DEVICE)
     parts = operands.prepare(values, values.new_empty(0)).parts
     assert torch.equal(parts.float(), parts.bfloat16().float())
