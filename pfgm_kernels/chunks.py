@@ -135,17 +135,28 @@ def field_forward(
         chunks.dtype = torch.float64
     result = empty_result(inputs, output)
     log_mass, residual, *anchors = empty_rows(inputs, output, save)
+    # Joined at the end, rows of chunks are one launch of a GPU. On a CPU they would lie between
+    # what chunks free, which could not be used again.
+    on_cpu = inputs.x.device.type == "cpu"
     parts: list[list[Tensor]] = []
     for queries in chunks.queries:
         x, t = chunks.rows(queries)
         v, *part = chunks.forward(x, t)
         to = flatten(result[queries]), residual[queries]
         getattr(module, "finish", finish)(output, v, x, t, *to, chunks.stored(part[1]))
-        parts.append(part)
-    found = [each[0] if len(each) == 1 else torch.cat(each) for each in zip(*parts, strict=True)]
-    if output.name == "displacement":
-        log_mass = found[0]
-    return result, log_mass, residual, *(found[1:] if save else anchors)
+        if on_cpu:
+            for rows, each in zip((log_mass, *anchors), part, strict=True):
+                if len(rows) > 0:
+                    rows[queries] = each
+        else:
+            parts.append(part)
+    if not on_cpu:
+        found = [
+            each[0] if len(each) == 1 else torch.cat(each) for each in zip(*parts, strict=True)
+        ]
+        log_mass = found[0] if output.name == "displacement" else log_mass
+        anchors = found[1:] if save else anchors
+    return result, log_mass, residual, anchors[0], anchors[1]
 
 
 def field_backward(

@@ -81,7 +81,9 @@ def options(arguments: list[str] | None = None) -> Options:
     torch.set_float32_matmul_precision("highest")  # whatever the environment says about TF32
     device = torch.device("cpu" if given.dry_run else "cuda")
     if given.dry_run:
-        from tests.cuda import emulated
+        sys.path.append(str(Path(__file__).parents[2] / "tests" / "cuda"))  # for both
+        import emulated  # type: ignore[import-not-found]
+
         from tests.triton import interpreted
 
         emulated.install(emulated.build())
