@@ -126,7 +126,8 @@ def work_through(what: str, cases: Sequence[Case], measure: Measure, options: Op
             outcome = {"status": "failed", "reason": str(error)}
             if not fresh:
                 go_on(number)
-        watch.cancel()
+        finally:
+            watch.cancel()
         fresh = False
         record(case, outcome)
         if outcome["status"] == "failed" and broken(options.device):

@@ -35,7 +35,8 @@ namespace {
 // k = 9, by 2 ρ. log_mass is off by Σ_j w_j times these. The nearest's weight is exact and no other
 // is larger, so that the worst are two references that share the weight: δ reach/2, which is 2e-7,
 // a fifth of what the contract allows, at a reach of kSmallReach and of kRootReach √d; D = 1 stays
-// below. Equal references err alike, as one that may hold all weight. The mean |logit| is at most
+// below. Equal references err alike, as one that may hold all weight: where there are any, half
+// that reach is the most; of many the other errors are alike, too. The mean |logit| is at most
 // log(N/Σ_j exp(logit_j)), by Jensen's inequality: that is added to the reach twice, for the other
 // errors too, and at kCrowdReach they are a quarter of the contract. Gradients may be off by 1e-5
 // of their terms: at kGradientReach they are by 2e-6 in a crowd. On a reference v is of the others

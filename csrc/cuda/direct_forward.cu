@@ -158,11 +158,10 @@ __global__ void __launch_bounds__(kDirectThreads)
 }
 
 __device__ bool is_sure(const DirectArguments& a, double reach, double log_weight) {
-  if (!(reach <= ::fmax(kSmallReach, kRootReach * ::sqrt(static_cast<double>(a.p.dim))))) {
-    return false;
-  }
   int equal = 0;
   for (int block = 0; block < kCrowdBlocks; ++block) equal += a.p.crowd[block];
+  const double far = ::fmax(kSmallReach, kRootReach * ::sqrt(static_cast<double>(a.p.dim)));
+  if (!(reach <= (equal > 0 ? far / 2 : far))) return false;
   if (equal < kCrowd) return true;
   const double spread = log_weight + ::log(static_cast<double>(a.p.count));
   const double most = reach + 2 * spread;

@@ -32,7 +32,7 @@ from pfgm_kernels.backends.triton.configurations import Blocks, blocks, multipro
 from pfgm_kernels.backends.triton.forward_pass import Outputs, exact_forward
 from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import as_double, bits_of, logits_float
-from pfgm_kernels.backends.triton.operands import crowded
+from pfgm_kernels.backends.triton.operands import CROWD, count_equal
 from pfgm_kernels.rows import Cotangents
 
 MAX_DIM = 32
@@ -49,7 +49,8 @@ MAX_POWER = 40  # of 1/√(1 + u): the rounding of higher ones exceeds that of l
 # k = 9, by 2 ρ. log_mass is off by Σ_j w_j times these. The nearest's weight is exact and no other
 # is larger, so that the worst are two references that share the weight: δ reach/2, which is 2e-7, a
 # fifth of what the contract allows, at a reach of SMALL_REACH and of ROOT_REACH √d; D = 1 stays
-# below. Equal references err alike, as one that may hold all weight. The mean |logit| is at most
+# below. Equal references err alike, as one that may hold all weight: where there are any, half
+# that reach is the most; of many the other errors are alike, too. The mean |logit| is at most
 # log(N/Σ_j exp(logit_j)), by Jensen's inequality: that is added to the reach twice, for the other
 # errors too, and at CROWD_REACH they are a quarter of the contract. Gradients may be off by 1e-5
 # of their terms: at GRADIENT_REACH they are by 2e-6 in a crowd. On a reference v is of the others
@@ -363,12 +364,14 @@ def direct_forward(call: Call, out: Outputs) -> None:
 
     reach, half_k = scale.reach(distance), call.k / 2
     faint = (sums[0] < FAINT * total) & (distance < FAINT * displacement.square().sum(1))
-    sure = (reach <= max(SMALL_REACH, ROOT_REACH * math.sqrt(call.d))) & ~faint
-    if not _is_power(call.k) or half_k > CROWD_REACH:
-        spread = anchor_log_weight + math.log(call.N)
-        most = (reach + 2 * spread).clamp(max=half_k if _is_power(call.k) else math.inf)
-        sure &= ~crowded(call.values) | (most <= CROWD_REACH)
-    exact_forward(call, _limits(sure, sums), out)
+    far, sure = max(SMALL_REACH, ROOT_REACH * math.sqrt(call.d)), ~faint
+    if not _is_power(call.k) or half_k > min(CROWD_REACH, far / 2):
+        equal = count_equal(call.values)
+        most = reach + 2 * (anchor_log_weight + math.log(call.N))
+        most = most.clamp(max=half_k if _is_power(call.k) else math.inf)
+        sure &= (equal < CROWD.value) | (most <= CROWD_REACH)
+        reach = torch.where(equal > 0, 2 * reach, reach)
+    exact_forward(call, _limits(sure & (reach <= far), sums), out)
 
 
 def direct_backward(call: Call, cotangents: Cotangents, log_weight: Tensor) -> None:

@@ -302,11 +302,11 @@ def prepare(values: Tensor, table: Tensor) -> Operands:
     return replace(found, parts=rows.parts)
 
 
-def crowded(values: Tensor) -> Tensor:
-    """Whether many of values (N, d) are equal, judged by a sample as summarise_kernel does."""
+def count_equal(values: Tensor) -> Tensor:
+    """How many of a sample of values (N, d) equal another, as summarise_kernel counts them."""
     count = min(len(values), SAMPLE.value)
     rows = values[torch.arange(count, device=values.device) * len(values) // count]
     # A number that is the same for equal rows and hardly else.
     factors = torch.arange(values.shape[1], device=values.device) * 40503 % 65521 + 1
     ordered = (rows.double() * factors).sum(1).sort().values
-    return (ordered[1:] == ordered[:-1]).sum() >= CROWD.value
+    return (ordered[1:] == ordered[:-1]).sum()
