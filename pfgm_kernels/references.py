@@ -157,7 +157,9 @@ class ReferenceSet:
         with _preparing:
             if backend not in self.operands:
                 values, table = self.values, self.table
-                operands = BACKENDS[backend].prepare(values, table, values.nbytes)
+                # What is made within a transform of torch.func would be of no use after it.
+                with torch._C._DisableFuncTorch():
+                    operands = BACKENDS[backend].prepare(values, table, values.nbytes)
                 self.operands = self.operands | {backend: operands}  # others may read the old one
 
     # A compiled function prepares while it is traced. This is torch.compiler.assume_constant_result

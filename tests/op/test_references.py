@@ -260,3 +260,12 @@ def test_the_default_backend_takes_it():
     x0 = torch.randn(9, 2, 2, generator=seeded())
     v, _ = poisson_displacement(torch.zeros(3, 2, 2), 1.0, ReferenceSet(x0))
     assert_displacement(v, solve(torch.zeros(3, 2, 2), 1.0, x0), 1e-6)
+
+
+def test_a_set_may_be_prepared_within_a_transform(backend):
+    """Where the first call that names a backend is one of torch.func's, and others follow."""
+    x0, x = torch.randn(50, 40, generator=seeded()), torch.randn(3, 40, generator=seeded(1))
+    stored = ReferenceSet(x0.to(backend.device), backend="eager")
+    field, _ = torch.func.jvp(lambda x: backend.field(x, 9.0, stored), (x,), (x,))
+    assert torch.equal(backend.field(x, 9.0, stored), field)
+    assert stored.nbytes > 0
