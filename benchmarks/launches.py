@@ -206,7 +206,9 @@ def _record_triton(
 
 
 def _record_cuda(stack: contextlib.ExitStack, found: list[Launch], multiprocessors: int) -> None:
-    extension = cuda_extension()
+    from tests.cuda import emulated
+
+    extension = emulated.build()  # that of the package asks for a device
     extension.set_multiprocessors(multiprocessors)
     stack.callback(extension.set_multiprocessors, 4)
 
@@ -235,17 +237,6 @@ def _record_cuda(stack: contextlib.ExitStack, found: list[Launch], multiprocesso
         return size
 
     stack.enter_context(mock.patch.object(_native, "launch", launch))
-
-
-def cuda_extension() -> Any:
-    """The emulated kernels: those of the extension ask for a device."""
-    import sys
-    from pathlib import Path
-
-    sys.path.append(str(Path(__file__).parents[1] / "tests" / "cuda"))
-    import emulated  # type: ignore[import-not-found]
-
-    return emulated.build()
 
 
 def default_backend(d: int) -> str:

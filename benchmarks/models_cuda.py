@@ -11,11 +11,8 @@ from types import SimpleNamespace as Sizes
 from benchmarks.models import Model, Work
 from benchmarks.routing import Routing
 
-TILE, TERMS, GROUP = (
-    128,
-    32,
-    256,
-)  # queries, references and columns of a product; its depth; weights
+TILE, TERMS = 128, 32  # queries, references and columns of a product; its depth
+GROUP = 256  # references that a warp weighs
 SPAN = 1024  # references that a block of exact_kernel looks at together
 INSTRUCTIONS = {2: (6, 31, 39), 4: (11, 40, 50), 8: (20, 74, 88), 16: (39, 129, 149)}
 INSTRUCTIONS |= {24: (58, 192, 222), 32: (77, 240, 278)}

@@ -57,8 +57,7 @@ def ours(backend: str, prepared: bool) -> Callable[[Problem, bool], Field]:
     """The op on a ReferenceSet (of 8-bit images where the data are images) or on a plain tensor."""
 
     def prepare(problem: Problem, gradient: bool) -> Field:
-        d = problem.x0.shape[1]
-        reason = BACKENDS[backend].unsupported_reason(problem.x0.device, d, gradient)
+        reason = BACKENDS[backend].unsupported_reason(problem.x0.device)
         if reason is not None:
             raise RefusedError(reason)
         if backend == "eager" and len(problem.x) * problem.x0.numel() > EAGER_LARGEST:

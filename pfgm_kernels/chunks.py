@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels.backends import BACKENDS, eager
-from pfgm_kernels.merge import mass_weights
+from pfgm_kernels.merge import combine
 from pfgm_kernels.outputs import Output
 from pfgm_kernels.rows import Rows, Stored, begin, finish
 
@@ -142,12 +142,12 @@ def field_forward(
     for queries in chunks.queries:
         x, t = chunks.rows(queries)
         v, *part = chunks.forward(x, t)
-        to = flatten(result[queries]), residual[queries]
-        getattr(module, "finish", finish)(output, v, x, t, *to, chunks.stored(part[1]))
+        rows = Rows(x, t, residual[queries], chunks.stored(part[1]), part[2], chunks.k)
+        getattr(module, "finish", finish)(rows, output, v, flatten(result[queries]))
         if on_cpu:
-            for rows, each in zip((log_mass, *anchors), part, strict=True):
-                if len(rows) > 0:
-                    rows[queries] = each
+            for all_rows, each in zip((log_mass, *anchors), part, strict=True):
+                if len(all_rows) > 0:
+                    all_rows[queries] = each
         else:
             parts.append(part)
     if not on_cpu:
@@ -335,8 +335,7 @@ def _write(rows: Tensor, out: Tensor) -> None:
 
 
 def _merge_partials(a: Partial, b: Partial) -> Partial:
-    weights, log_mass = mass_weights(torch.stack([a[1], b[1]]))
-    displacement = a[0] * weights[0, :, None] + b[0] * weights[1, :, None]
+    displacement, log_mass, weights = combine([a[0], b[0]], [a[1], b[1]])
     anchor_log_weight, nearest = (torch.stack([a[3], b[3]]) + weights.log()).max(0)
     return displacement, log_mass, torch.where(nearest == 0, a[2], b[2]), anchor_log_weight
 

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -50,13 +51,22 @@ def merge(partials: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
             raise ValueError(
                 f"merge expects all on one device, {device}, got {v.device} and {log_mass.device}"
             )
-    weights, log_mass = mass_weights(torch.stack([m for _, m in partials]))
-    displacement = torch.zeros((), dtype=torch.float64, device=log_mass.device)
-    dtype = partials[0][0].dtype
-    for (v, _), weight in zip(partials, weights, strict=True):
-        dtype = torch.promote_types(dtype, v.dtype)
-        displacement = displacement + weight.view(-1, *[1] * (v.dim() - 1)) * v.double()
+    displacements, log_masses = zip(*partials, strict=True)
+    dtype = functools.reduce(torch.promote_types, (v.dtype for v in displacements))
+    displacement, log_mass, _ = combine(displacements, log_masses)
     return displacement.to(dtype), log_mass
+
+
+def combine(
+    displacements: Sequence[Tensor], log_masses: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `merge` gives, of partial results that fit, in float64, and the weights (P, B)."""
+    weights, log_mass = mass_weights(torch.stack(list(log_masses)))
+    terms = (
+        weight.view(-1, *[1] * (v.dim() - 1)) * v.double()
+        for v, weight in zip(displacements, weights, strict=True)
+    )
+    return functools.reduce(torch.add, terms), log_mass, weights
 
 
 def mass_weights(log_masses: Tensor) -> tuple[Tensor, Tensor]:

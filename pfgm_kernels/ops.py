@@ -19,7 +19,7 @@ of all values, or empty.
 
 A backend is a module with
 
-    unsupported_reason(device, d, requires_grad) → None or why it cannot run
+    unsupported_reason(device) → None or why it cannot run
     chunk_shape(B, N, d, workspace, prepared, values_grad)
                                                  → queries and references that one call may take
     prepare(values, table, workspace)            → operands, what is computed once of the references

@@ -40,14 +40,14 @@ class Stored:
 
 @dataclass(frozen=True)
 class Rows:
-    """A chunk of queries with what the forward pass left of it (`ops`)."""
+    """A chunk of queries with what the forward pass leaves of it (`ops`)."""
 
     x: Tensor
     """(n, d) float32 or float64"""
     t: Tensor
     """(n,) float64"""
     residual: Tensor
-    """(n, d), the dtype of x"""
+    """(n, d), the dtype of the result; where `finish` is to write it, or of no rows"""
     anchor: Stored
     anchor_log_weight: Tensor
     """(n,) float64"""
@@ -83,22 +83,18 @@ class Cotangents(NamedTuple):
     dt: Tensor
     """(n,)"""
 
+    @staticmethod
+    def empty(rows: Rows) -> Cotangents:
+        matrices = [torch.empty_like(rows.x, dtype=torch.float64) for _ in range(2)]
+        numbers = [torch.empty_like(rows.t) for _ in range(4)]
+        return Cotangents(matrices[0], numbers[0], numbers[1], numbers[2], matrices[1], numbers[3])
 
-def finish(
-    output: Output,
-    v: Tensor,
-    x: Tensor,
-    t: Tensor,
-    result: Tensor,
-    residual: Tensor,
-    anchor: Stored,
-) -> None:
-    """Writes the result (n, columns) of v (n, d) float64, and where they are wanted the residual
-    (n, d); else that has no rows.
-    """
-    output.write(v, x, t, result)
-    if len(residual):
-        torch.sub(v, anchor.decode().sub_(x), out=residual)
+
+def finish(rows: Rows, output: Output, v: Tensor, result: Tensor) -> None:
+    """Writes the result (n, columns) of v (n, d) float64, and the residual where it has rows."""
+    output.write(v, rows.x, rows.t, result)
+    if len(rows.residual):
+        torch.sub(v, rows.anchor.decode().sub_(rows.x), out=rows.residual)
 
 
 def begin(rows: Rows, output: Output, g: Tensor | None, g_m: Tensor | None) -> Cotangents:

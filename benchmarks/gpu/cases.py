@@ -49,8 +49,7 @@ class Case:
 
     def refusal(self, device: torch.device) -> str | None:
         """Why the backend cannot run it."""
-        backward = self.direction != "forward"
-        return BACKENDS[self.backend].unsupported_reason(device, self.shape.d, backward)
+        return BACKENDS[self.backend].unsupported_reason(device)
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,7 @@ def options(arguments: list[str] | None = None) -> Options:
     torch.set_float32_matmul_precision("highest")  # whatever the environment says about TF32
     device = torch.device("cpu" if given.dry_run else "cuda")
     if given.dry_run:
-        sys.path.append(str(Path(__file__).parents[2] / "tests" / "cuda"))  # for both
-        import emulated  # type: ignore[import-not-found]
-
+        from tests.cuda import emulated
         from tests.triton import interpreted
 
         emulated.install(emulated.build())

@@ -19,9 +19,7 @@ WORK = 1 << 34  # columns of pairs in a chunk, so that an interrupt is noticed w
 MAX_DIRECT_DIM = 24  # up to here they need nothing prepared
 
 
-def unsupported_reason(
-    device: torch.device | None = None, d: int | None = None, requires_grad: bool = False
-) -> str | None:
+def unsupported_reason(device: torch.device | None = None) -> str | None:
     if _native.missing_reason is not None:
         return _native.missing_reason
     if device is not None and device.type != "cpu":

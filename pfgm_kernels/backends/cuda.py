@@ -9,7 +9,6 @@ differences in float64 throughout. The path of a query is chosen on the device.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from pfgm_kernels.backends import _native
 from pfgm_kernels.backends._shapes import fit
 from pfgm_kernels.outputs import Output
-from pfgm_kernels.rows import Cotangents, Rows, Stored
+from pfgm_kernels.rows import Cotangents, Rows
 
 MAX_DIRECT_DIM = 32
 CROWD_BLOCKS = 8  # parts of the sample in which equal references are counted
@@ -26,9 +25,7 @@ DIM_MULTIPLE = 64  # parts are padded to this many columns, with zeros
 MAX_THREE_PART_DIM = 128
 
 
-def unsupported_reason(
-    device: torch.device | None = None, d: int | None = None, requires_grad: bool = False
-) -> str | None:
+def unsupported_reason(device: torch.device | None = None) -> str | None:
     if _native.missing_reason is not None:
         return _native.missing_reason
     if _native.build_info["CUDA"] == "none":
@@ -121,42 +118,20 @@ def forward(
     return displacement, log_mass, anchor, anchor_log_weight
 
 
-def finish(
-    output: Output,
-    v: Tensor,
-    x: Tensor,
-    t: Tensor,
-    result: Tensor,
-    residual: Tensor,
-    anchor: Stored,
-) -> None:
+def finish(rows: Rows, output: Output, v: Tensor, result: Tensor) -> None:
     """As rows.finish."""
-    kept = {"residual": residual} if len(residual) else {}
-    _launch(
-        "field_finish_cuda",
-        **_rows(x, t, anchor, math.inf),
-        **_output(output, result),
-        displacement=v,
-        result=result,
-        **kept,
-    )
+    kept = {"residual": rows.residual} if len(rows.residual) else {}
+    arguments = _rows(rows) | _output(output, result) | kept
+    _launch("field_finish_cuda", **arguments, displacement=v, result=result)
 
 
 def begin(rows: Rows, output: Output, g: Tensor | None, g_m: Tensor | None) -> Cotangents:
     """As rows.begin."""
-    dx = torch.empty_like(rows.x, dtype=torch.float64)
-    found = Cotangents(
-        g=torch.empty_like(dx),
-        g_m=torch.empty_like(rows.t),
-        projection=torch.empty_like(rows.t),
-        anchor_square=torch.empty_like(rows.t),
-        dx=dx,
-        dt=torch.empty_like(rows.t),
-    )
+    found = Cotangents.empty(rows)
     given = {"result": None if g is None else g.to(rows.x.dtype), "log_mass": g_m}
     _launch(
         "field_begin_cuda",
-        **_rows(rows.x, rows.t, rows.anchor, rows.k),
+        **_rows(rows),
         **_output(output, rows.residual),
         residual=rows.residual,
         **{name: tensor for name, tensor in given.items() if tensor is not None},
@@ -197,8 +172,10 @@ def _names(cotangents: Cotangents) -> dict[str, Any]:
     }
 
 
-def _rows(x: Tensor, t: Tensor, anchor: Stored, k: float) -> dict[str, Any]:
-    return _common(x, t, anchor.values, anchor.table, [], k) | {"anchor": anchor.index}
+def _rows(rows: Rows) -> dict[str, Any]:
+    anchor = rows.anchor
+    arguments = _common(rows.x, rows.t, anchor.values, anchor.table, [], rows.k)
+    return arguments | {"anchor": anchor.index}
 
 
 def _output(output: Output, result: Tensor) -> dict[str, Any]:

@@ -21,9 +21,7 @@ MOST_AWAY = 1024
 float64 loses as many of its roundings."""
 
 
-def unsupported_reason(
-    device: torch.device | None = None, d: int | None = None, requires_grad: bool = False
-) -> str | None:
+def unsupported_reason(device: torch.device | None = None) -> str | None:
     if device is not None and device.type == "mps":
         return "it computes in float64, which MPS devices do not have"
     return None

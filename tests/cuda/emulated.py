@@ -172,9 +172,7 @@ def install(kernels: ModuleType) -> None:
     """Lets the backend "cuda" compute on CPU tensors, with the kernels that `build` returned."""
     from pfgm_kernels.backends import _native, cuda
 
-    def unsupported_reason(
-        device: torch.device | None = None, d: int | None = None, requires_grad: bool = False
-    ) -> str | None:
+    def unsupported_reason(device: torch.device | None = None) -> str | None:
         on_cpu = device is None or device.type == "cpu"
         return None if on_cpu else f"it is emulated on the CPU, got {device}"
 

@@ -11,9 +11,10 @@ import functools
 import os
 import zlib
 
-import emulated
 import numpy as np
 from numpy.typing import NDArray
+
+from tests.cuda import emulated
 
 CORES = {
     "rounded": (0, 0),

@@ -64,7 +64,7 @@ def call(
     t, output, k = meta(B, dtype=torch.float64), Output("field", 5.0, 1.0), d + 1.0
     v, log_mass, anchor, log_weight = backend.forward(x, t, values, table, operands, k)
     result, residual, stored = meta(B, d + 1), meta(B, d), Stored(values, table, anchor)
-    backend.finish(output, v, x, t, result, residual, stored)
     rows = Rows(x, t, residual, stored, log_weight, k)
+    backend.finish(rows, output, v, result)
     cotangents = backend.begin(rows, output, result, log_mass)
     backend.backward(rows, values, table, operands, cotangents, values_grad)

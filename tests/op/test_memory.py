@@ -122,7 +122,7 @@ def run_apart(*arguments: object) -> list[float]:
 def skip_where_memory_cannot_be_measured(backend) -> None:
     if backend.interpreted:
         pytest.skip("what the interpreter takes is not what a GPU does")
-    reason = backend.reason(3072, requires_grad=True)
+    reason = backend.reason()
     if reason is not None:
         pytest.skip(f"{backend.name}: {reason}")
     with PeakMemory(backend.device) as meter:

@@ -95,7 +95,7 @@ def problems(draw: st.DrawFn) -> Problem:
 @settings(suppress_health_check=list(HealthCheck))
 @given(p=problems())
 def test_every_problem(backend, p):
-    assume(backend.reason(p.x.shape[1], requires_grad=True) is None)
+    assume(backend.reason() is None)
     truth = solve(p.x, p.t, p.x0, p.D)
     x, t, x0 = (tensor.detach().requires_grad_() for tensor in (p.x, p.t, p.x0))
     v, log_mass = backend.displacement(x, t, x0, D=p.D)

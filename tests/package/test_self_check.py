@@ -75,15 +75,15 @@ def gradient_is_off(name: str) -> Callable[..., None]:
     return changed("backward", change)
 
 
-def last_column_is_zero(output, v, x, t, result, *rest):
-    rows.finish(output, v, x, t, result, *rest)
+def last_column_is_zero(queries, output, v, result):
+    rows.finish(queries, output, v, result)
     if output.name == "field":
         result[:, -1] = 0
 
 
-def residual_is_off(output, v, x, t, result, residual, anchor):
-    rows.finish(output, v, x, t, result, residual, anchor)
-    residual.mul_(1.1)
+def residual_is_off(queries, output, v, result):
+    rows.finish(queries, output, v, result)
+    queries.residual.mul_(1.1)
 
 
 def squares_by_products(x, t, values, table, operands, k):

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensor_core  # type: ignore[import-not-found]
 import torch
 from numpy.typing import NDArray
 
 from pfgm_kernels.backends import triton as backend
+from tests.cuda import tensor_core
 
 LAUNCHED: set[str] = set()
 

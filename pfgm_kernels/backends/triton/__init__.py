@@ -21,14 +21,12 @@ from torch import Tensor
 
 from pfgm_kernels.backends._shapes import fit
 from pfgm_kernels.outputs import Output
-from pfgm_kernels.rows import Cotangents, Rows, Stored
+from pfgm_kernels.rows import Cotangents, Rows
 
 OLDEST = (3, 6)
 
 
-def unsupported_reason(
-    device: torch.device | None = None, d: int | None = None, requires_grad: bool = False
-) -> str | None:
+def unsupported_reason(device: torch.device | None = None) -> str | None:
     found = version()
     if found is None:
         return "triton is not installed (pip install -e '.[triton]')"
@@ -125,20 +123,11 @@ def forward(
     return out
 
 
-def finish(
-    output: Output,
-    v: Tensor,
-    x: Tensor,
-    t: Tensor,
-    result: Tensor,
-    residual: Tensor,
-    anchor: Stored,
-) -> None:
+def finish(queries: Rows, output: Output, v: Tensor, result: Tensor) -> None:
     """As rows.finish."""
     from pfgm_kernels.backends.triton import rows
 
-    if len(x) > 0:
-        rows.finish(output, v, x, t, result, residual, anchor)
+    rows.finish(queries, output, v, result)
 
 
 def begin(queries: Rows, output: Output, g: Tensor | None, g_m: Tensor | None) -> Cotangents:

@@ -174,41 +174,26 @@ def begin_kernel(
     tl.store(dt_ptr + b, dt)
 
 
-def finish(
-    output: Output,
-    v: Tensor,
-    x: Tensor,
-    t: Tensor,
-    result: Tensor,
-    residual: Tensor,
-    anchor: Stored,
-) -> None:
-    finish_kernel[len(x),](
+def finish(rows: Rows, output: Output, v: Tensor, result: Tensor) -> None:
+    if len(rows.x) == 0:
+        return
+    finish_kernel[len(rows.x),](
         v,
-        x,
-        t,
-        anchor.values,
-        anchor.table,
-        anchor.index,
+        rows.x,
+        rows.t,
+        rows.anchor.values,
+        rows.anchor.table,
+        rows.anchor.index,
         result,
-        residual,
-        x.shape[1],
-        SAVE=len(residual) > 0,
-        **_options(output, anchor),
+        rows.residual,
+        rows.x.shape[1],
+        SAVE=len(rows.residual) > 0,
+        **_options(output, rows.anchor),
     )
 
 
 def begin(rows: Rows, output: Output, g: Tensor | None, g_m: Tensor | None) -> Cotangents:
-    anchor, x = rows.anchor, rows.x.contiguous()
-    row, dx = rows.t, torch.empty_like(x, dtype=torch.float64)
-    found = Cotangents(
-        g=torch.empty_like(dx),
-        g_m=torch.empty_like(row),
-        projection=torch.empty_like(row),
-        anchor_square=torch.empty_like(row),
-        dx=dx,
-        dt=torch.empty_like(row),
-    )
+    anchor, x, found = rows.anchor, rows.x, Cotangents.empty(rows)
     if len(x) == 0:
         return found
     begin_kernel[len(x),](
