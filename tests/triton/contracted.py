@@ -10,12 +10,12 @@ from unittest import mock
 
 import numpy as np
 
-FIRST = ("left", "right")  # which of two products in a sum, where only one can stay unrounded
-
 
 @contextlib.contextmanager
 def contracted(first: str) -> Iterator[None]:
-    """Wherever a product is an operand of a sum: compilers may, and need not."""
+    """Wherever a product is an operand of a sum: compilers may, and need not. first: "left" or
+    "right", which of two products in a sum, where only one can stay unrounded.
+    """
     from triton.runtime.interpreter import InterpreterBuilder
 
     multiply = InterpreterBuilder.create_fmul

@@ -26,7 +26,7 @@ from pfgm_kernels.backends.triton.maths import load_values, round_to_bfloat16
 
 PART = torch.float32 if INTERPRETED else torch.bfloat16
 DIM_MULTIPLE = 64  # rows are padded to this many columns, with zeros
-CODE_ORIGIN = 128
+CODE_ORIGIN = tl.constexpr(128)
 FUSED_MAX_DIM = 128  # columns up to which queries take one pass (fused.py)
 MEAN_SAMPLE = tl.constexpr(256)  # references whose mean is that of all, nearly
 SAMPLE = tl.constexpr(1024)  # references among which equal ones are looked for
@@ -65,8 +65,8 @@ def origin_kernel(
         unit = (high - low) / 255
         off = tl.load(table_ptr + codes).to(tl.float64) - (low + unit * codes)
         deviation = tl.max(tl.abs(off), 0) / tl.abs(unit) * tl.sqrt(tl.cast(d, tl.float64))
-        origin = low + 128 * unit + 0 * mean
-        mean -= 128
+        origin = low + CODE_ORIGIN * unit + 0 * mean
+        mean -= CODE_ORIGIN
     else:
         origin = mean.to(tl.float32).to(tl.float64)
         mean = tl.zeros((BLOCK_D,), tl.float64)
@@ -115,7 +115,7 @@ def split_kernel(
         index = row[:, None] * d + column[None, :]
         y = load_values(values_ptr, table_ptr, index, mask, False)
         if CODES:
-            y = tl.where(mask, y - 128, 0.0)
+            y = tl.where(mask, y - CODE_ORIGIN, 0.0)
         else:
             origin = tl.load(origin_ptr + column, mask=column < d, other=0.0)[None, :]
             if COTANGENTS:
