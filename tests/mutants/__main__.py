@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests the tests: does one of them fail for each mistake put into the sources?
 
-python tests/mutants [SET ...] [--jobs N] [--only WORD] [--list | --table FILE] runs the sets named,
-all where none is. See runner.py for what a set is.
+python tests/mutants [SET ...] [--jobs N] [--only WORD] [--log FILE] [--list | --table FILE] runs the
+sets named, all where none is. See runner.py for what a set is.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="of the mistakes whose row has the word")
     parser.add_argument("--list", action="store_true", help="the mistakes, of which none is run")
     parser.add_argument("--table", type=Path, help="the page whose tables are written anew")
+    parser.add_argument("--log", type=Path, help="where results are kept, and not looked for again")
     options = parser.parse_args()
     if unknown := set(options.sets) - set(SETS):
         parser.error(f"expected sets of {', '.join(SETS)}, got {', '.join(sorted(unknown))}")
@@ -41,8 +42,8 @@ def main() -> int:
         if options.list:
             print(*(rows[m] for m in wanted), sep="\n")
             continue
-        found = runner.run(suite, wanted, options.jobs)
-        results = dict(zip(wanted, found, strict=True))
+        log = runner.Log(options.log)
+        results = runner.run(suite, wanted, options.jobs, log)
         sections[suite.TITLE] = runner.table(suite, results, harmless)
         missed += sum(not any(found.values()) for found in results.values())
         print(sections[suite.TITLE], flush=True)

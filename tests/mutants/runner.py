@@ -13,6 +13,7 @@ A set of mistakes is a module with
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import resource
@@ -190,11 +191,34 @@ def _run_pytest(
     os._exit(0)
 
 
-def run(suite: ModuleType, mutants: Sequence[Mutant], jobs: int) -> list[Found]:
+class Log:
+    """What was found before, in a file of a line of JSON a mutant, so that hours are not lost. That
+    nothing finds a mutant is not kept: the tests that are to find it will be others.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path and path.exists() else []
+        self.found = {tuple(key): found for key, found in map(json.loads, lines)}
+
+    def get(self, mutant: Mutant) -> Found | None:
+        return self.found.get(self._key(mutant))
+
+    def add(self, mutant: Mutant, found: Found) -> None:
+        if self.path and any(found.values()):
+            with self.path.open("a") as file:
+                file.write(json.dumps([self._key(mutant), dict(found)]) + "\n")
+
+    def _key(self, mutant: Mutant) -> tuple[str, str, str]:
+        return mutant.file, mutant.what, mutant.change
+
+
+def run(suite: ModuleType, mutants: Sequence[Mutant], jobs: int, log: Log) -> dict[Mutant, Found]:
     """What finds each of the mutants; `jobs` at a time, each in a copy of the project of its own.
 
     First their tests, each once, have to find nothing in the project as it is.
     """
+    left = [mutant for mutant in mutants if log.get(mutant) is None]
     with tempfile.TemporaryDirectory(prefix="mutants.") as folder, ThreadPoolExecutor(jobs) as pool:
         free: Queue[tuple[Path, Callable[[Mutant], Found]]] = Queue()
         for job in range(jobs):
@@ -215,11 +239,13 @@ def run(suite: ModuleType, mutants: Sequence[Mutant], jobs: int) -> list[Found]:
             found = worker(mutant)
             mutant.undo(tree)
             free.put((tree, worker))
+            log.add(mutant, found)
             print(f"{mutant.place} {mutant.what}: {_words(found)}", flush=True)
             return found
 
-        list(pool.map(unchanged, {mutant.tests: mutant for mutant in mutants}.values()))
-        return list(pool.map(examine, mutants))
+        list(pool.map(unchanged, {mutant.tests: mutant for mutant in left}.values()))
+        now = dict(zip(left, pool.map(examine, left), strict=True))
+    return {mutant: log.get(mutant) or now[mutant] for mutant in mutants}
 
 
 def _words(found: Found) -> str:
