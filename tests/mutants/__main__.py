@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests the tests: does one of them fail for each mistake put into the sources?
 
-python tests/mutants [SET ...] [--jobs N] [--only WORD] [--log FILE] [--list | --table FILE] runs the
-sets named, all where none is. See runner.py for what a set is.
+python tests/mutants [SET ...] [--jobs N] [--only WORD] [--log FILE] [--list | --table FILE]
+runs the sets named, all where none is. See runner.py for what a set is.
 """
 
 from __future__ import annotations
