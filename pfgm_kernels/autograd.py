@@ -19,12 +19,12 @@ SECOND = (
     "the Poisson field is differentiable once, got a request for second derivatives: take "
     "differences of the first ones (for a Jacobian-vector product torch.func.jvp needs none)"
 )
-NUM_INPUTS = 12  # of pfgm::field_forward
+NUM_INPUTS = 13  # of pfgm::field_forward
 
 
 def apply(*args: Any) -> tuple[Tensor, Tensor]:
-    """result and log_mass of pfgm::field_forward (x, t, values, table, operands, k, output, gamma,
-    scale, workspace, backend), differentiable in x, t and values.
+    """result and log_mass of pfgm::field_forward (x, t, values, table, operands, k, ranges, output,
+    gamma, scale, workspace, backend), differentiable in x, t and values.
     """
     *inputs, workspace, backend = args
     if forward_mode():
@@ -50,11 +50,11 @@ class _Field(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, t, values, table, operands, *scalars = inputs
+        x, t, values, table, operands, k, ranges, *scalars = inputs
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, t, values, table, *output[2:], *operands)
-        ctx.constants = scalars[:4], scalars[5:]
+        ctx.save_for_backward(x, t, values, table, ranges, *output[2:], *operands)
+        ctx.constants = k, scalars[:3], scalars[4:]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_log_mass: Tensor | None, *_: Any) -> Any:
@@ -78,8 +78,8 @@ class _DualField(_Field):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _Field.setup_context(ctx, inputs, output)
-        x, t, values, table, operands, *_ = inputs
-        ctx.save_for_forward(x, t, values, table, *output[2:], *operands)
+        x, t, values, table, operands, _, ranges, *_ = inputs
+        ctx.save_for_forward(x, t, values, table, ranges, *output[2:], *operands)
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor | None, t: Tensor | None, values: Tensor | None, *_: Any) -> Any:
@@ -89,9 +89,9 @@ class _DualField(_Field):
 
 
 def _saved(ctx: Any) -> tuple[Any, Any, Any]:
-    x, t, values, table, *rest = ctx.saved_tensors
-    scalars, ending = ctx.constants
-    return (x, t, values, table, rest[3:], *scalars), rest[:3], ending
+    x, t, values, table, ranges, *rest = ctx.saved_tensors
+    k, output, ending = ctx.constants
+    return (x, t, values, table, rest[3:], k, ranges, *output), rest[:3], ending
 
 
 class _Once(torch.autograd.Function):

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from pfgm_kernels._checks import REAL, floating, holds, non_negative, number, tensor
+from pfgm_kernels._checks import REAL, floating, holds, integer, non_negative, number, tensor
 from pfgm_kernels._traced import traceable
 from pfgm_kernels.autograd import apply, forward_mode
 from pfgm_kernels.choice import choose
@@ -31,6 +31,7 @@ def poisson_field(
     D: float = 1,
     gamma: float = 0.0,
     scale: float = 1.0,
+    labels: Tensor | int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The normalised Poisson field of the references x0 at the queries (x, t), Eq. (12).
@@ -50,22 +51,26 @@ def poisson_field(
         D: dimensions added to the data's d, real, ≥ 0; 1 is PFGM, `math.inf` the Gaussian kernel.
         gamma: ≥ 0, added to the norm, in the units of x.
         scale: factor of the normalised field.
+        labels: (B,) integers or one for all, where x0 is a ReferenceSet that has labels: each query
+            sees the references of its class alone, at their cost. None: all see all.
         backend: a name from `report()`, or None for the one that a ReferenceSet was made for, or
             else the first that can run; on a GPU, that has proven itself there (see `report`).
 
     Returns:
         (B, d + 1), the last column the t-component, in the dtype that x and x0 promote to
-        (float32 for 16-bit inputs). A row whose query is not finite is NaN.
+        (float32 for 16-bit inputs). A row whose query is not finite is NaN; so is, in a compiled
+        or captured call, which cannot look at values, one whose class has no references.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes that do not fit, an empty x0, or a scalar out of its range.
+        ValueError: shapes that do not fit, an empty x0, labels for references that have none, a
+            class without references, or a scalar out of its range.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
     gamma, scale = non_negative("gamma", gamma), number("scale", scale)
     if not holds(abs(scale) < math.inf):
         raise ValueError(f"scale expects a finite number, got {scale}")
-    return _run(x, t, x0, D, backend, "field", gamma, scale)[0]
+    return _run(x, t, x0, D, labels, backend, "field", gamma, scale)[0]
 
 
 def poisson_displacement(
@@ -74,6 +79,7 @@ def poisson_displacement(
     x0: Tensor | ReferenceSet,
     *,
     D: float = 1,
+    labels: Tensor | int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted mean displacement from the queries to the references, and the log of the mass.
@@ -92,7 +98,7 @@ def poisson_displacement(
     Returns:
         v (B, *event) in the promoted dtype of x and x0, log_mass (B,) float64.
     """
-    return _run(x, t, x0, D, backend, "displacement")
+    return _run(x, t, x0, D, labels, backend, "displacement")
 
 
 def posterior_mean(
@@ -101,6 +107,7 @@ def posterior_mean(
     x0: Tensor | ReferenceSet,
     *,
     D: float = 1,
+    labels: Tensor | int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The mean of the references given a query, E[x0 | x, t] = Σ_j w_j x0_j = x + v.
@@ -115,7 +122,7 @@ def posterior_mean(
     Returns:
         (B, *event) in the promoted dtype of x and x0.
     """
-    return _run(x, t, x0, D, backend, "mean")[0]
+    return _run(x, t, x0, D, labels, backend, "mean")[0]
 
 
 def _run(
@@ -123,6 +130,7 @@ def _run(
     t: Tensor | float,
     x0: Tensor | ReferenceSet,
     D: float,
+    labels: Tensor | int | None,
     backend: str | None,
     output: str,
     gamma: float = 0.0,
@@ -150,6 +158,7 @@ def _run(
     if not holds(D >= 0):
         raise ValueError(f"D expects a real number ≥ 0, got {D}")
     t = _expand_t(t, x, D)
+    seen = None if labels is None else _seen(labels, references, x)
 
     derivatives = forward_mode() or (
         torch.is_grad_enabled() and (x.requires_grad or t.requires_grad or values.requires_grad)
@@ -160,7 +169,33 @@ def _run(
     name = choose(backend, x.device, d, values.dtype == torch.uint8, derivatives)
     operands = references.operands_for(name) if references else []
     k, gamma, scale = traceable(d + D, gamma, scale)
-    return apply(x, t, values, table, operands, k, output, gamma, scale, workspace, name)
+    ending = output, gamma, scale, workspace, name
+    if seen is None:
+        return apply(x, t, values, table, operands, k, None, *ending)
+    # Queries of a class together, so that kernels take them together.
+    ranges, missing = seen
+    order = ranges[:, 0].argsort(stable=True)
+    x, t, ranges = (each.index_select(0, order) for each in (x, t, ranges))
+    result, log_mass = apply(x, t, values, table, operands, k, ranges, *ending)
+    back = order.argsort()
+    result = result.index_select(0, back)
+    result = result.masked_fill(missing.view(-1, *[1] * (result.dim() - 1)), math.nan)
+    if output == "displacement":
+        log_mass = log_mass.index_select(0, back).masked_fill(missing, math.nan)
+    return result, log_mass
+
+
+def _seen(
+    labels: Tensor | int, references: ReferenceSet | None, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`Classes.ranges` of the queries' labels."""
+    if references is None or references.classes is None:
+        wanted = "a ReferenceSet that has labels, ReferenceSet(x0, labels=...)"
+        raise ValueError(f"labels expects {wanted}, got references that have none")
+    if not isinstance(labels, Tensor):
+        one = torch.zeros((), dtype=torch.int64, device=x.device) + integer("labels", labels, 0)
+        labels = one.expand(x.shape[0])
+    return references.classes.ranges(labels, x.shape[0])
 
 
 def _expand_t(t: Tensor | float, x: Tensor, D: float) -> Tensor:

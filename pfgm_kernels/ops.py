@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.library contracts of the op; `chunks` computes them.
 
-    pfgm::field_forward   x, t, values, table, operands, k, …
+    pfgm::field_forward   x, t, values, table, operands, k, ranges, …
                           → result, log_mass, and what the other two need:
                             residual, anchor, anchor_log_weight
     pfgm::field_backward  … and the cotangents of result and log_mass   → dx, dt, dvalues
@@ -15,7 +15,8 @@ log w_a, from which derivatives recompute every weight; they are (0,) unless sav
 
 x (B, *event) and values (N, *event) are of any floating dtype and strides, or values are uint8
 codes into table (256,) float32, which is else (0,). t (B,). operands are what the backend prepared
-of all values, or empty.
+of all values, or empty. ranges (B, 2) int64 are the first and the last + 1 of the references that
+each query sees, never none, equal ones together; None where all see all.
 
 A backend is a module with
 
@@ -32,7 +33,9 @@ A backend is a module with
 
 for x (n, d) float32 or float64, and float64 where the values are; t float64; values (m, d) float32,
 float64 or uint8; everything else float64. rows and cotangents are what `rows` has of n queries.
-Without `jvp` the portable sums serve, without `finish` and `begin` those of `rows`.
+Without `jvp` the portable sums serve, without `finish` and `begin` those of `rows`. A module with
+RANGES takes those of the queries too, as the last argument of `forward` and in rows; the others are
+called for each range by itself.
 """
 
 from __future__ import annotations
@@ -46,7 +49,9 @@ from pfgm_kernels import chunks
 from pfgm_kernels.chunks import Inputs, Saved
 from pfgm_kernels.outputs import Output
 
-INPUTS = "Tensor x, Tensor t, Tensor values, Tensor table, Tensor[] operands, float k"
+INPUTS = (
+    "Tensor x, Tensor t, Tensor values, Tensor table, Tensor[] operands, float k, Tensor? ranges"
+)
 OUTPUT = "str output, float gamma, float scale"
 SAVED = "Tensor residual, Tensor anchor, Tensor anchor_log_weight"
 ENDING = "int workspace, str backend"
@@ -58,7 +63,7 @@ SCHEMAS = {
     "field_jvp": f"({INPUTS}, {OUTPUT}, {SAVED}, Tensor? x_tangent, Tensor? t_tangent,"
     f" Tensor? values_tangent, {ENDING}) -> (Tensor, Tensor)",
 }
-TANGENTS = slice(12, 15)
+TANGENTS = slice(13, 16)
 """Where field_jvp has the tangents among its arguments."""
 
 for name, schema in SCHEMAS.items():
@@ -66,7 +71,7 @@ for name, schema in SCHEMAS.items():
 
 
 def _grouped(*args: Any) -> tuple[Inputs, Output, tuple[Any, ...]]:
-    return Inputs(*args[:6]), Output(*args[6:9]), args[9:]
+    return Inputs(*args[:7]), Output(*args[7:10]), args[10:]
 
 
 @torch.library.register_fake("pfgm::field_forward")

@@ -49,23 +49,26 @@ class Backend:
         return BACKENDS[self.name].unsupported_reason(self.device)
 
     def displacement(
-        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float
+        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float | Tensor
     ) -> tuple[Tensor, Tensor]:
-        x, t, x0 = self._take(x, t, x0)
+        (x, t, x0), options = self._take(x, t, x0), self._moved(options)
         v, log_mass = poisson_displacement(x, t, x0, backend=self.name, **options)
         return v.cpu(), log_mass.cpu()
 
     def field(
-        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float
+        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float | Tensor
     ) -> Tensor:
-        x, t, x0 = self._take(x, t, x0)
+        (x, t, x0), options = self._take(x, t, x0), self._moved(options)
         return poisson_field(x, t, x0, backend=self.name, **options).cpu()
 
     def mean(
-        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float
+        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float | Tensor
     ) -> Tensor:
-        x, t, x0 = self._take(x, t, x0)
+        (x, t, x0), options = self._take(x, t, x0), self._moved(options)
         return posterior_mean(x, t, x0, backend=self.name, **options).cpu()
+
+    def _moved(self, options):
+        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in options.items()}
 
     def _take(self, *arguments):
         reason = self.reason()
