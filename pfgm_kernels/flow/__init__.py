@@ -3,7 +3,7 @@
 
 from pfgm_kernels.flow.loss import FieldLoss, UnnormalizedLoss
 from pfgm_kernels.flow.ode import Substitution, Trajectory, encode, sample
-from pfgm_kernels.flow.perturb import perturb
+from pfgm_kernels.flow.perturb import heights, perturb, perturb_at
 from pfgm_kernels.flow.presets import PRESETS, Preset
 from pfgm_kernels.flow.prior import log_prior, sample_prior
 
@@ -15,8 +15,10 @@ __all__ = [
     "Trajectory",
     "UnnormalizedLoss",
     "encode",
+    "heights",
     "log_prior",
     "perturb",
+    "perturb_at",
     "sample",
     "sample_prior",
 ]

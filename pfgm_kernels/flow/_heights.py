@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heights t above the data's plane: one for each sample, and the noise levels that they mean."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pfgm_kernels._checks import REAL, holds, positive, tensor
+
+
+def each_height(name: str, value: Tensor | float, count: int, device: torch.device) -> Tensor:
+    """`value`, a number > 0, 0-dim or (count,), as a float64 tensor (count,) on `device`.
+
+    Values of tensors are not looked at: that would have a GPU wait.
+    """
+    if not isinstance(value, Tensor):
+        # torch.full would have torch.compile trace every number anew.
+        zero = torch.zeros(count, dtype=torch.float64, device=device)
+        return zero + positive(name, value)
+    tensor(name, value, REAL, "real numbers")
+    if value.shape not in (torch.Size([]), torch.Size([count])):
+        raise ValueError(
+            f"{name} expects a number, a 0-dim tensor or shape ({count},), got {tuple(value.shape)}"
+        )
+    if value.dim() > 0 and value.device != device:
+        raise ValueError(f"{name} expects the device {device}, got {value.device}")
+    return value.to(device, torch.float64).expand(count)
+
+
+def columns(values: Tensor, x: Tensor) -> Tensor:
+    """(B,) as (B, 1, …, 1), to be multiplied with x (B, *event)."""
+    return values.view(-1, *[1] * (x.dim() - 1))
+
+
+def sigma_to_t(sigma: Tensor, D: float) -> Tensor:
+    """t = σ √D; σ itself for D = ∞."""
+    return sigma * (sigma.new_zeros(()) + D).sqrt() if holds(math.inf > D) else sigma
+
+
+def t_to_sigma(t: Tensor, D: float) -> Tensor:
+    """The inverse of `sigma_to_t`."""
+    return t / (t.new_zeros(()) + D).sqrt() if holds(math.inf > D) else t
