@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pfgm_kernels._checks import FLOATING, batch, finite, integer, positive
-from pfgm_kernels.flow._heights import columns, each_height, sigma_to_t
+from pfgm_kernels._checks import FLOATING, finite, integer, positive
+from pfgm_kernels.flow._queries import columns, each_height, points, sigma_to_t
 from pfgm_kernels.flow.prior import chi
 
 
@@ -134,13 +134,6 @@ def heights(
         device = generator.device
     normal = torch.empty(count, dtype=torch.float64, device=device).normal_(generator=generator)
     return sigma_to_t((mean + std * normal).exp(), D).to(dtype)
-
-
-def points(x0: object) -> Tensor:
-    """x0 as a float32 or float64 tensor (B, *event); 16 bits are computed with in float32."""
-    if isinstance(x0, Tensor) and x0.dtype in (torch.float16, torch.bfloat16):
-        x0 = x0.float()
-    return batch("x0", x0)
 
 
 def check_noise(sigma: float, tau: float, M: float, D: float) -> tuple[float, float, float, float]:

@@ -135,7 +135,7 @@ def test_heights_are_of_the_dtype_asked_for():
         ({"t": [1.0]}, TypeError, "t expects a real number, got list"),
         ({"D": 0}, ValueError, "D expects a number > 0, got 0"),
         ({"x0": torch.zeros(3)}, ValueError, r"x0 expects shape \(B, \*event\)"),
-        ({"x0": torch.zeros(3, 2).int()}, TypeError, "x0 expects a float32 or float64 tensor"),
+        ({"x0": torch.zeros(3, 2).int()}, TypeError, "x0 expects a floating-point tensor"),
     ],
 )
 def test_bad_arguments_of_perturb_at(options, error, message):

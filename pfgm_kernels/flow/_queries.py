@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heights t above the data's plane: one for each sample, and the noise levels that they mean."""
+"""What queries (x, t) are made of: points, a height for each, and the noise level it means."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ import math
 import torch
 from torch import Tensor
 
-from pfgm_kernels._checks import REAL, holds, positive, tensor
+from pfgm_kernels._checks import REAL, batch, floating, holds, positive, tensor
+
+
+def points(x0: object, name: str = "x0") -> Tensor:
+    """x0 as a float32 or float64 tensor (B, *event); 16 bits are computed with in float32."""
+    x0 = floating(name, x0)
+    return batch(name, x0.to(torch.promote_types(x0.dtype, torch.float32)))
 
 
 def each_height(name: str, value: Tensor | float, count: int, device: torch.device) -> Tensor:
