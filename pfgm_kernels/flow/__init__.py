@@ -3,7 +3,7 @@
 
 from pfgm_kernels.flow.coordinates import query_of_flow_matching, query_of_vp
 from pfgm_kernels.flow.denoise import Preconditioned, as_denoiser, as_field, field_of_pfgm
-from pfgm_kernels.flow.loss import FieldLoss, UnnormalizedLoss
+from pfgm_kernels.flow.loss import FieldLoss, PosteriorMeanLoss, UnnormalizedLoss
 from pfgm_kernels.flow.ode import Substitution, Trajectory, encode, sample
 from pfgm_kernels.flow.perturb import heights, perturb, perturb_at
 from pfgm_kernels.flow.presets import PRESETS, Preset
@@ -12,6 +12,7 @@ from pfgm_kernels.flow.prior import log_prior, sample_prior
 __all__ = [
     "PRESETS",
     "FieldLoss",
+    "PosteriorMeanLoss",
     "Preconditioned",
     "Preset",
     "Substitution",

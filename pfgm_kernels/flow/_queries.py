@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +35,14 @@ def each_height(name: str, value: Tensor | float, count: int, device: torch.devi
     if value.dim() > 0 and value.device != device:
         raise ValueError(f"{name} expects the device {device}, got {value.device}")
     return value.to(device, torch.float64).expand(count)
+
+
+def shaped(name: str, output: object, shape: Sequence[int], letters: str) -> Tensor:
+    """What a caller's function returned, a tensor of `shape`, which `letters` stand for."""
+    if not isinstance(output, Tensor) or output.shape != torch.Size(shape):
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"{name} expects shape {letters} = {tuple(shape)}, got {got}")
+    return output
 
 
 def columns(values: Tensor, x: Tensor) -> Tensor:

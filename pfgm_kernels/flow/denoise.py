@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from pfgm_kernels._checks import positive
-from pfgm_kernels.flow._queries import columns, each_height, points, t_to_sigma
+from pfgm_kernels.flow._queries import columns, each_height, points, shaped, t_to_sigma
 
 Denoiser = Callable[..., Tensor]
 FieldFn = Callable[..., Tensor]
+EVENTS = "(B, *event)"
 
 
 class Preconditioned(nn.Module):
@@ -69,7 +70,8 @@ class Preconditioned(nn.Module):
         skip, out, into = (columns(c.to(x.dtype), x) for c in (skip, out, variance.rsqrt()))
         condition = (sigma.log() / 4).to(x.dtype)
         output = self.network(into * x, condition, *([] if labels is None else [labels]))
-        return skip * x + out * checked("the network's output", output, x).to(x.dtype)
+        output = shaped("the network's output", output, x.shape, EVENTS)
+        return skip * x + out * output.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"D={self.D}, sigma_data={self.sigma_data}"
@@ -88,7 +90,7 @@ def as_field(denoiser: Denoiser) -> FieldFn:
     """
 
     def field_fn(x: Tensor, t: Tensor | float, **keywords: Any) -> Tensor:
-        mean = checked("the denoiser's output", denoiser(x, t, **keywords), x)
+        mean = shaped("the denoiser's output", denoiser(x, t, **keywords), x.shape, EVENTS)
         dtype = _at_least_float32(x, mean)
         height = each_height("t", t, len(x), x.device).to(dtype)
         return torch.cat([(mean.to(dtype) - x.to(dtype)).flatten(1), -height[:, None]], 1)
@@ -110,11 +112,8 @@ def as_denoiser(field_fn: FieldFn) -> Denoiser:
     """
 
     def denoiser(x: Tensor, t: Tensor | float, **keywords: Any) -> Tensor:
-        field = field_fn(x, t, **keywords)
         wanted = (len(x), x[0].numel() + 1)
-        if not isinstance(field, Tensor) or field.shape != wanted:
-            got = tuple(field.shape) if isinstance(field, Tensor) else type(field).__name__
-            raise ValueError(f"field_fn expects to return shape (B, d + 1) = {wanted}, got {got}")
+        field = shaped("the field", field_fn(x, t, **keywords), wanted, "(B, d + 1)")
         dtype = _at_least_float32(x, field)
         field = field.to(dtype)
         ratio = each_height("t", t, len(x), x.device).to(dtype) / -field[:, -1]
@@ -140,19 +139,11 @@ def field_of_pfgm(network: Callable[..., tuple[Tensor, Tensor]]) -> FieldFn:
         result = network(x, t, **keywords)
         if not (isinstance(result, tuple | list) and len(result) == 2):
             raise TypeError(f"network expects to return F_x and F_z, got {type(result).__name__}")
-        field_x = checked("the network's F_x", result[0], x)
-        field_z = checked("the network's F_z", result[1], x.flatten(1)[:, 0])
+        field_x = shaped("the network's F_x", result[0], x.shape, EVENTS)
+        field_z = shaped("the network's F_z", result[1], x.shape[:1], "(B,)")
         return torch.cat([field_x.flatten(1), field_z[:, None]], 1)
 
     return field_fn
-
-
-def checked(name: str, output: object, like: Tensor) -> Tensor:
-    """An output of the shape of `like`, or a ValueError."""
-    if not isinstance(output, Tensor) or output.shape != like.shape:
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"{name} expects shape {tuple(like.shape)}, got {got}")
-    return output
 
 
 def _at_least_float32(*tensors: Tensor) -> torch.dtype:

@@ -246,7 +246,7 @@ def test_its_t_component_is_substituted():
         (
             lambda x: Preconditioned(lambda x, c: x[:, 0], D=1)(x, 1.0),
             ValueError,
-            r"the network's output expects shape \(7, 2, 3\), got \(7, 3\)",
+            r"the network's output expects shape \(B, \*event\) = \(7, 2, 3\), got \(7, 3\)",
         ),
         (lambda x: Preconditioned(Spy(), D=1)(x, 0.0), ValueError, "t expects a finite number > 0"),
         (
@@ -262,17 +262,17 @@ def test_its_t_component_is_substituted():
         (
             lambda x: as_field(lambda x, t: x.flatten(1))(x, 1.0),
             ValueError,
-            r"the denoiser's output expects shape \(7, 2, 3\), got \(7, 6\)",
+            r"the denoiser's output expects shape \(B, \*event\) = \(7, 2, 3\), got \(7, 6\)",
         ),
         (
             lambda x: as_denoiser(lambda x, t: x.flatten(1))(x, 1.0),
             ValueError,
-            r"field_fn expects to return shape \(B, d \+ 1\) = \(7, 7\), got \(7, 6\)",
+            r"the field expects shape \(B, d \+ 1\) = \(7, 7\), got \(7, 6\)",
         ),
         (
             lambda x: as_denoiser(lambda x, t: None)(x, 1.0),
             ValueError,
-            "field_fn expects .* got NoneType",
+            "the field expects shape .* got NoneType",
         ),
         (
             lambda x: field_of_pfgm(lambda x, t: x)(x, 1.0),
@@ -282,7 +282,7 @@ def test_its_t_component_is_substituted():
         (
             lambda x: field_of_pfgm(lambda x, t: (x, x))(x, 1.0),
             ValueError,
-            r"the network's F_z expects shape \(7,\), got \(7, 2, 3\)",
+            r"the network's F_z expects shape \(B,\) = \(7,\), got \(7, 2, 3\)",
         ),
     ],
 )
