@@ -129,6 +129,24 @@ def _run(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The result (see `outputs`) and the log mass of the op, after a look at the arguments."""
+    inputs, k, workspace, name = resolve(x, t, x0, D, backend)
+    k, gamma, scale = traceable(k, gamma, scale)
+    return apply(*inputs, k, output, gamma, scale, workspace, name)
+
+
+def resolve(
+    x: Tensor,
+    t: Tensor | float,
+    x0: Tensor | ReferenceSet,
+    D: float,
+    backend: str | None,
+    derivatives: bool = False,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]], float, int, str]:
+    """The arguments of all functions of the op, looked at: what the op takes of queries and
+    references (`ops`), k, the workspace and the backend that will run.
+
+    derivatives: whether the function takes some, whatever is asked of its result.
+    """
     references = x0 if isinstance(x0, ReferenceSet) else None
     if references:
         values, table = references.stored()
@@ -149,9 +167,9 @@ def _run(
     D = number("D", D)
     if not holds(D >= 0):
         raise ValueError(f"D expects a real number ≥ 0, got {D}")
-    t = _expand_t(t, x, D)
+    t = expand_t(t, x, D)
 
-    derivatives = forward_mode() or (
+    derivatives |= forward_mode() or (
         torch.is_grad_enabled() and (x.requires_grad or t.requires_grad or values.requires_grad)
     )
     if backend is None and references:
@@ -159,11 +177,10 @@ def _run(
     d = math.prod(event_shape)
     name = choose(backend, x.device, d, values.dtype == torch.uint8, derivatives)
     operands = references.operands_for(name) if references else []
-    k, gamma, scale = traceable(d + D, gamma, scale)
-    return apply(x, t, values, table, operands, k, output, gamma, scale, workspace, name)
+    return (x, t, values, table, operands), d + D, workspace, name
 
 
-def _expand_t(t: Tensor | float, x: Tensor, D: float) -> Tensor:
+def expand_t(t: Tensor | float, x: Tensor, D: float) -> Tensor:
     """t as a floating-point tensor (B,) on the device of x."""
     if not isinstance(t, Tensor):
         height = number("t", t)

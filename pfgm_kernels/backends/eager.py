@@ -138,6 +138,55 @@ def jvp(
     return moved, slope
 
 
+def trace(rows: Rows, values: Tensor, table: Tensor, operands: list[Tensor]) -> Tensor:
+    """This chunk's share of Σ_j w_j (k/s_j) y_j·(y_j − v) (n,), y_j = x0_j − x (D = ∞: 1/t²)."""
+    pairs = _Pairs(rows, values, table)
+    return 2 * pairs.coefficients(pairs.spread(rows.v, rows.residual)).sum(1)
+
+
+def trace_sums(rows: Rows, values: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`trace` (n,), Σ_j w_j k/s_j (n,) and Σ_j w_j (k/s_j) y_j (n, d)."""
+    pairs = _Pairs(rows, values, table)
+    trace = 2 * pairs.coefficients(pairs.spread(rows.v, rows.residual)).sum(1)
+    slopes = pairs.coefficients(torch.ones_like(pairs.weights))
+    return trace, 2 * slopes.sum(1), pairs.sum(slopes)
+
+
+def trace_gradients(
+    rows: Rows,
+    values: Tensor,
+    table: Tensor,
+    g: Tensor,
+    trace: Tensor,
+    pull: Tensor,
+    values_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """This chunk's share of 2 g Σ_j C_j y_j (n, d) and of what they give for t (n,), and dx0, for
+    the cotangent g (n,) of the trace; pull is P (`trace.field_trace_backward`).
+    """
+    pairs, t, k = _Pairs(rows, values, table), rows.t, rows.k
+    spread = pairs.spread(rows.v, rows.residual)
+    # (k/s_j) y_j·(y_j − v) without the weight, of which some are 0.
+    slope = k / (pairs.squares + (t * t)[:, None]) if math.isfinite(k) else (1 / (t * t))[:, None]
+    excess = slope * spread - trace[:, None]
+    excess -= pairs.project(pull) - (pull * rows.residual).sum(1)[:, None]
+    excess /= 2
+    if math.isfinite(k):
+        excess += spread * slope / k
+    coefficients = pairs.coefficients(2 * g[:, None] * excess)
+    if math.isfinite(k):
+        gradient_t = -2 * t * coefficients.sum(1)
+    else:
+        gradient_t = 2 / t * (coefficients * pairs.squares).sum(1)
+    gradient_x = pairs.sum(coefficients)
+    if not values_grad:
+        return gradient_x, gradient_t, None
+    slopes = pairs.coefficients(2 * g[:, None].expand_as(spread).clone())
+    gradient = pairs.sum_over_queries(coefficients - slopes)
+    gradient -= slopes.T @ rows.v + (pairs.weights * g[:, None]).T @ pull
+    return gradient_x, gradient_t, gradient
+
+
 class _Pairs:
     """Queries (n, d) and references (m, d) of a chunk with the weights (n, m), recomputed from
     those of the anchors.
@@ -188,6 +237,12 @@ class _Pairs:
         if math.isfinite(self.k):
             excess /= (self.nearest + _offset(self.t, self.k))[:, None]
         return excess
+
+    def spread(self, v: Tensor, residual: Tensor) -> Tensor:
+        """y_j·(y_j − v) (n, m), y_j = x0_j − x, of what v (n, d) has beyond x0_a − x."""
+        spread = self.squares - self.nearest[:, None]
+        spread -= self.project(v)
+        return spread.sub_((self.to_anchor * residual).sum(1)[:, None])
 
     def coefficients(self, pull: Tensor) -> Tensor:
         """(k/2) w_j pull_j/s_j, or w_j pull_j/(2t²) for D = ∞ (n, m), in place of pull."""

@@ -2,6 +2,7 @@
 """The flow around the op: training queries, prior, losses and the sampling ODE."""
 
 from pfgm_kernels.flow.loss import FieldLoss, UnnormalizedLoss
+from pfgm_kernels.flow.matching import two_plate_field
 from pfgm_kernels.flow.ode import Substitution, Trajectory, encode, sample
 from pfgm_kernels.flow.perturb import perturb
 from pfgm_kernels.flow.presets import PRESETS, Preset
@@ -19,4 +20,5 @@ __all__ = [
     "perturb",
     "sample",
     "sample_prior",
+    "two_plate_field",
 ]

@@ -171,11 +171,11 @@ void PFGM_ISA::direct_backward_queries(const FieldParams& p, uint8_t* uncertifie
   for (int64_t b = 0; b < p.batch; ++b) {
     uncertified[b] = 0;
     p.dt[b] = 0;
-    for (int64_t c = 0; c < ld; ++c) p.dx[b * ld + c] = 0;
+    for (int64_t c = 0; p.dx && c < ld; ++c) p.dx[b * ld + c] = 0;
     for (int64_t row = b; row < rows; row += p.batch) {
       if (!certified[row]) uncertified[b] = 1;
       p.dt[b] += dt[row];
-      for (int64_t c = 0; c < p.dim; ++c) p.dx[b * ld + c] += dx[row * p.dim + c];
+      for (int64_t c = 0; p.dx && c < p.dim; ++c) p.dx[b * ld + c] += dx[row * p.dim + c];
     }
   }
 }
