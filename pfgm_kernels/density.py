@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The empirical flow without an ODE: its density at a height, and the divergence of its velocity."""
+"""What the empirical flow has in closed form: its density, and the divergence of its velocity."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ def divergence(
         div_x(v / (−t)) = (d − tr)/t,   tr = Σ_j w_j (k/s_j) y_j·(y_j − v)
 
     (D = ∞: 1/t² for k/s_j), tr being the trace of the derivative of the posterior mean x + v. It
-    takes about two calls of `poisson_displacement`. Accurate to 1e-5 of the terms' absolute values,
-    (d + Σ_j w_j (k/s_j) ‖y_j‖ (‖y_j − v‖ + the data's extent…))/|t|.
+    costs about two calls of `poisson_displacement`, whatever d. Accurate to 1e-5 of the terms,
+    (d + Σ_j w_j (k/s_j) ‖y_j‖ ‖y_j − v‖)/|t|, for float32 input and to 1e-9 for float64.
 
-    Differentiable in x, t and a tensor x0, backward and once. The gradients are second derivatives of
-    the log mass: they are computed in float64 by portable sums on every backend, an order of
-    magnitude slower than the divergence itself.
+    Differentiable in x, t and a tensor x0, backward and once. These gradients are derivatives of
+    the field's own: portable sums in float64 compute them on every backend, an order of magnitude
+    slower than the divergence.
 
     At t = 0 it is infinite, or NaN for D = ∞.
 

@@ -12,6 +12,7 @@ serve, in which a large k cancels:  tr = k + t L' − v·P     (D = ∞: without
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -48,11 +49,12 @@ def field_trace_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dt and dvalues for the cotangent g (B,), in float64 by the portable sums.
 
-    Three sweeps over the references: for v; for the trace, P and S = Σ_j w_j k/s_j; and for
+    Three sweeps over the references: for v; for the trace, P and S = Σ_j w_j k/s_j; and, with
+    e_j = y_j·(y_j − v), for
 
-        f_j = (k/s_j) y_j·(y_j − v) − tr − P·(y_j − v),   C_j = w_j (k/s_j) (f_j/2 + y_j·(y_j − v)/s_j)
-        dx = 2 Σ_j C_j y_j + S v − P,   dt = −2t Σ_j C_j
-        dx0_j = −Σ_b (2 C_j y_j − (k/s_j) w_j (2 y_j − v) + w_j P)
+        f_j = (k/s_j) e_j − tr − P·(y_j − v),   C_j = w_j (k/s_j) (f_j/2 + e_j/s_j)
+        dx = 2 Σ_j C_j y_j + S v − P,  dt = −2t Σ_j C_j
+        dx0_j = −Σ_b (2 C_j y_j − w_j (k/s_j) (2 y_j − v) + w_j P)
 
     (D = ∞: C_j = w_j f_j/2t², dt = (2/t) (Σ_j C_j ‖y_j‖² − tr).) dx0 is summed in float64.
     """
@@ -66,9 +68,8 @@ def field_trace_backward(
         trace, slope, pull = torch.zeros_like(rows.t), torch.zeros_like(rows.t), torch.zeros_like(v)
         for references in chunks.references:
             values, table, _ = chunks.reference_rows(references)
-            parts = eager.trace_sums(rows, values, table)
-            for each, part in zip((trace, slope, pull), parts, strict=True):
-                each += part
+            sums = eager.trace_sums(rows, values, table)
+            trace, slope, pull = trace + sums[0], slope + sums[1], pull + sums[2]
         weight = g[queries].masked_fill(rows.singular, 0.0)
         gradient_x = weight[:, None] * (slope[:, None] * v - pull)
         gradient_t = torch.zeros_like(rows.t)
@@ -79,7 +80,7 @@ def field_trace_backward(
             part = eager.trace_gradients(rows, values, table, weight, trace, pull, values_grad)
             gradient_x += part[0]
             gradient_t += part[1]
-            if values_grad:
+            if part[2] is not None:
                 total[references] += part[2]
         dx[queries] = gradient_x.view(dx[queries].shape).to(dx.dtype)
         dt[queries] = gradient_t.to(dt.dtype)
@@ -92,7 +93,7 @@ def _rows(chunks: Chunks, queries: slice) -> tuple[Rows, Tensor]:
     v, _, anchor, log_weight = chunks.forward(x, t)
     stored = chunks.stored(anchor)
     residual = v - stored.decode().sub_(x)
-    return Rows(x, t, residual.to(x.dtype), stored, log_weight, chunks.k), v
+    return Rows(x, t, residual, stored, log_weight, chunks.k), v
 
 
 def _trace(chunks: Chunks, rows: Rows) -> Tensor:
@@ -103,9 +104,9 @@ def _trace(chunks: Chunks, rows: Rows) -> Tensor:
 
 
 def _trace_by_gradients(chunks: Chunks, rows: Rows, v: Tensor) -> Tensor:
-    output = Output("displacement", 0.0, 1.0)
+    rows = replace(rows, residual=rows.residual.to(rows.x.dtype))
     start = getattr(chunks.module, "begin", begin)
-    gradients = start(rows, output, None, torch.ones_like(rows.t))
+    gradients = start(rows, Output("displacement", 0.0, 1.0), None, torch.ones_like(rows.t))
     for references in chunks.references:
         chunks.module.backward(rows, *chunks.reference_rows(references), gradients, False)
     k = chunks.k if math.isfinite(chunks.k) else 0.0

@@ -16,7 +16,15 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from pfgm_kernels import ReferenceSet, choice, poisson_displacement, poisson_field, posterior_mean
+from pfgm_kernels import (
+    ReferenceSet,
+    choice,
+    divergence,
+    log_density,
+    poisson_displacement,
+    poisson_field,
+    posterior_mean,
+)
 from pfgm_kernels.backends import BACKENDS, cpu
 
 settings.register_profile("default", max_examples=100, deadline=None, derandomize=True)
@@ -66,6 +74,18 @@ class Backend:
     ) -> Tensor:
         x, t, x0 = self._take(x, t, x0)
         return posterior_mean(x, t, x0, backend=self.name, **options).cpu()
+
+    def log_density(
+        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float
+    ) -> Tensor:
+        x, t, x0 = self._take(x, t, x0)
+        return log_density(x, t, x0, backend=self.name, **options).cpu()
+
+    def divergence(
+        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float
+    ) -> Tensor:
+        x, t, x0 = self._take(x, t, x0)
+        return divergence(x, t, x0, backend=self.name, **options).cpu()
 
     def _take(self, *arguments):
         reason = self.reason()

@@ -138,9 +138,7 @@ def jvp(
     return pull[:, : x.shape[1]], slope
 
 
-def trace(
-    rows: Rows, values: Tensor, table: Tensor, operands: list[Tensor]
-) -> Tensor:
+def trace(rows: Rows, values: Tensor, table: Tensor, operands: list[Tensor]) -> Tensor:
     """This chunk's share of Σ_j w_j (k/s_j) y_j·(y_j − v), y_j = x0_j − x: 2 Σ_j c_j with tilted
     coefficients (csrc/cpu/common/pull.h).
     """
