@@ -16,8 +16,14 @@ from torch.autograd import forward_ad
 from pfgm_kernels import ReferenceSet
 
 MIB = 1 << 20
-TOLERANCES = {torch.float32: GRADIENT, torch.float64: 10 * FLOAT64}
 DIMENSIONS = [0, 1, 2.5, 128, math.inf]
+
+
+def tolerance(backend, dtype: torch.dtype) -> float:
+    """On GPUs the trace is what k leaves of float32 gradients."""
+    if dtype == torch.float64:
+        return 10 * FLOAT64
+    return GRADIENT * (2 if backend.name in ("cuda", "triton") else 1)
 
 
 def inputs(d: int, D: float, batch: int = 5, count: int = 40) -> list[Tensor]:
@@ -48,7 +54,7 @@ def assert_divergence(
 def test_named_cases(backend, name, dtype):
     case = build(name)
     found = backend.divergence(case.x.to(dtype), case.t, case.x0.to(dtype), D=case.D)
-    arguments = case.x, case.t, case.x0, case.D, TOLERANCES[dtype]
+    arguments = case.x, case.t, case.x0, case.D, tolerance(backend, dtype)
     assert_divergence(found, *arguments, solved=truth(name))
 
 
@@ -73,7 +79,7 @@ def test_8_bit_images(backend, m):
     x0 = (2 * codes.double() / 255 - 1).float()
     x, t = eq_11_queries(x0[5:9].flatten(1), m, seed=m)
     found = backend.divergence(x.view(-1, *x0.shape[1:]), t, references)
-    assert_divergence(found, x, t, x0, 1, GRADIENT)
+    assert_divergence(found, x, t, x0, 1, tolerance(backend, torch.float32))
 
 
 def test_chunks_and_the_mirror_image(backend):
@@ -99,7 +105,7 @@ def test_special_points(backend, d):
     assert found[0] == math.inf
     assert found[1].isinf()
     assert found[2:5].isnan().all()
-    assert_divergence(found[5:], x[5:], t[5:], x0, 1, GRADIENT)
+    assert_divergence(found[5:], x[5:], t[5:], x0, 1, tolerance(backend, torch.float32))
     assert backend.divergence(x, t, x0, D=math.inf)[:5].isnan().all()
 
 
