@@ -85,15 +85,12 @@ def backward(
     values_grad: bool,
 ) -> Tensor | None:
     """Adds this chunk's share of the gradients, 2 Σ_j c_j (x0_j − x) and dt. Returns dx0."""
-    pairs, t, g = _Pairs(rows, values, table), rows.t, cotangents.g
+    pairs, g = _Pairs(rows, values, table), cotangents.g
     # a_j = g·(x0_j − x − v) = g·(x0_j − x0_a) − g·(v − (x0_a − x))
     pull = pairs.project(g)
     pull += (cotangents.g_m - (g * rows.residual).sum(1))[:, None]
     coefficients = pairs.coefficients(pull)
-    if math.isfinite(rows.k):
-        cotangents.dt.sub_(2 * t * coefficients.sum(1))
-    else:
-        cotangents.dt.add_(2 / t * (coefficients * pairs.squares).sum(1))
+    cotangents.dt.add_(pairs.gradient_of_t(coefficients))
     cotangents.dx.add_(pairs.sum(coefficients))
     if not values_grad:
         return None
@@ -141,13 +138,13 @@ def jvp(
 def trace(rows: Rows, values: Tensor, table: Tensor, operands: list[Tensor]) -> Tensor:
     """This chunk's share of Σ_j w_j (k/s_j) y_j·(y_j − v) (n,), y_j = x0_j − x (D = ∞: 1/t²)."""
     pairs = _Pairs(rows, values, table)
-    return 2 * pairs.coefficients(pairs.spread(rows.v, rows.residual)).sum(1)
+    return 2 * pairs.coefficients(pairs.spread(rows)).sum(1)
 
 
 def trace_sums(rows: Rows, values: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`trace` (n,), Σ_j w_j k/s_j (n,) and Σ_j w_j (k/s_j) y_j (n, d)."""
     pairs = _Pairs(rows, values, table)
-    trace = 2 * pairs.coefficients(pairs.spread(rows.v, rows.residual)).sum(1)
+    trace = 2 * pairs.coefficients(pairs.spread(rows)).sum(1)
     slopes = pairs.coefficients(torch.ones_like(pairs.weights))
     return trace, 2 * slopes.sum(1), pairs.sum(slopes)
 
@@ -165,7 +162,7 @@ def trace_gradients(
     the cotangent g (n,) of the trace; pull is P (`trace.field_trace_backward`).
     """
     pairs, t, k = _Pairs(rows, values, table), rows.t, rows.k
-    spread = pairs.spread(rows.v, rows.residual)
+    spread = pairs.spread(rows)
     # (k/s_j) y_j·(y_j − v) without the weight, of which some are 0.
     slope = k / (pairs.squares + (t * t)[:, None]) if math.isfinite(k) else (1 / (t * t))[:, None]
     excess = slope * spread - trace[:, None]
@@ -174,11 +171,7 @@ def trace_gradients(
     if math.isfinite(k):
         excess += spread * slope / k
     coefficients = pairs.coefficients(2 * g[:, None] * excess)
-    if math.isfinite(k):
-        gradient_t = -2 * t * coefficients.sum(1)
-    else:
-        gradient_t = 2 / t * (coefficients * pairs.squares).sum(1)
-    gradient_x = pairs.sum(coefficients)
+    gradient_x, gradient_t = pairs.sum(coefficients), pairs.gradient_of_t(coefficients)
     if not values_grad:
         return gradient_x, gradient_t, None
     slopes = pairs.coefficients(2 * g[:, None].expand_as(spread).clone())
@@ -238,11 +231,11 @@ class _Pairs:
             excess /= (self.nearest + _offset(self.t, self.k))[:, None]
         return excess
 
-    def spread(self, v: Tensor, residual: Tensor) -> Tensor:
-        """y_j·(y_j − v) (n, m), y_j = x0_j − x, of what v (n, d) has beyond x0_a − x."""
+    def spread(self, queries: Rows) -> Tensor:
+        """y_j·(y_j − v) (n, m), y_j = x0_j − x: ‖y_j‖² − ‖y_a‖² − v·(y_j − y_a) − y_a·(v − y_a)."""
         spread = self.squares - self.nearest[:, None]
-        spread -= self.project(v)
-        return spread.sub_((self.to_anchor * residual).sum(1)[:, None])
+        spread -= self.project(queries.v)
+        return spread.sub_((self.to_anchor * queries.residual).sum(1)[:, None])
 
     def coefficients(self, pull: Tensor) -> Tensor:
         """(k/2) w_j pull_j/s_j, or w_j pull_j/(2t²) for D = ∞ (n, m), in place of pull."""
@@ -251,6 +244,12 @@ class _Pairs:
             return pull.div_((2 * self.t * self.t)[:, None])
         pull *= (self.k / 2) / (self.squares + _offset(self.t, self.k)[:, None])
         return pull.masked_fill_(self.singular, 0.0)
+
+    def gradient_of_t(self, coefficients: Tensor) -> Tensor:
+        """−2t Σ_j c_j (n,), or (2/t) Σ_j c_j ‖x − x0_j‖² for D = ∞."""
+        if math.isfinite(self.k):
+            return -2 * self.t * coefficients.sum(1)
+        return 2 / self.t * (coefficients * self.squares).sum(1)
 
     def sum(self, coefficients: Tensor) -> Tensor:
         """2 Σ_j c_j (x0_j − x) (n, d)."""

@@ -80,7 +80,7 @@ def test_options(D):
 
 
 def test_lines_lead_from_one_plate_to_the_other():
-    """A sampler that starts on q ends on p, of two charges on each on the one that faces its own."""
+    """A sampler that starts on q ends on p: of two charges each, on the one that faces its own."""
     p = torch.tensor([[-2.0, 0.0], [2.0, 0.0]], dtype=torch.float64)
     q = p + torch.tensor([0.5, 1.0])
     start = q.repeat_interleave(3, 0) + 1e-2 * torch.randn(
