@@ -6,7 +6,8 @@ With y_j = x0_j − x, and w and s of `ops`,
     tr = Σ_j w_j (k/s_j) y_j·(y_j − v)                  (D = ∞: Σ_j w_j (1/t²) y_j·(y_j − v))
 
 Backends with a `trace` sum that. Of the others the gradients P of the log mass by x and L' by t
-serve, in which a large k cancels:  tr = k + t L' − v·P     (D = ∞: without k).
+serve, tr = k + t L' − v·P (D = ∞: without k), or the portable sums where k is so large that it
+would take their digits.
 """
 
 from __future__ import annotations
@@ -22,24 +23,22 @@ from pfgm_kernels.chunks import DIFFERENCES_DIM, Chunks, Inputs, empty_gradients
 from pfgm_kernels.outputs import Output
 from pfgm_kernels.rows import Rows, begin
 
-MOST_EXTRA = 8
-"""Times d that k may be before float32 gradients of the log mass have too few digits of what k
-leaves."""
+MOST_K = 8
+"""Times d, for float32 gradients of the log mass to have digits of what k leaves."""
 
 
 def field_trace(inputs: Inputs, workspace: int, backend: str) -> Tensor:
     """(B,) float64; 0 at the singular point."""
-    module = BACKENDS[backend]
-    chunks = Chunks(inputs, workspace, module)
-    portable = hasattr(module, "trace")
-    if not portable and (
-        chunks.d <= DIFFERENCES_DIM or MOST_EXTRA * chunks.d < chunks.k < math.inf
-    ):
+    module, d = BACKENDS[backend], math.prod(inputs.x.shape[1:])
+    if not hasattr(module, "trace") and MOST_K * d < inputs.k < math.inf:
+        module, inputs = eager, inputs._replace(operands=[])
+    chunks, summed = Chunks(inputs, workspace, module), hasattr(module, "trace")
+    if not summed and d <= DIFFERENCES_DIM:
         chunks.dtype = torch.float64
     result = inputs.x.new_empty(len(inputs.x), dtype=torch.float64)
     for queries in chunks.queries:
         rows, v = _rows(chunks, queries)
-        trace = _trace(chunks, rows) if portable else _trace_by_gradients(chunks, rows, v)
+        trace = _trace(chunks, rows) if summed else _trace_by_gradients(chunks, rows, v)
         result[queries] = trace.masked_fill_(rows.singular, 0.0)
     return result
 
