@@ -79,7 +79,7 @@ def divergence(
     (D = ∞: 1/t² for k/s_j), tr being the trace of the derivative of the posterior mean x + v. It
     costs about two calls of `poisson_displacement`, whatever d. Accurate to 1e-5 of the terms,
     (d + Σ_j w_j (k/s_j) ‖y_j‖ ‖y_j − v‖)/|t|, for float32 input, and to 1e-9 for float64. (On GPUs
-    to 2e-5, and for D = ∞ of (d + ‖v‖²/t²)/|t|.)
+    to 2e-5, for D = ∞ of (d + ‖v‖²/t²)/|t|; and there portable sums serve where D > 7d.)
 
     Differentiable in x, t and a tensor x0, backward and once. These gradients are derivatives of
     the field's own: portable sums in float64 compute them on every backend, an order of magnitude
