@@ -56,7 +56,8 @@ struct FieldParams {
   double* projection;         // (B,) grad_displacement · v
   double* grad_log_mass;      // (B,)
   const double* tilt;         // (B,) forward mode (cpu/common/pull.h), or null
-  double* dx;                 // (B, ld) 2 Σ_j c_j (x0_j − x), which CUDA adds to what is there
+  double* dx;                 // (B, ld) 2 Σ_j c_j (x0_j − x), which CUDA adds to what is there;
+                              // for the CPU kernels null where it is not wanted
   double* dt;                 // (B,) with a tilt 2 Σ_j c_j; likewise
   void* dvalues;              // (N, d) of value_type, or null
 

@@ -36,6 +36,15 @@ def apply(*args: Any) -> tuple[Tensor, Tensor]:
     return run(*inputs, True, workspace, backend)[:2]
 
 
+def apply_trace(*args: Any) -> Tensor:
+    """pfgm::field_trace, differentiable in x, t and values, backward."""
+    if forward_mode():
+        return _DualTrace.apply(*args)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in args[:3]):
+        return _Trace.apply(*args)
+    return torch.ops.pfgm.field_trace(*args)
+
+
 def forward_mode() -> bool:
     """Whether a level of forward mode is entered, by torch.func.jvp or by forward_ad itself."""
     return forward_ad._current_level >= 0
@@ -127,6 +136,57 @@ class _Tangent(_Once):
     def forward(*args: Any) -> Any:
         return torch.ops.pfgm.field_jvp(*args)
 
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(SECOND)
+
+
+class _Trace(torch.autograd.Function):
+    """pfgm::field_trace with pfgm::field_trace_backward."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return torch.ops.pfgm.field_trace(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, t, values, table, _, k, ranges, workspace, _ = inputs
+        ctx.save_for_backward(x, t, values, table, ranges)
+        ctx.constants = k, workspace
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        run: Any = torch.ops.pfgm.field_trace_backward
+        if forward_mode():
+            run = _DualTraceGradient.apply
+        elif torch.is_grad_enabled():
+            run = _TraceGradient.apply
+        k, workspace = ctx.constants
+        values_grad = ctx.needs_input_grad[2]
+        *inputs, ranges = ctx.saved_tensors
+        dx, dt, dvalues = run(*inputs, [], k, ranges, g, values_grad, workspace)
+        return dx, dt, dvalues if values_grad else None, *[None] * 6
+
+    vmap = staticmethod(ops.no_vmap)
+
+
+class _DualTrace(_Trace):
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "the divergence has no forward mode: take its gradients backward, or differences"
+        )
+
+
+class _TraceGradient(_Once):
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return torch.ops.pfgm.field_trace_backward(*args)
+
+    vmap = staticmethod(ops.no_vmap)
+
+
+class _DualTraceGradient(_TraceGradient):
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
         raise NotImplementedError(SECOND)

@@ -12,6 +12,7 @@ Generative Models"; D as in Xu et al. 2023, "PFGM++"):
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,6 +138,47 @@ def _run(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The result (see `outputs`) and the log mass of the op, after a look at the arguments."""
+    call = resolve(x, t, x0, D, labels, backend)
+    k, gamma, scale = traceable(call.k, gamma, scale)
+    result, log_mass = apply(*call.inputs, k, call.ranges, output, gamma, scale, *call.ending)
+    return call.restore(result), call.restore(log_mass) if output == "displacement" else log_mass
+
+
+class Call(NamedTuple):
+    """The arguments of a function of the op, looked at, as `ops` takes them."""
+
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
+    """x, t, values, table and operands; with labels the queries of a class together."""
+    k: float
+    ranges: Tensor | None
+    ending: tuple[int, str]
+    """The workspace and the backend that will run."""
+    back: Tensor | None = None
+    """(B,) int64, where each query is; None where they are as given."""
+    missing: Tensor | None = None
+    """(B,), whether a query's class has no references."""
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """rows (B, ...) of a result in the order of the queries as given."""
+        if self.back is None or self.missing is None:
+            return rows
+        missing = self.missing.view(-1, *[1] * (rows.dim() - 1))
+        return rows.index_select(0, self.back).masked_fill(missing, math.nan)
+
+
+def resolve(
+    x: Tensor,
+    t: Tensor | float,
+    x0: Tensor | ReferenceSet,
+    D: float,
+    labels: Tensor | int | None,
+    backend: str | None,
+    derivatives: bool = False,
+) -> Call:
+    """The call that the arguments of any function of the op ask for, after a look at them.
+
+    derivatives: whether the function takes some, whatever is asked of its result.
+    """
     references = x0 if isinstance(x0, ReferenceSet) else None
     if references:
         values, table = references.stored()
@@ -157,10 +199,9 @@ def _run(
     D = number("D", D)
     if not holds(D >= 0):
         raise ValueError(f"D expects a real number ≥ 0, got {D}")
-    t = _expand_t(t, x, D)
-    seen = None if labels is None else _seen(labels, references, x)
+    t = expand_t(t, x, D)
 
-    derivatives = forward_mode() or (
+    derivatives |= forward_mode() or (
         torch.is_grad_enabled() and (x.requires_grad or t.requires_grad or values.requires_grad)
     )
     if backend is None and references:
@@ -168,37 +209,28 @@ def _run(
     d = math.prod(event_shape)
     name = choose(backend, x.device, d, values.dtype == torch.uint8, derivatives)
     operands = references.operands_for(name) if references else []
-    k, gamma, scale = traceable(d + D, gamma, scale)
-    ending = output, gamma, scale, workspace, name
-    if seen is None:
-        return apply(x, t, values, table, operands, k, None, *ending)
-    # Queries of a class together, so that kernels take them together.
-    ranges, missing = seen
-    order = ranges[:, 0].argsort(stable=True)
+    ending = workspace, name
+    if labels is None:
+        return Call((x, t, values, table, operands), d + D, None, ending)
+    ranges, missing = seen(labels, x0, x)
+    order = ranges[:, 0].argsort(stable=True)  # so that kernels take those of a class together
     x, t, ranges = (each.index_select(0, order) for each in (x, t, ranges))
-    result, log_mass = apply(x, t, values, table, operands, k, ranges, *ending)
-    back = order.argsort()
-    result = result.index_select(0, back)
-    result = result.masked_fill(missing.view(-1, *[1] * (result.dim() - 1)), math.nan)
-    if output == "displacement":
-        log_mass = log_mass.index_select(0, back).masked_fill(missing, math.nan)
-    return result, log_mass
+    inputs = x, t, values, table, operands
+    return Call(inputs, d + D, ranges, ending, order.argsort(), missing)
 
 
-def _seen(
-    labels: Tensor | int, references: ReferenceSet | None, x: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`Classes.ranges` of the queries' labels."""
-    if references is None or references.classes is None:
+def seen(labels: Tensor | int, x0: Tensor | ReferenceSet, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`Classes.ranges` of the labels of the queries x (B, *event)."""
+    if not isinstance(x0, ReferenceSet) or x0.classes is None:
         wanted = "a ReferenceSet that has labels, ReferenceSet(x0, labels=...)"
         raise ValueError(f"labels expects {wanted}, got references that have none")
     if not isinstance(labels, Tensor):
         one = torch.zeros((), dtype=torch.int64, device=x.device) + integer("labels", labels, 0)
         labels = one.expand(x.shape[0])
-    return references.classes.ranges(labels, x.shape[0])
+    return x0.classes.ranges(labels, x.shape[0])
 
 
-def _expand_t(t: Tensor | float, x: Tensor, D: float) -> Tensor:
+def expand_t(t: Tensor | float, x: Tensor, D: float) -> Tensor:
     """t as a floating-point tensor (B,) on the device of x."""
     if not isinstance(t, Tensor):
         height = number("t", t)

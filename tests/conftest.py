@@ -16,7 +16,15 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from pfgm_kernels import ReferenceSet, choice, poisson_displacement, poisson_field, posterior_mean
+from pfgm_kernels import (
+    ReferenceSet,
+    choice,
+    divergence,
+    log_density,
+    poisson_displacement,
+    poisson_field,
+    posterior_mean,
+)
 from pfgm_kernels.backends import BACKENDS, cpu
 
 settings.register_profile("default", max_examples=100, deadline=None, derandomize=True)
@@ -69,6 +77,18 @@ class Backend:
 
     def _moved(self, options):
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in options.items()}
+
+    def log_density(
+        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float | Tensor
+    ) -> Tensor:
+        (x, t, x0), options = self._take(x, t, x0), self._moved(options)
+        return log_density(x, t, x0, backend=self.name, **options).cpu()
+
+    def divergence(
+        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float | Tensor
+    ) -> Tensor:
+        (x, t, x0), options = self._take(x, t, x0), self._moved(options)
+        return divergence(x, t, x0, backend=self.name, **options).cpu()
 
     def _take(self, *arguments):
         reason = self.reason()

@@ -147,6 +147,25 @@ def jvp(
     return pull[:, : x.shape[1]], slope
 
 
+def trace(rows: Rows, values: Tensor, table: Tensor, operands: list[Tensor]) -> Tensor:
+    """This chunk's share of Σ_j w_j (k/s_j) y_j·(y_j − v), y_j = x0_j − x: 2 Σ_j c_j with tilted
+    coefficients (csrc/cpu/common/pull.h).
+    """
+    x, t, k = rows.x, rows.t, rows.k
+    square = (rows.anchor_x0 - x).square().sum(1)
+    arguments = _common(x, t, values, table, operands, k, rows.ranges) | {
+        "anchor_square": square,
+        "anchor_log_weight": rows.anchor_log_weight,
+        "grad_displacement": _padded(-rows.v),
+        "projection": -square,
+        "grad_log_mass": torch.zeros_like(t),
+        "tilt": -square - t * t if math.isfinite(k) else -2 * t * t,
+    }
+    total = torch.empty_like(t)
+    _native.launch("field_backward_queries_cpu", **arguments, dt=total)
+    return total
+
+
 def _common(
     x: Tensor,
     t: Tensor,

@@ -5,6 +5,7 @@ from pfgm_kernels.flow.constants import PRESETS, Constants, constants
 from pfgm_kernels.flow.coordinates import query_of_flow_matching, query_of_vp
 from pfgm_kernels.flow.denoise import Preconditioned, as_denoiser, as_field, field_of_pfgm
 from pfgm_kernels.flow.loss import FieldLoss, PosteriorMeanLoss, UnnormalizedLoss
+from pfgm_kernels.flow.matching import two_plate_field
 from pfgm_kernels.flow.ode import Substitution, Trajectory, encode, sample
 from pfgm_kernels.flow.perturb import heights, perturb, perturb_at
 from pfgm_kernels.flow.prior import log_prior, sample_prior
@@ -31,4 +32,5 @@ __all__ = [
     "query_of_vp",
     "sample",
     "sample_prior",
+    "two_plate_field",
 ]

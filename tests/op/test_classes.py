@@ -20,7 +20,15 @@ from oracle import (
     solve,
 )
 
-from pfgm_kernels import ReferenceSet, merge, poisson_displacement, poisson_field, posterior_mean
+from pfgm_kernels import (
+    ReferenceSet,
+    divergence,
+    log_density,
+    merge,
+    poisson_displacement,
+    poisson_field,
+    posterior_mean,
+)
 
 SIZES = [40, 1, 0, 137, 3, 64]
 """References a class; one has none."""
@@ -139,6 +147,14 @@ def test_what_is_derived_from_it():
     torch.testing.assert_close(log_mass, expected_mass, rtol=0, atol=1e-6)
     mean = posterior_mean(x, t, references, labels=wanted)
     torch.testing.assert_close(mean, x + expected, rtol=0, atol=1e-5)
+    density = log_density(x, t, references, labels=wanted)
+    spread = divergence(x, t, references, labels=wanted)
+    for label in (0, 3, 5):
+        rows, seen = wanted == label, x0[labels == label]
+        expected = log_density(x[rows], t[rows], seen)
+        torch.testing.assert_close(density[rows], expected, rtol=0, atol=1e-6)
+        expected = divergence(x[rows], t[rows], seen)
+        torch.testing.assert_close(spread[rows], expected, rtol=1e-5, atol=0)
     one = poisson_field(x, t, references, labels=3)
     torch.testing.assert_close(one, poisson_field(x, t, references[labels == 3]))
 

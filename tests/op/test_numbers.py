@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pfgm_kernels import ReferenceSet, poisson_displacement, poisson_field, posterior_mean
+from pfgm_kernels import (
+    ReferenceSet,
+    divergence,
+    log_density,
+    poisson_displacement,
+    poisson_field,
+    posterior_mean,
+)
 from pfgm_kernels.flow import (
     FieldLoss,
     PosteriorMeanLoss,
@@ -27,6 +34,7 @@ from pfgm_kernels.flow import (
     perturb_at,
     sample,
     sample_prior,
+    two_plate_field,
 )
 
 X = torch.linspace(-1, 2, 12).view(4, 3)
@@ -82,6 +90,9 @@ NUMBERS: dict[str, Callable[..., Tensor]] = {
     "D": lambda n: poisson_field(X, 1.0, X0, D=n),
     "displacement": lambda n: poisson_displacement(X, n, SET, D=n)[1],
     "mean": lambda n: posterior_mean(X, n, SET, D=n),
+    "density": lambda n: log_density(X, n, SET, D=n),
+    "divergence": lambda n: divergence(X, n, SET, D=n),
+    "L": lambda n: two_plate_field(X, 0.5, SET, SET, L=n),
     "gamma": lambda n: poisson_field(X, 1.0, SET, gamma=n),
     "scale": lambda n: poisson_field(X, 1.0, X0, scale=n),
     "low": lambda n: ReferenceSet.from_images(PIXELS, n, 9).table,
@@ -173,6 +184,9 @@ COMPILED: dict[str, Callable[..., Tensor]] = {
     "of a set": lambda n: everything(n, SET),
     "t": lambda n: poisson_displacement(X, n, SET)[1],
     "mean": lambda n: posterior_mean(X, n, X0, D=n),
+    "density": lambda n: log_density(X, n, X0, D=n),
+    "divergence": lambda n: divergence(X, n, SET, D=n),
+    "two plates": lambda n: two_plate_field(X, 0.5 * n, X0, X0, L=n, D=n),
     "perturb": lambda n: perturb(X0, sigma=n, tau=n, M=n, D=n)[0],
     "perturb_at": lambda n: perturb_at(X0, n, D=n),
     "heights": lambda n: heights(4, D=n, mean=n, std=n),
