@@ -47,7 +47,6 @@ EXTRAS = [
     "scipy",
     "sklearn",
     "tensorboard",
-    "torchdiffeq",
     "triton",
     "typer",
 ]
