@@ -12,4 +12,6 @@ from pfgm_kernels._checks import integer
 
 def generators(seeds: Iterable[int]) -> list[torch.Generator]:
     """A generator on the CPU for each seed."""
+    if not isinstance(seeds, Iterable):
+        raise TypeError(f"seeds expects integers, got {type(seeds).__name__}")
     return [torch.Generator("cpu").manual_seed(integer("seeds", seed, 0)) for seed in seeds]

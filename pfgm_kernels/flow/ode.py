@@ -88,7 +88,10 @@ def sample(
             t_min ‖x_T‖ / T short of its source.
         churn: noise before each step of a solver with a grid; None is the ODE itself.
         generator: source of the noise, on any device.
-        seeds: B integers ≥ 0 instead, one a sample: its noise is then the same in any batch.
+        seeds: B integers ≥ 0 instead, one a sample: its noise is then the same in any batch, and so
+            is the result, to the bit where that of field_fn is. On the CPU `poisson_field` is so up
+            to d = 24 and, once rounded, of float64 queries (`poisson_field(x.double(), t, x0)`); of
+            float32 queries beyond, last bits depend on which are computed together.
         substitution: how to replace the t-component of a network at small t; None leaves it.
         differentiable: keep what gradients of the result with respect to x, to the arguments and
             to the field's parameters need. Memory then grows with the evaluations: each keeps what
