@@ -3,6 +3,7 @@
 
 from pfgm_kernels.flow.churn import Churn
 from pfgm_kernels.flow.grid import grid
+from pfgm_kernels.flow.likelihood import Likelihood, bits_per_dim, log_likelihood
 from pfgm_kernels.flow.loss import FieldLoss, UnnormalizedLoss
 from pfgm_kernels.flow.ode import Trajectory, encode, sample
 from pfgm_kernels.flow.perturb import perturb
@@ -14,12 +15,15 @@ __all__ = [
     "PRESETS",
     "Churn",
     "FieldLoss",
+    "Likelihood",
     "Preset",
     "Substitution",
     "Trajectory",
     "UnnormalizedLoss",
+    "bits_per_dim",
     "encode",
     "grid",
+    "log_likelihood",
     "log_prior",
     "perturb",
     "sample",

@@ -16,6 +16,14 @@ UNCHECKED = 16
 """Evaluations after which the host waits to see that all have been finite."""
 
 
+REASONS = {
+    -1: "",
+    0: ": the field is NaN or Inf there",
+    1: ": F_t is 0, or nearly there",
+}
+"""Of a slope that is not finite, by whether the field is."""
+
+
 class Slope:
     """dx/dt = F_x / F_t of a field, with its evaluations counted and checked.
 
@@ -40,7 +48,7 @@ class Slope:
         self.arguments = arguments
         self.nfe = 0
         self.evaluations = torch.zeros(self.count, dtype=torch.int64, device=x.device)
-        self._unchecked: list[tuple[int, Tensor]] = []
+        self._unchecked: list[tuple[str, int, Tensor]] = []
 
     def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
         """dx/dt (b, *event) at states x (b, *event) and t (b,), of the batch's rows (b,) or all."""
@@ -59,7 +67,7 @@ class Slope:
             known = self.substitution.t_component(flat, t, field_x)
             field_t = torch.where(t < self.substitution.below, known, field_t)
         slope = field_x / field_t[:, None]
-        self._note(slope.detach(), field.detach(), t)
+        self.watch("dx/dt = F_x / F_t", slope, t, field)
         return slope.view(x.shape)
 
     def arguments_of(self, rows: Tensor | None) -> Mapping[str, object]:
@@ -72,26 +80,25 @@ class Slope:
             for name, value in self.arguments.items()
         }
 
-    def _note(self, slope: Tensor, field: Tensor, t: Tensor) -> None:
-        broken = ~torch.isfinite(slope).all(1)
-        field_broken = (~torch.isfinite(field)).any().double()
-        note = torch.stack([broken.sum().double(), (broken * t).amax().double(), field_broken])
-        self._unchecked.append((len(t), note))
+    def watch(self, what: str, values: Tensor, t: Tensor, field: Tensor | None = None) -> None:
+        """Have `check` see whether values (b, ...) at t (b,) are finite, and the field if not."""
+        broken = ~torch.isfinite(values.detach()).flatten(1).all(1)
+        finite = broken.sum() * 0 - 1 if field is None else torch.isfinite(field.detach()).all()
+        note = [broken.sum(), (broken * t).amax(), finite]
+        self._unchecked.append((what, len(t), torch.stack([value.double() for value in note])))
         if len(self._unchecked) >= UNCHECKED:
             self.check()
 
     def check(self) -> None:
-        """Raises FloatingPointError if a slope has not been finite since the last check."""
+        """Raises FloatingPointError if something has not been finite since the last check."""
         if not self._unchecked:
             return
-        counts, notes = zip(*self._unchecked, strict=True)
+        whats, counts, notes = zip(*self._unchecked, strict=True)
         self._unchecked.clear()
-        for count, (broken, t, field_broken) in zip(
-            counts, torch.stack(notes).tolist(), strict=True
-        ):
+        read = torch.stack(notes).tolist()
+        for what, count, (broken, t, finite) in zip(whats, counts, read, strict=True):
             if broken:
-                reason = "the field is NaN or Inf" if field_broken else "F_t is 0, or nearly"
                 raise FloatingPointError(
-                    f"dx/dt = F_x / F_t is not finite at t = {t:g} for {broken:.0f} of {count} "
-                    f"samples: {reason} there"
+                    f"{what} is not finite at t = {t:g} for {broken:.0f} of {count} samples"
+                    f"{REASONS[finite]}"
                 )
