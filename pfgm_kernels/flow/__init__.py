@@ -3,6 +3,7 @@
 
 from pfgm_kernels.flow.churn import Churn
 from pfgm_kernels.flow.grid import grid
+from pfgm_kernels.flow.latents import interpolate, rescale
 from pfgm_kernels.flow.likelihood import Likelihood, bits_per_dim, log_likelihood
 from pfgm_kernels.flow.loss import FieldLoss, UnnormalizedLoss
 from pfgm_kernels.flow.ode import Trajectory, encode, sample
@@ -23,9 +24,11 @@ __all__ = [
     "bits_per_dim",
     "encode",
     "grid",
+    "interpolate",
     "log_likelihood",
     "log_prior",
     "perturb",
+    "rescale",
     "sample",
     "sample_prior",
 ]

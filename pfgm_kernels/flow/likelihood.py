@@ -14,7 +14,7 @@ from pfgm_kernels._checks import integer, number, tensor
 from pfgm_kernels.flow._slope import FieldFn, Slope
 from pfgm_kernels.flow.ode import finite_batch
 from pfgm_kernels.flow.prior import log_prior
-from pfgm_kernels.flow.solvers import integrate, method
+from pfgm_kernels.flow.solvers import chosen, integrate
 from pfgm_kernels.flow.substitution import Substitution
 
 Divergence = Callable[..., Tensor]
@@ -83,7 +83,7 @@ def log_likelihood(
         FloatingPointError: dx/dt or its divergence is not finite.
         RuntimeError: rk45 does not get forward at these tolerances.
     """
-    way = method(T, t_min, solver, steps, times, rtol, atol, per_sample)
+    way = chosen(T, t_min, solver, steps, times, rtol, atol, per_sample)
     x = finite_batch(x)
     change = _Change(Slope(field_fn, x, substitution, arguments), x, divergence, probes, generator)
 

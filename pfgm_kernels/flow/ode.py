@@ -13,7 +13,7 @@ from torch import Tensor
 from pfgm_kernels._checks import batch
 from pfgm_kernels.flow._slope import FieldFn, Slope
 from pfgm_kernels.flow.churn import Churn, Noise
-from pfgm_kernels.flow.solvers import Method, integrate, method, step
+from pfgm_kernels.flow.solvers import Method, chosen, integrate, step
 from pfgm_kernels.flow.substitution import Substitution
 
 
@@ -110,7 +110,7 @@ def sample(
         FloatingPointError: dx/dt is not finite, because the field is not or F_t is 0.
         RuntimeError: rk45 does not get forward at these tolerances.
     """
-    way = method(T, t_min, solver, steps, times, rtol, atol, per_sample)
+    way = chosen(T, t_min, solver, steps, times, rtol, atol, per_sample)
     with nullcontext() if differentiable else torch.no_grad():
         run = _Run(field_fn, x, way, substitution, keep_path, progress, arguments)
         kick = _kick(churn, Noise(run.x, generator, seeds), way, final_step)
@@ -151,7 +151,7 @@ def encode(
     Returns:
         Trajectory, `x` (B, *event) being the latent at t = T.
     """
-    way = method(T, t_min, solver, steps, times, rtol, atol, per_sample)
+    way = chosen(T, t_min, solver, steps, times, rtol, atol, per_sample)
     with nullcontext() if differentiable else torch.no_grad():
         run = _Run(field_fn, x, way, substitution, keep_path, progress, arguments)
         run.x = integrate(way, run.slope, run.x, run.record, up=True)

@@ -59,7 +59,7 @@ class Method:
         return min(abs(math.log(t / start)) / whole, 1.0)
 
 
-def method(
+def chosen(
     T: float | None,
     t_min: float | None,
     solver: str | None,
@@ -69,6 +69,7 @@ def method(
     atol: float | None,
     per_sample: bool,
 ) -> Method:
+    """The method that arguments of `sample` ask for, or one sentence on what they expect."""
     if solver is None:
         solver = "heun" if rtol is None and atol is None and not per_sample else "rk45"
     if solver not in SOLVERS:
