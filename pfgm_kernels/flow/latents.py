@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between and beyond the latents of encoded images."""
+"""Between and beyond the latents of encoded images (`encode` says how well these come back)."""
 
 from __future__ import annotations
 

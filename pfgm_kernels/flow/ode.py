@@ -145,6 +145,21 @@ def encode(
     Field lines spread by about T / t_min on the way up, and errors with them: ask for tolerances
     that much smaller than the accuracy wanted of the latent, relative to T.
 
+    How well it is undone, measured: 64 digits of scikit-learn in [−1, 1], encoded from t_min =
+    1e-3 … 0.1 and sampled back without the final step, in float32 (float64 is no better). The
+    largest difference of a pixel, in the median image and in the worst:
+
+        through the demo's network (T = 18)     heun, 100 steps   1e-5 … 8e-5     2e-3
+                                                rk45, rtol 1e-4   4e-4 … 6e-4     1e-2
+                                                rk45, rtol 1e-6   2e-6 … 4e-6     5e-5
+        the exact field of all, from its own    heun, 100 steps   5e-7 … 1e-5     1e-3
+        points and t_min of noise (T = 40)      rk45, rtol 1e-4   2e-5 … 8e-5     3e-3
+                                                rk45, rtol 1e-6   5e-7 … 1e-6     2e-6
+        the exact field, from other digits      rk45, rtol 1e-6   3e-2            7e-1
+
+    Points that the exact field has no reference for do not come back: they are carried far out
+    (norms of 500 at t_min = 0.1, of 98,000 at 1e-3), and what separates their lines is lost.
+
     Arguments and errors are those of `sample`; `times` decreases here too, and is gone through from
     its end.
 

@@ -83,7 +83,7 @@ def chosen(
             raise ValueError("times expects a solver with a grid, euler or heun, got 'rk45'")
         return Method(solver, checked_times(times, T, t_min), rtol, atol, per_sample)
     if T is None:
-        raise TypeError("T expects a real number where there are no times, got None")
+        raise TypeError("T expects a real number, got NoneType and no times")
     T, t_min = interval(T, T_MIN if t_min is None else t_min)
     heights = [T, t_min]
     if solver != "rk45":

@@ -86,14 +86,14 @@ def test_edm_step_by_step(D):
     expected = torch.stack(edm(prior(), D))
     found = sample(field(D), prior(), times=published_grid(D), keep_path=True)
     assert found.nfe == 2 * STEPS - 1 == 35
-    assert (found.path - expected).abs().max() <= 1e-12 * SIGMA_MAX
+    assert (found.path - expected).abs().max() <= 1e-12
     op = sample(
         lambda x, t: poisson_field(x, t, X0, D=D),
         prior(),
         times=published_grid(D),
         keep_path=True,
     )
-    assert (op.path - expected).abs().max() <= 1e-9
+    assert (op.path - expected).abs().max() <= 1e-12
     single = sample(
         lambda x, t: poisson_field(x, t, X0.float(), D=D),
         prior().float(),
@@ -101,9 +101,7 @@ def test_edm_step_by_step(D):
         keep_path=True,
     )
     # Each state relative to its own size, which falls from 80 to that of the data.
-    error = (single.path - expected).norm(dim=2) / expected.norm(dim=2)
-    assert error.max() <= 2e-5
-    assert error.median() <= 1e-6
+    assert ((single.path - expected).norm(dim=2) / expected.norm(dim=2)).max() <= 1e-6
 
 
 @pytest.mark.parametrize("D", [1, 128, math.inf])
@@ -116,7 +114,7 @@ def test_edm_with_churn_step_by_step(D):
     options = {"times": published_grid(D), "churn": churn, "keep_path": True}
     found = sample(field(D), prior(), generator=generator, **options)
     assert found.nfe == 35
-    assert (found.path - expected).abs().max() <= 1e-12 * SIGMA_MAX
+    assert (found.path - expected).abs().max() <= 1e-12
     plain = sample(field(D), prior(), times=published_grid(D), keep_path=True)
     # 80 and 57.6 lie above S_max, so that the noise begins with the third step.
     assert torch.equal(found.path[:3], plain.path[:3])

@@ -97,7 +97,7 @@ def test_times_say_where_to_start_and_to_end():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, TypeError, "T expects a real number where there are no times, got None"),
+        ({}, TypeError, "T expects a real number, got NoneType and no times"),
         ({"times": [1, 0.5, 0]}, ValueError, "times expects a finite number > 0, got 0"),
         ({"times": [1, math.nan]}, ValueError, "times expects a real number, got NaN"),
         ({"times": [0.5, 1]}, ValueError, r"times expects two or more decreasing.*\[0.5, 1.0\]"),

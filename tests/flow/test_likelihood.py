@@ -277,7 +277,7 @@ def test_progress_and_times():
         ({"divergence": "skilling"}, ValueError, "divergence expects hutchinson, exact or a func"),
         ({"probes": 0}, ValueError, "probes expects an integer ≥ 1, got 0"),
         ({"D": 0}, ValueError, "D expects a number > 0, got 0"),
-        ({"T": None}, TypeError, "T expects a real number where there are no times, got None"),
+        ({"T": None}, TypeError, "T expects a real number, got NoneType and no times"),
         ({"x": torch.full((3, 2), math.inf)}, ValueError, "x expects finite values, got NaN"),
         (
             {"divergence": lambda x, t: x},
