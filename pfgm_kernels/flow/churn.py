@@ -67,7 +67,7 @@ class Noise:
         if generator is not None and seeds is not None:
             raise TypeError("expected generator or seeds, got both")
         self.generator = generator
-        self.each = None if seeds is None else generators(seeds)
+        self.each = None if seeds is None else generators(seeds, stream=1)  # 0: the prior's
         if self.each is not None and len(self.each) != len(x):
             raise ValueError(f"seeds expects one a sample, {len(x)}, got {len(self.each)}")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from pfgm_kernels import poisson_field
 from pfgm_kernels.flow import Churn, grid, sample, sample_prior
+from pfgm_kernels.flow._seeds import generators
 
 STEPS, SIGMA_MIN, SIGMA_MAX = 18, 0.002, 80.0
 X0 = torch.randn(9, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) / 2
@@ -199,6 +201,23 @@ def test_an_image_by_its_seed(d):
     assert (whole[:, None] - x0).norm(dim=2).amin(1).median() < 0.1  # they came to the data
 
 
+def test_the_noise_is_not_that_of_the_prior():
+    """Which has the same seeds: x_T = T z, and the noise would be z again."""
+    empty = torch.empty(1000, dtype=torch.float64)
+    z = torch.stack([empty.clone().normal_(generator=g) for g in generators(range(6))])
+    moved = sample(
+        lambda x, t: torch.cat([0 * x, -t[:, None]], 1),
+        torch.zeros(6, 1000, dtype=torch.float64),
+        times=[1.0, 0.1],
+        churn=Churn(1),
+        seeds=range(6),
+        final_step=False,
+    ).x
+    correlation = np.corrcoef(torch.cat([z, moved]).numpy())
+    # Of 1,000 independent numbers: 0 ± 0.03.
+    assert np.abs(correlation - np.eye(12)).max() < 0.15
+
+
 def test_a_generator_is_used():
     options = {"T": 10.0, "churn": Churn(20), "steps": 5}
     first, again, other = (
@@ -234,7 +253,7 @@ def test_churn_checks_its_constants(make, error, message):
     [
         ({"churn": 40}, TypeError, "churn expects a Churn or None, got int"),
         ({"churn": Churn(1), "rtol": 1e-3}, ValueError, "churn expects a solver with a grid"),
-        ({"seeds": 5}, TypeError, "seeds expects integers, got int"),
+        ({"seeds": 5}, TypeError, "seeds expects a sequence of integers, got int"),
         ({"seeds": [1, 2]}, ValueError, "seeds expects one a sample, 6, got 2"),
         ({"seeds": [0.5] * 6}, TypeError, "seeds expects an integer, got float"),
         ({"seeds": [-1] * 6}, ValueError, "seeds expects an integer ≥ 0, got -1"),
