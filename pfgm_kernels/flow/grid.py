@@ -39,7 +39,7 @@ def grid(T: float, t_min: float, points: int, rho: float | None = None) -> Tenso
     """
     T, t_min = interval(T, t_min)
     last = integer("points", points, 2) - 1
-    share = torch.arange(last + 1, dtype=torch.float64) / last
+    share = torch.arange(last + 1, dtype=torch.float64, device="cpu") / last
     if rho is None:
         result = T * (t_min / T) ** share
     else:

@@ -17,11 +17,15 @@ from torch._subclasses import FakeTensorMode
 import pfgm_kernels
 from pfgm_kernels import ReferenceSet, merge, poisson_displacement
 from pfgm_kernels.flow import (
+    Churn,
     FieldLoss,
     UnnormalizedLoss,
     encode,
+    interpolate,
+    log_likelihood,
     log_prior,
     perturb,
+    rescale,
     sample,
     sample_prior,
 )
@@ -74,7 +78,14 @@ def flow_functions(x0: Tensor) -> dict[str, object]:
         return torch.cat([x.flatten(1), t[:, None]], 1)
 
     options = {"T": 3.0, "steps": 2, "rtol": 0.1}
+    noisy = {"T": 3.0, "steps": 2, "churn": Churn(1)}
     return {
+        "churn": sample(field_fn, prior, generator=generator, **noisy).x,
+        "seeds": sample(field_fn, prior, seeds=range(count), **noisy).x,
+        "per_sample": sample(field_fn, prior, per_sample=True, **options).x,
+        "likelihood": log_likelihood(field_fn, x0, generator=generator, **options).log_p,
+        "arc": interpolate(x0[0], x0[1], 5),
+        "rescaled": rescale(x0, 2.0),
         "prior": prior,
         "infinite": infinite,
         "log_prior": log_prior(prior, T=3.0),
