@@ -61,7 +61,8 @@ def log_likelihood(
     with x_T the latent that `encode` finds: state and integral go through the solver together, in
     float64 (the field is asked in the dtype of x). Under the exact field of a data set this is
     `log_density` at t_min, but for the difference between the prior and the field's density on the
-    plane t = T, which falls as T grows.
+    plane t = T, which falls as T grows (digits of scikit-learn in [−1, 1], D = 1: 5e-3 bits per
+    dimension at most at T = 40, 2e-4 at 1,000; 6e-5 at T = 40 where their mean is 0).
 
     Args:
         field_fn, x, T, t_min, solver, steps, times, rtol, atol, per_sample, substitution, progress,
