@@ -23,12 +23,17 @@ from pfgm_kernels import (
     posterior_mean,
 )
 from pfgm_kernels.flow import (
+    Churn,
     FieldLoss,
     PosteriorMeanLoss,
     Preconditioned,
     Substitution,
     UnnormalizedLoss,
+    bits_per_dim,
+    grid,
     heights,
+    interpolate,
+    log_likelihood,
     log_prior,
     perturb,
     perturb_at,
@@ -118,6 +123,15 @@ NUMBERS: dict[str, Callable[..., Tensor]] = {
     "eq. 10": lambda n: loss_of(UnnormalizedLoss, sigma=n, D=n, M=n, tau=n),
     "sample": lambda n: sample(network, X, T=8, t_min=n, steps=1, solver="euler").x,
     "sample's T": lambda n: sample(network, X, T=n, steps=1, solver="euler").x,
+    "grid": lambda n: grid(n, 1.0, 3, rho=n),
+    "times": lambda n: sample(network, X, times=[n, 1], solver="euler").x,
+    "churn": lambda n: sample(
+        network, X, T=8, steps=2, churn=Churn(n, 0, n, n, n), generator=generator()
+    ).x,
+    "likelihood's T": lambda n: log_likelihood(
+        network, X, T=n, D=n, steps=2, generator=generator()
+    ).log_p,
+    "bits": lambda n: bits_per_dim(X, 2, -1, n),
     "substitution": lambda n: sample(
         network, X, T=8, steps=2, solver="euler", substitution=Substitution(n, n)
     ).x,
@@ -127,6 +141,10 @@ COUNTS: dict[str, Callable[..., object]] = {
     "count": lambda n: sample_prior(n, 3, T=1).shape,
     "event": lambda n: sample_prior(3, n, T=1).shape,
     "axis": lambda n: sample_prior(3, [n, n], T=1).shape,
+    "points": lambda n: len(grid(3.0, 1.0, n)),
+    "latents": lambda n: len(interpolate(X[0], X[1], n)),
+    "probes": lambda n: log_likelihood(network, X, T=2, steps=2, probes=n).nfe,
+    "d": lambda n: bits_per_dim(X, n, -1, 1).sum(),
     "steps": lambda n: sample(network, X, T=8, steps=n, solver="heun").nfe,
 }
 
@@ -156,7 +174,7 @@ def test_a_workspace_of_any_kind(kind):
 @pytest.mark.parametrize("value", NONE_OF_THEM)
 @pytest.mark.parametrize("place", PLACES)
 def test_what_is_no_number(place, value):
-    if value == "None" and place in ("max_radius", "loss", "workspace"):
+    if value == "None" and place in ("max_radius", "loss", "sample", "workspace"):
         pytest.skip("None means something there")
     if place in ("t", "T", "perturb_at") and value == "tensor of one":
         pytest.skip("one height for each sample may be given")

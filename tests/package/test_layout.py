@@ -48,7 +48,6 @@ EXTRAS = [
     "scipy",
     "sklearn",
     "tensorboard",
-    "torchdiffeq",
     "triton",
     "typer",
 ]
