@@ -36,7 +36,8 @@ LAYERS = [
     ("field",),
     ("",),
     ("flow",),
-    ("training", "figures", "memory"),
+    ("training", "memory"),
+    ("figures",),
     ("demo",),
     ("cli",),
 ]
