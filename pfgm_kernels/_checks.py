@@ -40,6 +40,14 @@ def number(name: str, value: object) -> float:
     return result
 
 
+def finite(name: str, value: object) -> float:
+    """`value` as a finite float."""
+    result = number(name, value)
+    if not holds(abs(result) < math.inf):
+        raise ValueError(f"{name} expects a finite number, got {value}")
+    return result
+
+
 def positive(name: str, value: object, *, finite: bool = True) -> float:
     """`value` as a float > 0 (infinity only where `finite` is false)."""
     result = number(name, value)

@@ -22,6 +22,22 @@ SHARE = 0.1
 """Of the references' values, left out by the points' extremes."""
 
 
+class RangeWatch:
+    """A loss's look at its first batch, `warn_of_another_range`."""
+
+    def __init__(self) -> None:
+        self.looked = False
+
+    def __call__(self, points: Tensor, references: ReferenceSet) -> None:
+        """Within a compiled or captured call, which cannot look at values, nothing."""
+        blind = torch.compiler.is_compiling() or (
+            points.is_cuda and torch.cuda.is_current_stream_capturing()
+        )
+        if not (blind or self.looked):
+            self.looked = True
+            warn_of_another_range(points, references)
+
+
 def warn_of_another_range(points: Tensor, references: ReferenceSet) -> None:
     """Warns where points (B, *event) are not in the range of the references, as with [0, 255]
     beside [-1, 1]: training goes on all the same, toward a field that has nothing to learn.
@@ -46,7 +62,7 @@ def warn_of_another_range(points: Tensor, references: ReferenceSet) -> None:
     warnings.warn(
         "the batch lies far from all references: expected points in their range, "
         f"[{known_low:.4g}, {known_high:.4g}], got values in [{low:.4g}, {high:.4g}]",
-        stacklevel=3,
+        stacklevel=4,  # whoever called the loss
     )
 
 

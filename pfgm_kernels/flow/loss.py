@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training losses: the normalised one of Eq. (12) and the unnormalised one of Eq. (10)."""
+"""Training losses: on the field, Eqs. (12) and (10), and on the posterior mean, as a denoiser's.
+
+All compute in float32 (float64 for a float64 batch), whatever the network computes in: batches of
+16 bits are taken in float32, targets are made outside autocast, and outputs are cast up.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pfgm_kernels._checks import non_negative, positive
-from pfgm_kernels.field import poisson_field
-from pfgm_kernels.flow._range import warn_of_another_range
-from pfgm_kernels.flow.perturb import check_noise, perturb
+from pfgm_kernels._checks import finite, non_negative, positive
+from pfgm_kernels.field import poisson_field, posterior_mean
+from pfgm_kernels.flow._queries import points, shaped, t_to_sigma
+from pfgm_kernels.flow._range import RangeWatch
+from pfgm_kernels.flow.perturb import check_noise, heights, perturb, perturb_at
 from pfgm_kernels.references import ReferenceSet
 
-Field = Callable[[Tensor, Tensor], Tensor]
+Network = Callable[..., Tensor]
 
 
 class FieldLoss:
@@ -31,6 +37,10 @@ class FieldLoss:
 
     A network trained on it is a field to sample from as it is; `Substitution(gamma, …)` needs the
     same gamma and the default scale.
+
+    The published code takes half the sum over components instead of their mean: its loss is
+    (d + 1)/2 times this one (1,536.5 times at d = 3,072), which matters where gradients are clipped
+    at a norm.
 
     Args:
         references: ReferenceSet or (N, *event) tensor, on the device of the batches.
@@ -68,12 +78,19 @@ class FieldLoss:
         d = math.prod(references.event_shape)
         self.scale = math.sqrt(d) if scale is None else positive("scale", scale)
         self.perturb = partial(perturb, sigma=sigma, tau=tau, M=M, restrict_M=restrict_M, D=self.D)
-        self._looked = False
+        self._watch = RangeWatch()
 
     def __call__(
-        self, network: Field, x0_batch: Tensor, generator: torch.Generator | None = None
+        self,
+        network: Network,
+        x0_batch: Tensor,
+        generator: torch.Generator | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """The loss of `network(x (B, *event), t (B,)) -> (B, d + 1)` around x0_batch (B, *event).
+
+        Where labels (B,) are given, the network is called with `labels=labels`, and the field is
+        that of the references of each query's class.
 
         Returns a 0-dim tensor, differentiable in the network's parameters. Raises TypeError or
         ValueError where the batch or the network's output does not fit. Warns where the first batch
@@ -81,14 +98,86 @@ class FieldLoss:
         captured call, which cannot look at values, nothing does.
         """
         x, t = self.perturb(x0_batch, generator=generator)
+        options = _keywords(labels)
         with torch.no_grad():
             target = poisson_field(
-                x, t, self.references, D=self.D, gamma=self.gamma, scale=self.scale
+                x, t, self.references, D=self.D, gamma=self.gamma, scale=self.scale, **options
             )
-        if not _blind(x) and not self._looked:
-            self._looked = True
-            warn_of_another_range(x0_batch, self.references)
-        return _regression(network, x, t, target)
+        self._watch(x0_batch, self.references)
+        return _squared_error(network(x, t, **options), target, "(B, d + 1)").mean()
+
+
+class PosteriorMeanLoss:
+    """EDM's regression of a denoiser (Karras et al. 2022), for any D, on the exact posterior mean.
+
+        mean over queries and over the d components of λ(σ) (denoiser(x, t) − E[x0 | x, t])²
+        λ(σ) = (σ² + σ_d²) / (σ σ_d)²,   t = σ √D, for D = ∞ t = σ
+
+    where t = `heights`, x = `perturb_at(x0_batch, t)` and σ_d = sigma_data. The posterior mean is
+    over all references, meant to be the whole data set: a stable target (Xu et al. 2023, "Stable
+    Target Field", for D = ∞) without the bias of a reference batch. Without references the target
+    is x0 itself, as in PFGM++ and EDM: the same minimiser over the data, with noise on the way.
+
+    λ is what makes the network inside `Preconditioned` of the same sigma_data be trained on targets
+    of unit variance at every level. The published code takes the sum over components, d times this.
+
+    Args:
+        references: ReferenceSet or (N, *event) tensor, on the device of the batches, or None.
+        D: > 0, dimensions added to the data's; 1 is PFGM, `math.inf` diffusion.
+        sigma_data: > 0, standard deviation of the data's components, in the units of x.
+        mean, std: of log σ, see `heights`.
+
+    Attributes:
+        references, D, sigma_data: as given.
+        heights: `heights` with the arguments given.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of its range.
+    """
+
+    def __init__(
+        self,
+        references: Tensor | ReferenceSet | None = None,
+        *,
+        D: float,
+        sigma_data: float = 0.5,
+        mean: float = -1.2,
+        std: float = 1.2,
+    ) -> None:
+        if not (references is None or isinstance(references, ReferenceSet)):
+            references = ReferenceSet(references)
+        self.references = references
+        self.D = positive("D", D, finite=False)
+        self.sigma_data = positive("sigma_data", sigma_data)
+        mean, std = finite("mean", mean), positive("std", std)
+        self.heights = partial(heights, D=self.D, mean=mean, std=std)
+        self._watch = RangeWatch()
+
+    def __call__(
+        self,
+        denoiser: Network,
+        x0_batch: Tensor,
+        generator: torch.Generator | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of `denoiser(x (B, *event), t (B,)) -> (B, *event)` around x0_batch (B, *event).
+
+        Where labels (B,) are given, the denoiser is called with `labels=labels`, and the mean is
+        over the references of each query's class. Returns, raises and warns as
+        `FieldLoss.__call__`.
+        """
+        x0 = points(x0_batch, "x0_batch")
+        t = self.heights(len(x0), generator=generator, dtype=x0.dtype, device=x0.device)
+        x = perturb_at(x0, t, D=self.D, generator=generator)
+        target, options = x0, _keywords(labels)
+        if self.references is not None:
+            with torch.no_grad():
+                target = posterior_mean(x, t, self.references, D=self.D, **options)
+            self._watch(x0, self.references)
+        sigma = t_to_sigma(t.double(), self.D)
+        weight = (sigma.square() + self.sigma_data**2) / (sigma * self.sigma_data).square()
+        error = _squared_error(denoiser(x, t, **options), target, "(B, *event)").flatten(1).mean(1)
+        return (weight.to(error.dtype) * error).mean()
 
 
 class UnnormalizedLoss:
@@ -125,32 +214,29 @@ class UnnormalizedLoss:
         self.perturb = partial(perturb, sigma=sigma, tau=tau, M=M, restrict_M=restrict_M, D=self.D)
 
     def __call__(
-        self, network: Field, x0_batch: Tensor, generator: torch.Generator | None = None
+        self,
+        network: Network,
+        x0_batch: Tensor,
+        generator: torch.Generator | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
-        """As `FieldLoss.__call__`."""
-        x, t = self.perturb(x0_batch, generator=generator)
-        difference = torch.cat(
-            [(x.double() - x0_batch.double()).flatten(1), t.double()[:, None]], 1
-        )
+        """As `FieldLoss.__call__`; labels are for the network alone."""
+        x0 = points(x0_batch, "x0_batch")
+        x, t = self.perturb(x0, generator=generator)
+        difference = torch.cat([(x.double() - x0.double()).flatten(1), t.double()[:, None]], 1)
         # The power as exp of a logarithm in float64: it leaves the float range only where the
         # target itself does.
         log_squared = difference.square().sum(1, keepdim=True).log()
         k = difference.shape[1] - 1 + self.D
-        target = -difference * (-k / 2 * log_squared).exp()
-        return _regression(network, x, t, target.to(x.dtype))
+        target = (-difference * (-k / 2 * log_squared).exp()).to(x.dtype)
+        return _squared_error(network(x, t, **_keywords(labels)), target, "(B, d + 1)").mean()
 
 
-def _blind(x: Tensor) -> bool:
-    """Whether values cannot be looked at: within a compiled or captured call."""
-    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+def _keywords(labels: Tensor | None) -> dict[str, Any]:
+    """What networks and the op are called with besides: labels where there are any."""
+    return {} if labels is None else {"labels": labels}
 
 
-def _regression(network: Field, x: Tensor, t: Tensor, target: Tensor) -> Tensor:
-    """Mean of the squared error over queries and components."""
-    prediction = network(x, t)
-    if prediction.shape != target.shape:
-        raise ValueError(
-            f"the network's output expects shape (B, d + 1) = {tuple(target.shape)}, "
-            f"got {tuple(prediction.shape)}"
-        )
-    return (prediction - target).square().mean()
+def _squared_error(prediction: object, target: Tensor, letters: str) -> Tensor:
+    """(prediction − target)² in the shape of the target and, at the least, in its precision."""
+    return (shaped("the network's output", prediction, target.shape, letters) - target).square()

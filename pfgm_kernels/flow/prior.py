@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from pfgm_kernels._checks import FLOATING, batch, holds, integer, positive, shape_of_event
+from pfgm_kernels.flow._queries import each_height
+from pfgm_kernels.flow._seeds import generators
 
 
 def chi(
@@ -30,10 +32,11 @@ def sample_prior(
     count: int,
     event_shape: int | Sequence[int],
     *,
-    T: float,
+    T: Tensor | float,
     D: float = 1,
     max_radius: float | None = None,
     generator: torch.Generator | None = None,
+    seeds: Iterable[int] | Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
@@ -47,12 +50,15 @@ def sample_prior(
     Args:
         count: number of draws.
         event_shape: shape of one draw, d values in all; a number is an event of one axis.
-        T: > 0, the distance of the plane from the data's, in the units of x.
+        T: > 0, number, 0-dim or (count,): the distance of the plane from the data's, of each draw
+            its own if need be, in the units of x.
         D: > 0, dimensions added to the data's d; for `math.inf` the prior is N(0, T² I).
         max_radius: radii above it are clipped to it (as Xu et al. 2022 do); None clips nothing.
         generator: source of randomness, on `device`.
+        seeds: `count` integers from 0 to 2³² − 1, instead of a generator: the i-th draw is then
+            made on the CPU from the i-th seed, the same whatever the others and the device are.
         dtype: of the result, floating point of 16 to 64 bits.
-        device: of the result; None for that of `generator`, or else torch's default device.
+        device: of the result; None for that of `generator` or T, or else torch's default device.
 
     Returns:
         (count, *event_shape).
@@ -60,19 +66,42 @@ def sample_prior(
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of its range.
     """
-    count, T = integer("count", count), positive("T", T)
-    D = positive("D", D, finite=False)
+    count, D = integer("count", count), positive("D", D, finite=False)
     event_shape = shape_of_event(event_shape)
     if dtype not in FLOATING:
         raise TypeError(f"dtype expects a floating-point type of 16 to 64 bits, got {dtype}")
-    if device is None and generator is not None:
-        device = generator.device
+    own_T = isinstance(T, Tensor) and T.dim() > 0
+    if device is None and (generator is not None or own_T):
+        device = (generator or T).device  # type: ignore[union-attr]
     d = math.prod(event_shape)
-    z = torch.empty(count, d, dtype=torch.float64, device=device).normal_(generator=generator)
-    factor = T / chi(count, D, generator, device)
+    if seeds is None:
+        z, radius, g = _normals(count, d, D, generator, device)
+    else:
+        if generator is not None:
+            raise ValueError("sample_prior expects a generator or seeds, got both")
+        sources = generators(seeds)
+        if len(sources) != count:
+            raise ValueError(f"seeds expects one for each of {count} draws, got {len(sources)}")
+        device = torch.get_default_device() if device is None else device
+        each = [_normals(1, d, D, source, "cpu") for source in sources]
+        z, radius, g = (torch.cat(parts).to(device) for parts in zip(*each, strict=True))
+    # A number is checked, also where a tensor holds it.
+    factor = each_height("T", T if own_T else positive("T", T), count, z.device) / g
     if max_radius is not None:
-        factor = factor.minimum(positive("max_radius", max_radius) / z.norm(dim=1))
+        factor = factor.minimum(positive("max_radius", max_radius) / radius)
     return (z * factor[:, None]).to(dtype).view(count, *event_shape)
+
+
+def _normals(
+    count: int,
+    d: int,
+    D: float,
+    generator: torch.Generator | None,
+    device: torch.device | str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Standard normal vectors (count, d) float64, their norms, and those of others in R^D."""
+    z = torch.empty(count, d, dtype=torch.float64, device=device).normal_(generator=generator)
+    return z, z.norm(dim=1), chi(count, D, generator, device)
 
 
 def log_prior(x: Tensor, *, T: float, D: float = 1) -> Tensor:

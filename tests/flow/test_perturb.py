@@ -122,7 +122,7 @@ def test_presets_name_the_published_constants():
         (
             {"x0": torch.zeros(3, 2, dtype=torch.uint8)},
             TypeError,
-            "float64 tensor, got torch.uint8",
+            "floating-point tensor .*, got torch.uint8",
         ),
         ({"x0": [[0.0]]}, TypeError, "x0 expects a tensor, got list"),
     ],

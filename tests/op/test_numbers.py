@@ -17,10 +17,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from pfgm_kernels import ReferenceSet, poisson_displacement, poisson_field, posterior_mean
 from pfgm_kernels.flow import (
     FieldLoss,
+    PosteriorMeanLoss,
+    Preconditioned,
     Substitution,
     UnnormalizedLoss,
+    heights,
     log_prior,
     perturb,
+    perturb_at,
     sample,
     sample_prior,
 )
@@ -86,6 +90,14 @@ NUMBERS: dict[str, Callable[..., Tensor]] = {
     "tau": lambda n: perturb(X0, tau=n, M=3, generator=generator())[0],
     "M": lambda n: perturb(X0, M=n, generator=generator())[0],
     "perturb's D": lambda n: perturb(X0, D=n, generator=generator())[1],
+    "perturb_at": lambda n: perturb_at(X0, n, D=2, generator=generator()),
+    "perturb_at's D": lambda n: perturb_at(X0, 2.0, D=n, generator=generator()),
+    "heights": lambda n: heights(3, D=n, mean=n, std=n, generator=generator()),
+    "denoiser": lambda n: Preconditioned(lambda x, c: x, D=n, sigma_data=n)(X, 2.0),
+    "denoiser's loss": lambda n: loss_of(
+        lambda **o: lambda network, *a: PosteriorMeanLoss(SET, **o)(lambda x, t: x, *a),
+        D=n, sigma_data=n, mean=n, std=n,
+    ),
     "T": lambda n: sample_prior(4, 3, T=n, generator=generator()),
     "prior's D": lambda n: sample_prior(4, 3, T=1, D=n, generator=generator()),
     "max_radius": lambda n: sample_prior(4, 3, T=9, max_radius=n, generator=generator()),
@@ -100,6 +112,7 @@ NUMBERS: dict[str, Callable[..., Tensor]] = {
     ).x,
 }  # fmt: skip
 COUNTS: dict[str, Callable[..., object]] = {
+    "heights' count": lambda n: heights(n, D=1).shape,
     "count": lambda n: sample_prior(n, 3, T=1).shape,
     "event": lambda n: sample_prior(3, n, T=1).shape,
     "axis": lambda n: sample_prior(3, [n, n], T=1).shape,
@@ -134,8 +147,8 @@ def test_a_workspace_of_any_kind(kind):
 def test_what_is_no_number(place, value):
     if value == "None" and place in ("max_radius", "loss", "workspace"):
         pytest.skip("None means something there")
-    if place == "t" and value == "tensor of one":
-        pytest.skip("t may be (B,)")
+    if place in ("t", "T", "perturb_at") and value == "tensor of one":
+        pytest.skip("one height for each sample may be given")
     function = PLACES[place]
     with pytest.raises(TypeError, match=r"expects (an integer|a real number|real numbers), got"):
         function(NONE_OF_THEM[value])
@@ -161,9 +174,15 @@ COMPILED: dict[str, Callable[..., Tensor]] = {
     "t": lambda n: poisson_displacement(X, n, SET)[1],
     "mean": lambda n: posterior_mean(X, n, X0, D=n),
     "perturb": lambda n: perturb(X0, sigma=n, tau=n, M=n, D=n)[0],
+    "perturb_at": lambda n: perturb_at(X0, n, D=n),
+    "heights": lambda n: heights(4, D=n, mean=n, std=n),
+    "denoiser": lambda n: Preconditioned(lambda x, c: x, D=2)(X, n),
     "prior": lambda n: sample_prior(4, 3, T=n, D=n, max_radius=n),
     "log_prior": lambda n: log_prior(X, T=n, D=n),
 }
+
+
+RANDOM = ("perturb", "perturb_at", "heights", "prior")
 
 
 def compilations(function: Callable, values: list, random: bool) -> int:
@@ -182,7 +201,7 @@ def compilations(function: Callable, values: list, random: bool) -> int:
 @pytest.mark.parametrize("name", COMPILED)
 def test_numbers_that_change_compile_once_more_at_most(name):
     values = [0.6 + 0.37 * i for i in range(12)]
-    assert compilations(COMPILED[name], values, name in ("perturb", "prior")) <= 2
+    assert compilations(COMPILED[name], values, name in RANDOM) <= 2
 
 
 @pytest.mark.parametrize("kind", [int, np.float32, np.int64, np.array, torch.tensor])
