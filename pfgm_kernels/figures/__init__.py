@@ -8,10 +8,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from pfgm_kernels.figures.bias import bias
+from pfgm_kernels.figures.batches import bias
 from pfgm_kernels.figures.canvas import FORMATS, save, style
-from pfgm_kernels.figures.hemisphere import hemisphere
+from pfgm_kernels.figures.descent import trajectories
+from pfgm_kernels.figures.neighbours import weights
 from pfgm_kernels.figures.plane import far_field, four_sources
+from pfgm_kernels.figures.prior import hemisphere
+from pfgm_kernels.figures.ring import shell
 from pfgm_kernels.figures.runs import (
     PIXELS_PER_PIXEL,
     draw_comparison,
@@ -20,9 +23,6 @@ from pfgm_kernels.figures.runs import (
     draw_trajectories,
     tile,
 )
-from pfgm_kernels.figures.shell import shell
-from pfgm_kernels.figures.trajectories import trajectories
-from pfgm_kernels.figures.weights import weights
 from pfgm_kernels.training.data import DataSet
 
 GEOMETRY: dict[str, Callable[[float], Figure]] = {

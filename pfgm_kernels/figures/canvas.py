@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.colors import LinearSegmentedColormap
@@ -25,7 +26,7 @@ SERIES = (RED, GOLD, GREEN, BLUE, "#6c4a8b", GREY)
 SKY = LinearSegmentedColormap.from_list("sky", ["#ffffff", "#e6eef7", "#bcd0e8", "#86a9d2"])
 DUSK = LinearSegmentedColormap.from_list("dusk", [RED, GOLD, GREEN, BLUE, "#1c2b4a"])
 
-STYLE = {
+STYLE: Any = {  # matplotlib lists the keys of its type one by one
     "axes.edgecolor": GREY,
     "axes.grid": False,
     "axes.labelcolor": INK,
@@ -37,8 +38,11 @@ STYLE = {
     "axes.titlelocation": "left",
     "axes.titlepad": 9,
     "axes.titlesize": 13,
+    "figure.constrained_layout.h_pad": 0.1,
+    "figure.constrained_layout.w_pad": 0.1,
     "font.family": "DejaVu Sans",
     "font.size": 11,
+    "image.interpolation": "nearest",
     "legend.fontsize": 10.5,
     "legend.frameon": False,
     "mathtext.fontset": "dejavuserif",

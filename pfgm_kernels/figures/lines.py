@@ -11,7 +11,7 @@ from matplotlib.collections import LineCollection
 from torch import Tensor
 
 from pfgm_kernels import poisson_displacement, poisson_field
-from pfgm_kernels.figures.canvas import BLUE, SKY
+from pfgm_kernels.figures.canvas import BLUE, RED, SKY
 
 Range = tuple[float, float]
 
@@ -80,6 +80,14 @@ def draw_arrows(axes: Axes, lines: Tensor, at: int, color: str = BLUE, size: flo
         axes.annotate("", head, tail, arrowprops=arrow, annotation_clip=True)
 
 
+def draw_points(axes: Axes, points: Tensor, size: float, color: str = RED) -> None:
+    """Dots at points (n, 2), above the lines, `size` points² large."""
+    edge = min(1.5, size / 60)
+    x, y = points.T.numpy()
+    dots = axes.scatter(x, y, s=size, c=color, edgecolors="white", linewidths=edge, zorder=3)
+    dots.set_clip_on(False)
+
+
 def draw_strength(
     axes: Axes,
     x0: Tensor,
@@ -88,13 +96,14 @@ def draw_strength(
     across: Range,
     up: Range,
     decades: Range,
-    pixels: int = 300,
+    detail: float,
 ) -> None:
     """log10 ‖F‖ behind the lines, white where the field is 10 to the lower of `decades`.
 
     Up to the constant of Eqs. (2) and (3), ‖F‖ = exp(log_mass) ‖(v, t)‖ / N. Upward is the last
     component of x for D = 0, and else t.
     """
+    pixels = max(30, round(300 * detail))
     x, y = (torch.linspace(*ends, pixels, dtype=torch.float64) for ends in (across, up))
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
     if D == 0:

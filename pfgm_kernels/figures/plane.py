@@ -12,11 +12,12 @@ from matplotlib.patches import Circle
 from torch import Tensor
 
 from pfgm_kernels import poisson_field
-from pfgm_kernels.figures.canvas import INK, PALE, RED, SERIES, sheet
+from pfgm_kernels.figures.canvas import INK, PALE, SERIES, sheet
 from pfgm_kernels.figures.lines import (
     directions,
     draw_arrows,
     draw_lines,
+    draw_points,
     draw_strength,
     spiral,
     trace,
@@ -34,16 +35,17 @@ def four_sources(detail: float = 1.0) -> Figure:
     Eq. (2) is the op's field for D = 0 and t = 0. As many lines leave each source, at equal angles:
     each carries the same flux. Darker is stronger; where the middle is white, F is next to 0.
     """
-    reach, count = 2.2, max(4, round(28 * detail))
+    reach, count = 2.2, max(4, round(24 * detail))
     figure = sheet(6.4, 6.75)
     axes = figure.add_subplot()
     ends = (-reach, reach)
-    draw_strength(axes, FOUR, D=0, across=ends, up=ends, decades=(-0.8, 1.2))
-    for source, color in zip(FOUR, SERIES, strict=False):
-        lines = trace(source + 0.04 * directions(count), FOUR, D=0, step=0.02, count=240)
-        draw_lines(axes, lines, color, width=1.1)
-        draw_arrows(axes, lines, at=22, color=color)
-        _charges(axes, source[None], size=120, color=color)
+    draw_strength(axes, FOUR, D=0, across=ends, up=ends, decades=(-0.8, 1.2), detail=detail)
+    starts = (FOUR[:, None] + 0.04 * directions(count)).flatten(0, 1)
+    lines = trace(starts, FOUR, D=0, step=0.02, count=240).split(count, dim=1)
+    for source, part, color in zip(FOUR, lines, SERIES, strict=False):
+        draw_lines(axes, part, color, width=1.1)
+        draw_arrows(axes, part, at=22, color=color)
+        draw_points(axes, source[None], 120, color)
     _window(axes, reach, "Field lines of four sources")
     return figure
 
@@ -61,16 +63,16 @@ def far_field(detail: float = 1.0) -> Figure:
     one = many.mean(dim=0, keepdim=True)
     radius, reach = _alike_from(many, one), 2.6
     start = one + 4 * directions(max(8, round(64 * detail)))
-    figure = sheet(11, 6.05)
+    figure = sheet(11, 6.3)
     titles = (f"{len(many)} sources", "One at their centre of mass")
     for axes, sources, title in zip(figure.subplots(1, 2), (many, one), titles, strict=True):
         lines = trace(start, sources, D=0, step=0.02, count=220, toward=True)
         ends = (-reach, reach)
-        draw_strength(axes, sources, D=0, across=ends, up=ends, decades=(-0.7, 1.2))
+        draw_strength(axes, sources, D=0, across=ends, up=ends, decades=(-0.7, 1.2), detail=detail)
         draw_lines(axes, lines, width=0.9)
         style = {"fill": False, "ec": INK, "ls": (0, (6, 4)), "lw": 1.5, "zorder": 2.5}
         axes.add_patch(Circle((one[0, 0].item(), one[0, 1].item()), radius, **style))
-        _charges(axes, sources, size=22 if len(sources) > 1 else 170)
+        draw_points(axes, sources, 22 if len(sources) > 1 else 170)
         _window(axes, reach, title)
     figure.supxlabel(
         f"Outside the circle the directions of both fields agree to {ALIKE:.0f}°", fontsize=12
@@ -88,11 +90,6 @@ def _alike_from(many: Tensor, one: Tensor) -> float:
         angle = 2 * ((fields[0] - fields[1]).norm(dim=1).max() / 2).asin()
         near, far = (radius, far) if angle > math.radians(ALIKE) else (near, radius)
     return far
-
-
-def _charges(axes: Axes, x0: Tensor, size: float, color: str = RED) -> None:
-    edge = 1.5 if size > 50 else 0.4
-    axes.scatter(*x0.T.numpy(), s=size, c=color, edgecolors="white", linewidths=edge, zorder=3)
 
 
 def _window(axes: Axes, reach: float, title: str) -> None:

@@ -57,9 +57,7 @@ def _images(axes: Axes, data: DataSet, references: ReferenceSet, queries: Querie
         ]
         for place, (image, ink, label) in zip(PLACES, column, strict=True):
             ends = (m - 0.44 * step, m + 0.44 * step, -place - 0.88, -place)
-            axes.imshow(
-                _picture(image[0], ink), extent=ends, interpolation="nearest", aspect="auto"
-            )
+            axes.imshow(_picture(image[0], ink).numpy(), extent=ends, aspect="auto")
             axes.text(m, -place - 0.9, label, ha="center", va="top", fontsize=8.5, color=GREY)
     axes.set(xlim=(exponents[0] - step / 2, exponents[-1] + step / 2), ylim=(-PLACES[-1] - 1.2, 0))
     axes.set_yticks([-place - 0.44 for place in PLACES], NAMES)
@@ -71,15 +69,22 @@ def _images(axes: Axes, data: DataSet, references: ReferenceSet, queries: Querie
 def _numbers(axes: Axes, references: ReferenceSet, queries: Queries, count: int) -> None:
     exponents = queries.exponents(count, references)
     found = torch.stack([effective_number(*queries.at(m), references) for m in exponents.tolist()])
-    low, middle, high = found.quantile(torch.tensor([0.1, 0.5, 0.9]).double(), dim=1)
-    axes.fill_between(exponents, low, high, color=BLUE, alpha=0.18, linewidth=0)
-    axes.plot(exponents, middle, color=BLUE, linewidth=2)
+    low, middle, high = found.quantile(torch.tensor([0.1, 0.5, 0.9]).double(), dim=1).numpy()
+    start = exponents[0].item()
+    axes.fill_between(exponents.numpy(), low, high, color=BLUE, alpha=0.18, linewidth=0)
+    axes.plot(exponents.numpy(), middle, color=BLUE, linewidth=2)
     axes.axhline(len(references), color=GREY, linewidth=1, linestyle=(0, (5, 4)))
-    text = {"va": "bottom", "color": GREY, "fontsize": 10.5}
-    axes.text(exponents[0], 1.15 * len(references), f"all {len(references):,} references", **text)
+    axes.annotate(
+        f"all {len(references):,} references",
+        (start, len(references)),
+        (0, 4),
+        textcoords="offset points",
+        color=GREY,
+        fontsize=10.5,
+    )
     axes.set_yscale("log")
     axes.set(ylim=(0.8, 4 * len(references)), ylabel="effective number")
-    ticks = range(20 * math.ceil(exponents[0].item() / 20), queries.M, 20)
+    ticks = range(20 * math.ceil(start / 20), queries.M, 20)
     axes.set_xticks(ticks, [f"{m}\n{queries.level(m):.2g}" for m in ticks])
     axes.set_xlabel("$m$,  and the noise level $\\sigma\\,(1+\\tau)^m$")
     axes.tick_params(axis="x", colors=INK)

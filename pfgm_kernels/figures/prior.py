@@ -9,12 +9,11 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pfgm_kernels.figures.canvas import BLUE, GOLD, INK, PALE, RED, SERIES, sheet
-from pfgm_kernels.figures.lines import directions, draw_lines, trace
+from pfgm_kernels.figures.canvas import BLUE, GOLD, INK, PALE, SERIES, sheet
+from pfgm_kernels.figures.lines import directions, draw_lines, draw_points, trace
 from pfgm_kernels.flow import log_prior, sample_prior
 
 DIMENSIONS = (1, 2, 8, 64, 3072)
-DOTS = {"edgecolors": "white", "linewidths": 0.6}
 
 
 def hemisphere(detail: float = 1.0) -> Figure:
@@ -41,15 +40,14 @@ def _projection(axes: Axes, count: int) -> None:
     draw_lines(axes, torch.stack([sphere, 3 * sphere]), PALE, width=0.8)
     draw_lines(axes, trace(sphere, data, D=1, step=0.01, count=220, toward=True), width=0.8)
     axes.plot(*(radius * directions(400, 0, math.pi)).T.numpy(), color=GOLD, linewidth=1.8)
-    axes.scatter(*sphere.T.numpy(), s=26, c=GOLD, zorder=3, **DOTS)
+    draw_points(axes, sphere, 28, GOLD)
     x = torch.linspace(-reach, reach, 400, dtype=torch.float64)
     density = 1.4 * log_prior(x[:, None], T=T).exp()
-    axes.fill_between(x, T, T + density, color=BLUE, alpha=0.22, linewidth=0)
+    axes.fill_between(x.numpy(), T, T + density.numpy(), color=BLUE, alpha=0.22, linewidth=0)
     axes.plot((-reach, reach), (T, T), color=INK, linewidth=1.2)
-    crossing = T * sphere[:, 0] / sphere[:, 1]
-    axes.scatter(crossing, torch.full_like(crossing, T), s=30, c=INK, zorder=4, **DOTS)
-    on_top = {"zorder": 4, "clip_on": False}
-    axes.scatter(data, torch.zeros_like(data), s=45, c=RED, **on_top, **DOTS)
+    crossing = T * sphere / sphere[:, 1:]
+    draw_points(axes, crossing[crossing[:, 0].abs() < reach], 30, INK)
+    draw_points(axes, torch.nn.functional.pad(data, (0, 1)), 45)
     axes.set(xlim=(-reach, reach), ylim=(0, top), aspect="equal", xticks=[], yticks=[0, T])
     axes.set_yticklabels(["$0$", "$T$"], fontsize=13)
     axes.set_ylabel("$t$", rotation=0, labelpad=0, fontsize=13)
@@ -71,7 +69,7 @@ def _radii(axes: Axes, count: int) -> None:
         height, edges = torch.histogram(drawn.norm(dim=1).log10(), bins, range=range_)
         height *= bins / (range_[1] - range_[0]) / len(drawn)
         axes.stairs(height.numpy(), edges.numpy(), color=color, alpha=0.16, fill=True)
-        axes.plot(log_r, density, color=color, linewidth=1.8)
+        axes.plot(log_r.numpy(), density.numpy(), color=color, linewidth=1.8)
         peak = density.max().item() + 0.03
         name = f"$d = {d}$" if d == DIMENSIONS[0] else f"${d}$"
         axes.text(math.log10(d) / 2, peak, name, color=color, ha="center", fontsize=12)

@@ -49,12 +49,13 @@ def _one(axes: Axes, count: int) -> None:
     _draw_density(axes, data, T, reach)
     middles = torch.tensor([[mean] for mean, *_ in MODES], dtype=torch.float64)
     for line, mode in zip(path[:, :, 0].T, torch.cdist(path[-1], middles).argmin(1), strict=True):
-        axes.plot(line, times, color=COLORS_OF_MODES[mode], linewidth=1.1)
+        axes.plot(line.numpy(), times, color=COLORS_OF_MODES[mode], linewidth=1.1)
     x = torch.linspace(-reach, reach, 500, dtype=torch.float64)
-    prior = log_prior(x[:, None], T=T).exp()
-    axes.fill_between(x, T, T + 3.2 * prior, color=GREY, alpha=0.45, linewidth=0)
+    prior = 3.2 * log_prior(x[:, None], T=T).exp()
+    axes.fill_between(x.numpy(), T, T + prior.numpy(), color=GREY, alpha=0.45, linewidth=0)
     counts, edges = torch.histogram(data[:, 0], 160, range=(-reach, reach))
-    axes.stairs(-0.4 * counts / counts.max(), edges, color=GREY, alpha=0.6, fill=True)
+    counts *= -0.4 / counts.max()
+    axes.stairs(counts.numpy(), edges.numpy(), color=GREY, alpha=0.6, fill=True)
     for y in (0, T):
         axes.plot((-reach, reach), (y, y), color=INK, linewidth=1)
     axes.set(xlim=(-reach, reach), ylim=(-0.45, T + 0.38), xlabel="$x$", xticks=[], yticks=(0, T))
@@ -72,7 +73,7 @@ def _draw_density(axes: Axes, data: Tensor, T: float, reach: float) -> None:
     density = (log_mass.view(grid_t.shape) + grid_t.log()).exp()
     density /= density.amax(dim=1, keepdim=True)
     ends = (-reach, reach, 0, T)
-    axes.imshow(density, extent=ends, origin="lower", aspect="auto", cmap=SKY, vmax=1.5)
+    axes.imshow(density.numpy(), extent=ends, origin="lower", aspect="auto", cmap=SKY, vmax=1.5)
 
 
 def _two(axes: Any, count: int) -> None:
@@ -89,13 +90,12 @@ def _two(axes: Any, count: int) -> None:
     inside = ((reach - norm[1:]) / (norm[:-1] - norm[1:])).clamp(0, 1)
     segments = torch.stack([states[1:].lerp(states[:-1], inside), states[1:]], dim=2)
     shown = norm[1:, :, 0] <= reach
-    lines = Line3DCollection(
-        segments[shown].numpy(), cmap=DUSK, linewidths=0.8, alpha=0.6, clip_on=False
-    )
+    lines = Line3DCollection(segments[shown].numpy(), cmap=DUSK, linewidths=0.8, alpha=0.6)
+    lines.set_clip_on(False)
     lines.set_array(hue.expand(shown.shape)[shown].numpy())
     axes.add_collection(lines)
     dots = {"depthshade": False, "cmap": DUSK, "vmin": 0, "vmax": 1}
-    axes.scatter(*data.T, 0, s=7, c=torch.linspace(0, 1, len(data)), **dots)
+    axes.scatter(*data.T.numpy(), 0, s=7, c=torch.linspace(0, 1, len(data)).numpy(), **dots)
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach), zlim=(0, reach))
     axes.set_box_aspect((2, 2, 1), zoom=1.5)
     axes.view_init(elev=30, azim=-62)
