@@ -19,6 +19,7 @@ from pfgm_kernels._checks import finite, non_negative, positive
 from pfgm_kernels.field import poisson_field, posterior_mean
 from pfgm_kernels.flow._queries import points, shaped, t_to_sigma
 from pfgm_kernels.flow._range import RangeWatch
+from pfgm_kernels.flow.constants import PUBLISHED, SIGMA, TAU, constants
 from pfgm_kernels.flow.perturb import check_noise, heights, perturb, perturb_at
 from pfgm_kernels.references import ReferenceSet
 
@@ -45,13 +46,13 @@ class FieldLoss:
     Args:
         references: ReferenceSet or (N, *event) tensor, on the device of the batches.
         D: > 0, dimensions added to the data's; 1 is PFGM.
-        gamma: ≥ 0, added to the norm, in the units of x.
+        gamma: ≥ 0, added to the norm, in the units of x; None is that of `constants(references)`.
         scale: > 0, factor of the target; None is √d, which makes the target's components of
             order 1.
-        sigma, tau, M, restrict_M: of `perturb`.
+        sigma, tau, M, restrict_M: of `perturb`; None for M is that of `constants(references)`.
 
     Attributes:
-        references, D, gamma, scale: as given, scale as a number.
+        references, D, gamma, scale: as given, gamma and scale as numbers.
         perturb: `perturb` with the arguments given.
 
     Raises:
@@ -63,15 +64,18 @@ class FieldLoss:
         references: Tensor | ReferenceSet,
         *,
         D: float = 1,
-        gamma: float = 5.0,
+        gamma: float | None = None,
         scale: float | None = None,
-        sigma: float = 0.01,
-        tau: float = 0.03,
-        M: float = 291,
+        sigma: float = SIGMA,
+        tau: float = TAU,
+        M: float | None = None,
         restrict_M: bool = True,
     ) -> None:
         if not isinstance(references, ReferenceSet):
             references = ReferenceSet(references)
+        if gamma is None or M is None:
+            rule = constants(references, sigma=sigma, tau=tau)
+            gamma, M = rule.gamma if gamma is None else gamma, rule.M if M is None else M
         sigma, tau, M, self.D = check_noise(sigma, tau, M, D)
         self.references = references
         self.gamma = non_negative("gamma", gamma)
@@ -205,10 +209,10 @@ class UnnormalizedLoss:
         self,
         *,
         D: float = 1,
-        sigma: float = 0.01,
-        tau: float = 0.03,
-        M: float = 291,
-        restrict_M: bool = True,
+        sigma: float = PUBLISHED.sigma,
+        tau: float = PUBLISHED.tau,
+        M: float = PUBLISHED.M,
+        restrict_M: bool = PUBLISHED.restrict_M,
     ) -> None:
         sigma, tau, M, self.D = check_noise(sigma, tau, M, positive("D", D))
         self.perturb = partial(perturb, sigma=sigma, tau=tau, M=M, restrict_M=restrict_M, D=self.D)

@@ -54,7 +54,7 @@ class Substitution:
     gamma: float
     """> 0, that of the target, in the units of x."""
     below: float
-    """> 0, the t below which the t-component is substituted (`Preset.t_substitution`)."""
+    """> 0, the t below which the t-component is substituted (`Constants.t_substitution`)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gamma", positive("gamma", self.gamma))

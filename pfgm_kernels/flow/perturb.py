@@ -8,16 +8,17 @@ from torch import Tensor
 
 from pfgm_kernels._checks import FLOATING, finite, integer, positive
 from pfgm_kernels.flow._queries import columns, each_height, points, sigma_to_t
+from pfgm_kernels.flow.constants import PUBLISHED
 from pfgm_kernels.flow.prior import chi
 
 
 def perturb(
     x0: Tensor,
     *,
-    sigma: float = 0.01,
-    tau: float = 0.03,
-    M: float = 291,
-    restrict_M: bool = True,
+    sigma: float = PUBLISHED.sigma,
+    tau: float = PUBLISHED.tau,
+    M: float = PUBLISHED.M,
+    restrict_M: bool = PUBLISHED.restrict_M,
     D: float = 1,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -28,6 +29,7 @@ def perturb(
     with ε_x ~ N(0, sigma² I_d), ε_t ~ N(0, sigma² I_D), u a uniform direction in R^d and m a real
     number uniform in [0, M]. ‖ε_t‖ is |N(0, sigma²)| for D = 1 and sigma times a chi variable of D
     degrees of freedom for any D > 0; for D = ∞, where t means the noise level itself, it is sigma.
+    The defaults are those published for CIFAR-10; `constants` has them for any data.
 
     Args:
         x0: (B, *event) floating point of 16 to 64 bits, the data points.

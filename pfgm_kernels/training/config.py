@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from pfgm_kernels._checks import integer, non_negative, positive, shape_of_event
 from pfgm_kernels.files import write_bytes
+from pfgm_kernels.flow.constants import SIGMA, TAU, constants
 from pfgm_kernels.training import checkpoint
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.network import FieldNetwork
@@ -28,17 +28,17 @@ class TrainConfig:
     event_shape: tuple[int, ...]
     M: int
     """Upper end of the exponent m in Eq. (11)."""
+    gamma: float
+    """Added to the norm in the target of Eq. (12), in the units of x."""
     T: float
     """Where sampling starts, in the units of x."""
     steps: int = 2000
     seed: int = 0
     checkpoint_every: int = 500
-    sigma: float = 0.01
+    sigma: float = SIGMA
     """Smallest noise of Eq. (11), in the units of x."""
-    tau: float = 0.03
+    tau: float = TAU
     restrict_M: bool = True  # noqa: N815  (the article's M)
-    gamma: float = 1.0
-    """Added to the norm in the target of Eq. (12), in the units of x."""
     width: int = 256
     depth: int = 4
     batch_size: int = 256
@@ -66,21 +66,11 @@ class TrainConfig:
 
     @classmethod
     def for_data(cls, data: DataSet, **changes: Any) -> TrainConfig:
-        """The defaults for a data set, M and T by the published rule (Xu et al. 2022, appendix).
-
-        With the mean norm R of the data, M = 3/4 ln(R^2 / (2 sqrt(d) sigma^2)) / ln(1 + tau) and
-        T = sqrt(2 / pi) sigma (1 + tau)^M, the mean of t over queries with the exponent M.
-        """
-        sigma = positive("sigma", changes.get("sigma", cls.sigma))
-        tau = positive("tau", changes.get("tau", cls.tau))
-        d = math.prod(data.event_shape)
-        exponent = math.log(data.moments().norm ** 2 / (2 * math.sqrt(d) * sigma**2)) / math.log(
-            1 + tau
-        )
-        M = int(0.75 * exponent) + 1
-        T = math.sqrt(2 / math.pi) * sigma * (1 + tau) ** M
-        known: dict[str, Any] = {"data": data.name, "event_shape": data.event_shape, "M": M, "T": T}
-        return cls(**known | changes)
+        """The defaults for a data set: M, gamma and T by `constants`."""
+        noise = {name: changes[name] for name in ("sigma", "tau") if name in changes}
+        rule = constants(data.references(), **noise)
+        known: dict[str, Any] = {"data": data.name, "event_shape": data.event_shape}
+        return cls(**known | {name: getattr(rule, name) for name in ("M", "gamma", "T")} | changes)
 
     def network(self, data: DataSet | None = None) -> FieldNetwork:
         """A new network, its weights drawn by the seed, normalised for ``data`` if given."""

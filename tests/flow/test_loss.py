@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels import ReferenceSet, poisson_field
-from pfgm_kernels.flow import FieldLoss, UnnormalizedLoss, perturb
+from pfgm_kernels.flow import PRESETS, FieldLoss, UnnormalizedLoss, constants, perturb
 
 
 class Spy:
@@ -78,6 +78,7 @@ OPTIONS = [{"D": 3}, {"sigma": 0.2}, {"tau": 0.01}, {"M": 37}, {"restrict_M": Fa
 def test_queries_are_those_of_perturb(kind, options):
     """Each option reaches them, and each changes them."""
     x0 = torch.randn(40, 3, dtype=torch.float64, generator=seeded())
+    options = {"M": 291} | options
     loss_fn = FieldLoss(x0, **options) if kind is FieldLoss else UnnormalizedLoss(**options)
     network = Spy(3)
     loss_fn(network, x0, seeded())
@@ -87,9 +88,19 @@ def test_queries_are_those_of_perturb(kind, options):
     assert not torch.equal(x, perturb(x0, generator=seeded())[0])
 
 
-def test_defaults_are_the_published_ones():
-    loss_fn = FieldLoss(torch.zeros(3, 2, 8))
-    assert (loss_fn.D, loss_fn.gamma, loss_fn.scale) == (1, 5.0, 4.0)
+def test_defaults_are_those_of_the_data():
+    x0 = torch.randn(30, 2, 8, generator=seeded())
+    loss_fn, rule = FieldLoss(x0), constants(x0)
+    assert (loss_fn.D, loss_fn.gamma, loss_fn.scale) == (1, rule.gamma, 4.0)
+    assert loss_fn.perturb.keywords == {"D": 1, **rule.noise}
+    other = FieldLoss(x0, sigma=0.1, tau=0.01, M=3.5)
+    assert other.perturb.keywords["M"] == 3.5
+    assert FieldLoss(x0, sigma=0.1, gamma=2).perturb.keywords["M"] == constants(x0, sigma=0.1).M
+    assert FieldLoss(x0, gamma=0, M=3).gamma == 0
+
+
+def test_defaults_without_data_are_those_of_cifar10():
+    assert UnnormalizedLoss().perturb.keywords == {"D": 1, **PRESETS["cifar10"].noise}
 
 
 def test_the_whole_reference_counts_not_the_batch():
@@ -159,7 +170,7 @@ def test_eq_10_is_formed_in_float64():
 
 
 def test_a_network_of_another_shape_is_named():
-    x0 = torch.zeros(4, 3)
+    x0 = torch.ones(4, 3)
     for loss_fn in (FieldLoss(x0), UnnormalizedLoss()):
         with pytest.raises(ValueError, match=r"\(B, d \+ 1\) = \(4, 4\), got \(4, 3\)"):
             loss_fn(lambda x, t: x, x0)
@@ -171,12 +182,12 @@ def test_a_network_of_another_shape_is_named():
         ({"gamma": -1}, ValueError, "gamma expects a finite number ≥ 0, got -1"),
         ({"scale": 0}, ValueError, "scale expects a finite number > 0, got 0"),
         ({"D": 0}, ValueError, "D expects a number > 0, got 0"),
-        ({"M": None}, TypeError, "M expects a real number, got NoneType"),
+        ({"sigma": None}, TypeError, "sigma expects a real number, got NoneType"),
     ],
 )
 def test_bad_arguments_are_named(options, error, message):
     with pytest.raises(error, match=message):
-        FieldLoss(torch.zeros(3, 2), **options)
+        FieldLoss(torch.ones(3, 2), **options)
 
 
 def test_eq_10_needs_a_finite_d():

@@ -102,8 +102,7 @@ def test_shapes_dtypes_and_generator(dtype):
 
 def test_presets_name_the_published_constants():
     preset = PRESETS["cifar10"]
-    noise = {"sigma": preset.sigma, "tau": preset.tau, "M": preset.M}
-    radius, t = queries(3072, 400, restrict_M=preset.restrict_M, **noise)
+    radius, t = queries(3072, 400, **preset.noise)
     # Norms at m = 0 … M as tabulated for CIFAR-10: 0.554 … 3015, with a chi's 5 sigma around.
     assert 0.554 * 0.93 < radius.min() < 1
     assert 2000 < radius.max() < 3015 * 1.07

@@ -7,6 +7,8 @@ Below m = 190 the softmax is one-hot; from 200 to 260 lies the hard transition.
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -27,7 +29,9 @@ from oracle import (
 )
 from torch import Tensor
 
-from pfgm_kernels import ReferenceSet
+from pfgm_kernels import ReferenceSet, posterior_mean
+from pfgm_kernels.flow import perturb_at
+from pfgm_kernels.training.data import load
 
 LEVELS = (180, 190, 200, 225, 250, 260, 291)
 SOURCES = ("synthetic", "cifar10")
@@ -66,6 +70,37 @@ def test_values(backend, source, m):
     scale = math.sqrt(x[0].numel())
     field = backend.field(x, t, ReferenceSet.from_images(stored), gamma=GAMMA, scale=scale)
     assert_field(field, truth, tolerance, GAMMA, scale)
+
+
+EDM_LEVELS = (0.002, 0.3, 3.0, 8.0, 80.0)
+
+
+def mean_errors(stored: Tensor, D: float, mean: Callable[..., Tensor]) -> Tensor:
+    """Of `mean(x, t, references, D=D)` at σ = 0.002 … 80, relative to the mean's norm (5,)."""
+    x0 = decode(stored)
+    t = torch.tensor(EDM_LEVELS) * (1 if math.isinf(D) else math.sqrt(D))
+    x = perturb_at(x0[5:10], t, D=D, generator=seeded())
+    truth = solve(x, t, x0, D)
+    assert truth.effective_sample_size[-1] > 100
+    expected = x.double().flatten(1) + truth.v
+    found = mean(x, t, ReferenceSet.from_images(stored), D=D)
+    return (found.double().flatten(1) - expected).norm(dim=1) / expected.norm(dim=1)
+
+
+@pytest.mark.parametrize("D", [1, 128, 2048, math.inf])
+@pytest.mark.parametrize("source", SOURCES)
+def test_posterior_mean(backend, source, D):
+    """Far from the data all images share the weight: their mean is of 1/4 the norm of its terms."""
+    tolerance = max(1e-6, float32_contract(backend.name, named=False))
+    assert mean_errors(images(source, 1100), D, backend.mean).max() < tolerance
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("D", [1, 128, 2048, math.inf])
+def test_posterior_mean_of_all_of_cifar10(D):
+    if not os.environ.get("PFGM_DATA"):
+        pytest.skip("PFGM_DATA, the folder that holds CIFAR-10, is not set")
+    assert mean_errors(load("cifar10").train, D, posterior_mean).max() < 1e-6
 
 
 @pytest.mark.parametrize("m", [200, 225, 250, 291])

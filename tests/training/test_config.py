@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from pfgm_kernels.flow import perturb
+from pfgm_kernels.flow import constants, perturb
 from pfgm_kernels.training import checkpoint, data, trainer
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.trainer import TrainConfig, Training, load_model, train
@@ -80,10 +80,12 @@ def test_the_seed_draws_the_weights_and_nothing_else(moons: DataSet) -> None:
 
 def test_the_published_rule_takes_the_noise_that_is_given(moons: DataSet) -> None:
     config = TrainConfig.for_data(moons, sigma=0.05, tau=0.1)
-    norm = moons.moments().norm
-    exponent = math.log(norm**2 / (2 * math.sqrt(2) * 0.05**2)) / math.log(1.1)
-    assert math.floor(0.75 * exponent) + 1 == config.M
-    assert pytest.approx(math.sqrt(2 / math.pi) * 0.05 * 1.1**config.M) == config.T
+    rule = constants(moons.train, sigma=0.05, tau=0.1)
+    assert (config.M, config.gamma, config.T) == (rule.M, rule.gamma, rule.T)
+    assert (config.sigma, config.tau) == (0.05, 0.1)
+    assert config.M != TrainConfig.for_data(moons).M
+    own = TrainConfig.for_data(moons, M=7, gamma=0.5, T=3.0)
+    assert (own.M, own.gamma, own.T) == (7, 0.5, 3.0)
 
 
 def test_the_rate_rises_over_the_warm_up(moons: DataSet) -> None:

@@ -12,7 +12,7 @@ from pfgm_kernels.flow import sample_prior
 from pfgm_kernels.training.generate import generate
 from pfgm_kernels.training.trainer import TrainConfig
 
-CONFIG = TrainConfig(data="points", event_shape=(2, 3), M=100, T=7.0, threads=3)
+CONFIG = TrainConfig(data="points", event_shape=(2, 3), M=100, gamma=1.0, T=7.0, threads=3)
 
 
 def field(x: Tensor, t: Tensor) -> Tensor:
