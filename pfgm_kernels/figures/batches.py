@@ -31,8 +31,9 @@ def bias(data: DataSet, detail: float = 1.0) -> Figure:
     generator = torch.Generator().manual_seed(2)
     order = torch.randperm(len(data.train), generator=generator)
     references = data.references()
-    queries = Queries(data, order[: max(16, round(QUERIES * detail))], generator)
-    exponents = queries.exponents(max(12, round(48 * detail)), references)
+    around = data.train[order[: max(16, round(QUERIES * detail))]]
+    queries = Queries(data.decode(around), references, generator)
+    exponents = queries.exponents(max(12, round(48 * detail)))
     at = exponents.numpy()
     exact = _targets(queries, exponents, references)
     figure = sheet(8, 4.8)

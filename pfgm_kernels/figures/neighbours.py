@@ -32,17 +32,18 @@ def weights(data: DataSet, detail: float = 1.0) -> Figure:
     generator = torch.Generator().manual_seed(3)
     references = data.references()
     rows = torch.randperm(len(data.train), generator=generator)[: max(8, round(96 * detail))]
-    queries = Queries(data, rows, generator)
+    queries = Queries(data.decode(data.train[rows]), references, generator)
     figure = sheet(11.5, 8.2)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2.05, 1))
-    _images(above, data, references, queries)
-    _numbers(below, references, queries, max(12, round(60 * detail)))
+    _images(above, data, queries)
+    _numbers(below, queries, max(12, round(60 * detail)))
     return figure
 
 
-def _images(axes: Axes, data: DataSet, references: ReferenceSet, queries: Queries) -> None:
+def _images(axes: Axes, data: DataSet, queries: Queries) -> None:
     """A column for each of some m, over that m on the axis."""
-    exponents = queries.exponents(COLUMNS, references).tolist()
+    exponents = queries.exponents(COLUMNS).tolist()
+    references = queries.references
     step = exponents[1] - exponents[0]
     for m in exponents:
         x, t = (each[:1] for each in queries.at(m))
@@ -66,8 +67,8 @@ def _images(axes: Axes, data: DataSet, references: ReferenceSet, queries: Querie
     axes.set_title(f"The references of one query and their weights: {TITLES[data.name]}")
 
 
-def _numbers(axes: Axes, references: ReferenceSet, queries: Queries, count: int) -> None:
-    exponents = queries.exponents(count, references)
+def _numbers(axes: Axes, queries: Queries, count: int) -> None:
+    references, exponents = queries.references, queries.exponents(count)
     found = torch.stack([effective_number(*queries.at(m), references) for m in exponents.tolist()])
     low, middle, high = found.quantile(torch.tensor([0.1, 0.5, 0.9]).double(), dim=1).numpy()
     start = exponents[0].item()
@@ -84,7 +85,7 @@ def _numbers(axes: Axes, references: ReferenceSet, queries: Queries, count: int)
     )
     axes.set_yscale("log")
     axes.set(ylim=(0.8, 4 * len(references)), ylabel="effective number")
-    ticks = range(20 * math.ceil(start / 20), queries.M, 20)
+    ticks = range(20 * math.ceil(start / 20), queries.constants.M, 20)
     axes.set_xticks(ticks, [f"{m}\n{queries.level(m):.2g}" for m in ticks])
     axes.set_xlabel("$m$,  and the noise level $\\sigma\\,(1+\\tau)^m$")
     axes.tick_params(axis="x", colors=INK)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels import ReferenceSet, poisson_displacement
-from pfgm_kernels.training.config import TrainConfig
-from pfgm_kernels.training.data import DataSet
+from pfgm_kernels.flow import constants
 
 TITLES = {"digits": "digits", "mnist": "MNIST", "cifar10": "CIFAR-10"}
 
@@ -20,32 +19,31 @@ class Queries:
 
         x = x0 + ‖ε_x‖ (1+τ)^m u,   t = |ε_t| (1+τ)^m
 
-    sigma, tau and the range [0, M] of m are those that training on the data set takes.
+    x0: (B, *event), of the references, of which the constants are: sigma, tau and the range [0, M].
     """
 
-    def __init__(self, data: DataSet, rows: Tensor, generator: torch.Generator) -> None:
-        config = TrainConfig.for_data(data)
-        self.sigma, self.tau, self.M = config.sigma, config.tau, config.M
-        self.x0 = data.decode(data.train[rows])
-        self.noise_x = torch.randn(self.x0.shape, generator=generator)
-        self.noise_t = torch.randn(len(rows), generator=generator).abs()
+    def __init__(self, x0: Tensor, references: ReferenceSet, generator: torch.Generator) -> None:
+        self.x0, self.references = x0, references
+        self.constants = constants(references)
+        self.noise_x = torch.randn(x0.shape, generator=generator)
+        self.noise_t = torch.randn(len(x0), generator=generator).abs()
 
     def level(self, m: float) -> float:
-        return self.sigma * (1 + self.tau) ** m
+        return self.constants.sigma * (1 + self.constants.tau) ** m
 
     def at(self, m: float) -> tuple[Tensor, Tensor]:
         """x (B, *event) and t (B,)."""
         level = self.level(m)
         return self.x0 + level * self.noise_x, level * self.noise_t
 
-    def exponents(self, count: int, references: ReferenceSet) -> Tensor:
+    def exponents(self, count: int) -> Tensor:
         """(count,) values of m, evenly up to M from where nearly all hear their own image alone."""
-        low, high = 0.0, float(self.M)
+        low, high = 0.0, float(self.constants.M)
         for _ in range(6):
             m = (low + high) / 2
-            number = effective_number(*self.at(m), references).quantile(0.9)
+            number = effective_number(*self.at(m), self.references).quantile(0.9)
             low, high = (m, high) if number < 1.001 else (low, m)
-        return torch.linspace(low, self.M, count)
+        return torch.linspace(low, self.constants.M, count)
 
 
 def effective_number(x: Tensor, t: Tensor, references: ReferenceSet) -> Tensor:

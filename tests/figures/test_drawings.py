@@ -158,12 +158,13 @@ def digits() -> data.DataSet:
 
 
 def some(digits: data.DataSet, count: int) -> queries.Queries:
-    return queries.Queries(digits, torch.arange(count), torch.Generator().manual_seed(0))
+    x0, references = digits.decode(digits.train[:count]), digits.references()
+    return queries.Queries(x0, references, torch.Generator().manual_seed(0))
 
 
 def test_the_effective_number_is_that_of_the_weights(digits: data.DataSet) -> None:
     found = some(digits, 5)
-    for m in (120, 160, 200, found.M):
+    for m in (120, 160, 200, found.constants.M):
         x, t = found.at(m)
         x0 = digits.decode(digits.train).double().flatten(1)
         s = (x.double().flatten(1)[:, None] - x0).square().sum(2) + t.double().square()[:, None]
@@ -175,14 +176,14 @@ def test_the_effective_number_is_that_of_the_weights(digits: data.DataSet) -> No
 
 
 def test_exponents_begin_where_others_are_heard(digits: data.DataSet) -> None:
-    found, references = some(digits, 40), digits.references()
-    exponents = found.exponents(7, references)
-    assert exponents[-1] == found.M
+    found = some(digits, 40)
+    exponents = found.exponents(7)
+    assert exponents[-1] == found.constants.M
     torch.testing.assert_close(exponents.diff(), exponents.diff()[:1].expand(6))
     start = exponents[0].item()
     numbers = [
-        queries.effective_number(*found.at(m), references).quantile(0.9)
-        for m in (start, start + found.M / 64)
+        queries.effective_number(*found.at(m), found.references).quantile(0.9)
+        for m in (start, start + found.constants.M / 64)
     ]
     assert numbers[0] < 1.001 <= numbers[1]
 

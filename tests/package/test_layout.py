@@ -42,6 +42,7 @@ LAYERS = [
     ("cli",),
 ]
 EXTRAS = [
+    "diffusers",
     "matplotlib",
     "rich",
     "safetensors",
