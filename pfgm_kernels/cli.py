@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line `pfgm`: report, train, sample and demo.
+"""The command line `pfgm`: report, train, sample, figures and demo.
 
 Bad input ends with one sentence on the standard error and exit code 2; a run that was interrupted
 ends with exit code 130, and one whose output nobody reads any more as SIGPIPE ends it.
@@ -123,6 +123,42 @@ def sample(
     )
     figures.draw_samples(result.x, out)
     typer.echo(f"{count} samples, {result.nfe} function evaluations: {out}")
+
+
+@app.command("figures")
+def draw_figures(
+    out: Annotated[Path, typer.Option(help="Folder of the pictures.")],
+    names: Annotated[list[str] | None, typer.Argument(help="Some of them; all by default.")] = None,
+    format: Annotated[str, typer.Option(help="png or svg.")] = "png",
+    data: Annotated[
+        str, typer.Option(help="Images for weights and bias: digits, mnist or cifar10.")
+    ] = "digits",
+) -> None:
+    """Draw the article's pictures with the op itself.
+
+    They are four-sources, far-field, shell, hemisphere, trajectories, weights and bias.
+    """
+    from rich.console import Console
+
+    from pfgm_kernels import figures
+    from pfgm_kernels.training import data as data_sets
+    from pfgm_kernels.training.progress import progress_bar
+
+    names = names or [*figures.NAMES]
+    for name in names:
+        if name not in figures.NAMES:
+            raise ValueError(f"unknown figure {name!r}; expected one of {', '.join(figures.NAMES)}")
+    if format not in figures.FORMATS:
+        raise ValueError(f"--format expects one of {', '.join(figures.FORMATS)}, got {format!r}")
+    images = data_sets.load(data)
+    if not images.is_image:
+        raise ValueError(f"--data expects images (digits, mnist or cifar10), got {data}")
+    with progress_bar(Console(), "Drawing", len(names)) as update:
+        for done, name in enumerate(names):
+            update(done, name)
+            figures.draw_figure(name, out / f"{name}.{format}", images)
+        update(len(names), "")
+    typer.echo(f"{len(names)} pictures: {out}")
 
 
 @app.command()

@@ -37,11 +37,13 @@ LAYERS = [
     ("density",),
     ("",),
     ("flow",),
-    ("training", "figures", "memory"),
+    ("training", "memory"),
+    ("figures",),
     ("demo",),
     ("cli",),
 ]
 EXTRAS = [
+    "diffusers",
     "matplotlib",
     "rich",
     "safetensors",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels import figures
+from pfgm_kernels.figures import runs
 from pfgm_kernels.flow import Trajectory
 
 PATH = Path("picture.png")
@@ -22,7 +23,7 @@ SIZE, BORDER = figures.PIXELS_PER_PIXEL, 3
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
     """The figures in place of their files."""
     found: list = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: found.append(figure))
+    monkeypatch.setattr(runs, "save", lambda figure, path: found.append(figure))
     return found
 
 

@@ -1,49 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures: grids of images, the loss, and how samples travel from the prior to the data."""
+"""Pictures of a run: grids of images, the loss, and how samples travel to the data."""
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from mpl_toolkits.mplot3d.art3d import Line3DCollection  # type: ignore[import-untyped]
 from torch import Tensor
 
-from pfgm_kernels.files import write_bytes
+from pfgm_kernels.figures.canvas import save, sheet
 from pfgm_kernels.flow import Trajectory
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 PIXELS_PER_PIXEL = 6
-DPI = 110
-COLORS = 256
 
 
 def draw_samples(samples: Tensor, path: Path) -> None:
     """A grid of images (n, h, w) or (n, 3, h, w) in [-1, 1], or a scatter plot of points (n, 2)."""
-    figure = _figure(6, 6)
+    figure = sheet(6, 6)
     axes = figure.add_subplot()
     if samples.ndim == 2 and samples.shape[1] == 2:
         axes.scatter(samples[:, 0], samples[:, 1], s=4, c="#3b528b", alpha=0.6, linewidths=0)
         axes.set_aspect("equal")
     else:
         _show(axes, tile(samples, columns=max(1, round(len(samples) ** 0.5))))
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_comparison(samples: Tensor, real: Tensor, path: Path) -> None:
     """Two grids side by side, ten in a row, each (n, h, w) in [-1, 1]: samples and real images."""
-    figure = _figure(11, 5.9)
+    figure = sheet(11, 5.9)
     for axes, images, title in zip(
         figure.subplots(1, 2), (samples, real), ("samples", "real, held out"), strict=True
     ):
         _show(axes, tile(images, columns=10))
         axes.set_title(title, fontsize=15)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_loss(losses: list[float], path: Path, window: int = 50) -> None:
@@ -51,25 +47,25 @@ def draw_loss(losses: list[float], path: Path, window: int = 50) -> None:
     values = np.asarray(losses)
     window = min(window, len(values))
     mean = np.convolve(values, np.ones(window) / window, mode="valid")
-    figure = _figure(7, 4)
+    figure = sheet(7, 4)
     axes = figure.add_subplot()
     axes.semilogy(np.arange(1, len(values) + 1), values, color="#a0b4d0", linewidth=0.5)
     axes.semilogy(np.arange(window, len(values) + 1), mean, color="#3b528b", linewidth=1.8)
     axes.set_xlabel("step")
     axes.set_ylabel("loss, Eq. (12)")
     axes.grid(alpha=0.3, which="both", linewidth=0.5)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_trajectories(lines: Trajectory, points: Tensor, digits: Trajectory, path: Path) -> None:
     """Left: field lines (S, B, 2) that fall on ``points`` (N, 2). Right: digits (S, B, h, w)."""
     assert lines.path is not None
     assert digits.path is not None
-    figure = _figure(13, 6.2)
+    figure = sheet(13, 6.2)
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.05))[0]
     _field_lines(left, lines.path, lines.times, points)
     _morphing(right, digits.path, digits.times)
-    _save(figure, path)
+    save(figure, path)
 
 
 def tile(images: Tensor, columns: int) -> np.ndarray:
@@ -95,8 +91,6 @@ def tile(images: Tensor, columns: int) -> np.ndarray:
 
 def _field_lines(figure: Figure, path: Tensor, times: list[float], points: Tensor) -> None:
     """The lines in the space of x and t, cut to a box around the data, coloured by t."""
-    from mpl_toolkits.mplot3d.art3d import Line3DCollection  # type: ignore[import-untyped]
-
     reach = 2.2 * float(points.abs().max())
     t = path.new_tensor(times)[:, None, None].expand(-1, path.shape[1], 1)
     states = torch.cat([path, t], dim=2)
@@ -136,23 +130,6 @@ def _morphing(figure: Figure, path: Tensor, times: list[float]) -> None:
     figure.suptitle("samples of the network on their way", fontsize=13)
 
 
-def _figure(width: float, height: float) -> Figure:
-    """A figure without a window system."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def _show(axes: Axes, picture: np.ndarray) -> None:
     axes.imshow(picture, interpolation="nearest")
     axes.set_axis_off()
-
-
-def _save(figure: Figure, path: Path) -> None:
-    from PIL import Image
-
-    drawn, picture = BytesIO(), BytesIO()
-    figure.savefig(drawn, dpi=DPI)
-    # A palette makes the file a third as large as full colour.
-    Image.open(drawn).convert("RGB").quantize(COLORS).save(picture, format="PNG", optimize=True)
-    write_bytes(path, picture.getvalue())
