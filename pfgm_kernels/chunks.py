@@ -70,18 +70,21 @@ class Chunks:
         copied = values_grad or not values.is_contiguous() or values.element_size() == 2
         share = workspace // 4
         self.workspace = workspace - share * (2 if copied else 1)
+        ranges = inputs.ranges if batch else None
+        together = ranges is not None and hasattr(module, "RANGES")
+        most = int(ranges.diff().max()) if ranges is not None and together else count
         rows, references = module.chunk_shape(
-            max(1, batch), count, self.d, self.workspace, bool(inputs.operands), values_grad
+            max(1, batch), most, self.d, self.workspace, bool(inputs.operands), values_grad
         )
         rows = min(rows, max(1, (share + SLACK) // (8 * QUERY_ROWS * (self.d + 8))))
         if copied:
             references = min(references, max(1, share // (8 * REFERENCE_ROWS * self.d)))
-        self.parts: list[Part] = [
-            (queries, _slices(count, references)) for queries in _slices(batch, rows, TILE)
-        ]
-        self._ranges = inputs.ranges if hasattr(module, "RANGES") and count <= references else None
-        if inputs.ranges is not None and self._ranges is None and batch > 0:
-            self.parts = _by_range(inputs.ranges, rows, references)
+        together &= most <= references
+        self._ranges = ranges if together else None
+        seen = [slice(0, count)] if together else _slices(count, references)
+        self.parts: list[Part] = [(queries, seen) for queries in _slices(batch, rows, TILE)]
+        if ranges is not None and not together:
+            self.parts = _by_range(ranges, rows, references)
         self._last: tuple[slice, tuple[Tensor, Tensor, list[Tensor]]] | None = None
 
     def rows(self, queries: slice) -> tuple[Tensor, Tensor]:

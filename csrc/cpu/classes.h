@@ -45,22 +45,27 @@ FieldParams cut(const FieldParams& p, int64_t first, int64_t last) {
   return part;
 }
 
-// Many ranges are shared out among the threads, few have all of them in turn.
+// Work, in columns of pairs, that is worth a thread's waking up.
+constexpr int64_t kWorkPerThread = int64_t{1} << 20;
+
+// Ranges with work for all threads have them in turn; the others are shared out among them.
 void for_each_range(const FieldParams& p, void (*kernel)(const FieldParams&)) {
   if (!p.ranges) return kernel(p);
-  std::vector<FieldParams> parts;
+  std::vector<FieldParams> small;
   for (int64_t first = 0, last = 0; first < p.batch; first = last) {
     while (last < p.batch &&
            std::equal(p.ranges + 2 * first, p.ranges + 2 * first + 2, p.ranges + 2 * last)) {
       ++last;
     }
-    parts.push_back(cut(p, first, last));
+    FieldParams part = cut(p, first, last);
+    if (part.batch * part.count * part.dim >= p.num_threads * kWorkPerThread) {
+      kernel(part);
+    } else {
+      part.num_threads = 1;
+      small.push_back(part);
+    }
   }
-  const bool many = 2 * static_cast<int64_t>(parts.size()) > p.num_threads;
-  parallel_for(many ? p.num_threads : 1, parts.size(), [&](int64_t i, int) {
-    if (many) parts[i].num_threads = 1;
-    kernel(parts[i]);
-  });
+  parallel_for(p.num_threads, small.size(), [&](int64_t i, int) { kernel(small[i]); });
 }
 
 }  // namespace
