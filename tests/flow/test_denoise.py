@@ -113,8 +113,8 @@ def test_autocast_gives_float32():
     network = Spy(torch.float32)
     seen = []
     network.linear.register_forward_hook(lambda *a: seen.append(a[2].dtype))
-    denoiser = Preconditioned(network, D=2)
-    exact = denoiser(x, t)
+    exact = Preconditioned(network, D=2)(x, t)
+    denoiser = Preconditioned(lambda x, condition: network(x, condition).bfloat16(), D=2)
     with torch.autocast("cpu", torch.bfloat16):
         found = denoiser(x, t)
         field = as_field(lambda x, t: denoiser(x, t).bfloat16())(x, t)
