@@ -30,7 +30,7 @@ def trajectories(detail: float = 1.0) -> Figure:
     lies the same share of p_t, whose density is behind them, relative to its highest at each t.
     Right, d = 2: the lines in the space of x and t, each in the colour of where it ends.
     """
-    figure = sheet(11, 4.9)
+    figure = sheet(11, 4.7)
     left = figure.add_subplot(1, 2, 1)
     _one(left, max(6, round(56 * detail)))
     right: Any = figure.add_subplot(1, 2, 2, projection="3d")
