@@ -56,6 +56,7 @@ FieldParams parse(const py::kwargs& arguments) {
     PFGM_FIELD(half_k)
     PFGM_FIELD(x)
     PFGM_FIELD(t)
+    PFGM_FIELD(ranges)
     PFGM_FIELD(values)
     PFGM_FIELD(table)
     PFGM_FIELD(value_type)

@@ -15,11 +15,14 @@ enum class Output : int { kDisplacement, kMean, kField };
 // multiple of 8 for the CPU kernels (columns beyond d are zero) and d for CUDA.
 struct FieldParams {
   int64_t batch, count, dim;
-  double half_k;       // (d + D)/2; infinity selects the Gaussian kernel
-  const double* x;     // (B, ld); null for CUDA where x_single is there
-  const double* t;     // (B,)
-  const void* values;  // (N, d) of value_type
-  const float* table;  // (256,) what 8-bit codes stand for; null for floating-point values
+  double half_k;    // (d + D)/2; infinity selects the Gaussian kernel
+  const double* x;  // (B, ld); null for CUDA where x_single is there
+  const double* t;  // (B,)
+  // CPU: the first and the last + 1 of the references that each query sees, equal ones together;
+  // null where all see all.
+  const int64_t* ranges;  // (B, 2)
+  const void* values;     // (N, d) of value_type
+  const float* table;     // (256,) what 8-bit codes stand for; null for floating-point values
   ValueType value_type;
 
   // Whether the queries are float32, so that the kernels need not compute in double throughout.
@@ -53,7 +56,8 @@ struct FieldParams {
   double* projection;         // (B,) grad_displacement · v
   double* grad_log_mass;      // (B,)
   const double* tilt;         // (B,) forward mode (cpu/common/pull.h), or null
-  double* dx;                 // (B, ld) 2 Σ_j c_j (x0_j − x), which CUDA adds to what is there
+  double* dx;                 // (B, ld) 2 Σ_j c_j (x0_j − x), which CUDA adds to what is there;
+                              // for the CPU kernels null where it is not wanted
   double* dt;                 // (B,) with a tilt 2 Σ_j c_j; likewise
   void* dvalues;              // (N, d) of value_type, or null
 

@@ -4,12 +4,15 @@
 import torch  # noqa: F401  (first, so that the extension shares torch's OpenMP runtime)
 
 from pfgm_kernels.choice import report
+from pfgm_kernels.density import divergence, log_density
 from pfgm_kernels.field import poisson_displacement, poisson_field, posterior_mean
 from pfgm_kernels.merge import merge
 from pfgm_kernels.references import ReferenceSet
 
 __all__ = [
     "ReferenceSet",
+    "divergence",
+    "log_density",
     "merge",
     "poisson_displacement",
     "poisson_field",

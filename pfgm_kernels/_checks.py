@@ -124,6 +124,13 @@ def batch(name: str, value: object) -> Tensor:
     return value
 
 
+def blind(values: Tensor) -> bool:
+    """Whether values cannot be looked at: within a compiled or captured call."""
+    return torch.compiler.is_compiling() or (
+        values.is_cuda and torch.cuda.is_current_stream_capturing()
+    )
+
+
 def _item(name: str, value: Tensor | np.ndarray, wanted: str) -> object:
     """The one number of a 0-dim array or tensor, read on the host."""
     if value.ndim > 0:

@@ -19,12 +19,12 @@ SECOND = (
     "the Poisson field is differentiable once, got a request for second derivatives: take "
     "differences of the first ones (for a Jacobian-vector product torch.func.jvp needs none)"
 )
-NUM_INPUTS = 12  # of pfgm::field_forward
+NUM_INPUTS = 13  # of pfgm::field_forward
 
 
 def apply(*args: Any) -> tuple[Tensor, Tensor]:
-    """result and log_mass of pfgm::field_forward (x, t, values, table, operands, k, output, gamma,
-    scale, workspace, backend), differentiable in x, t and values.
+    """result and log_mass of pfgm::field_forward (x, t, values, table, operands, k, ranges, output,
+    gamma, scale, workspace, backend), differentiable in x, t and values.
     """
     *inputs, workspace, backend = args
     if forward_mode():
@@ -34,6 +34,15 @@ def apply(*args: Any) -> tuple[Tensor, Tensor]:
     else:
         return torch.ops.pfgm.field_forward(*inputs, False, workspace, backend)[:2]
     return run(*inputs, True, workspace, backend)[:2]
+
+
+def apply_trace(*args: Any) -> Tensor:
+    """pfgm::field_trace, differentiable in x, t and values, backward."""
+    if forward_mode():
+        return _DualTrace.apply(*args)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in args[:3]):
+        return _Trace.apply(*args)
+    return torch.ops.pfgm.field_trace(*args)
 
 
 def forward_mode() -> bool:
@@ -50,11 +59,11 @@ class _Field(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, t, values, table, operands, *scalars = inputs
+        x, t, values, table, operands, k, ranges, *scalars = inputs
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, t, values, table, *output[2:], *operands)
-        ctx.constants = scalars[:4], scalars[5:]
+        ctx.save_for_backward(x, t, values, table, ranges, *output[2:], *operands)
+        ctx.constants = k, scalars[:3], scalars[4:]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_log_mass: Tensor | None, *_: Any) -> Any:
@@ -78,8 +87,8 @@ class _DualField(_Field):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _Field.setup_context(ctx, inputs, output)
-        x, t, values, table, operands, *_ = inputs
-        ctx.save_for_forward(x, t, values, table, *output[2:], *operands)
+        x, t, values, table, operands, _, ranges, *_ = inputs
+        ctx.save_for_forward(x, t, values, table, ranges, *output[2:], *operands)
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor | None, t: Tensor | None, values: Tensor | None, *_: Any) -> Any:
@@ -89,9 +98,9 @@ class _DualField(_Field):
 
 
 def _saved(ctx: Any) -> tuple[Any, Any, Any]:
-    x, t, values, table, *rest = ctx.saved_tensors
-    scalars, ending = ctx.constants
-    return (x, t, values, table, rest[3:], *scalars), rest[:3], ending
+    x, t, values, table, ranges, *rest = ctx.saved_tensors
+    k, output, ending = ctx.constants
+    return (x, t, values, table, rest[3:], k, ranges, *output), rest[:3], ending
 
 
 class _Once(torch.autograd.Function):
@@ -127,6 +136,57 @@ class _Tangent(_Once):
     def forward(*args: Any) -> Any:
         return torch.ops.pfgm.field_jvp(*args)
 
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(SECOND)
+
+
+class _Trace(torch.autograd.Function):
+    """pfgm::field_trace with pfgm::field_trace_backward."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return torch.ops.pfgm.field_trace(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, t, values, table, _, k, ranges, workspace, _ = inputs
+        ctx.save_for_backward(x, t, values, table, ranges)
+        ctx.constants = k, workspace
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        run: Any = torch.ops.pfgm.field_trace_backward
+        if forward_mode():
+            run = _DualTraceGradient.apply
+        elif torch.is_grad_enabled():
+            run = _TraceGradient.apply
+        k, workspace = ctx.constants
+        values_grad = ctx.needs_input_grad[2]
+        *inputs, ranges = ctx.saved_tensors
+        dx, dt, dvalues = run(*inputs, [], k, ranges, g, values_grad, workspace)
+        return dx, dt, dvalues if values_grad else None, *[None] * 6
+
+    vmap = staticmethod(ops.no_vmap)
+
+
+class _DualTrace(_Trace):
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "the divergence has no forward mode: take its gradients backward, or differences"
+        )
+
+
+class _TraceGradient(_Once):
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return torch.ops.pfgm.field_trace_backward(*args)
+
+    vmap = staticmethod(ops.no_vmap)
+
+
+class _DualTraceGradient(_TraceGradient):
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
         raise NotImplementedError(SECOND)

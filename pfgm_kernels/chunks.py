@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pfgm_kernels._checks import blind
 from pfgm_kernels.backends import BACKENDS, eager
 from pfgm_kernels.merge import combine
 from pfgm_kernels.outputs import Output
@@ -34,11 +35,12 @@ REFERENCE_ROWS = 3
 """Rows of float64 that a reference takes which is copied or gets gradients."""
 
 Partial = tuple[Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class Inputs(NamedTuple):
     """x (B, *event) and values (N, *event), or (N, d), of any floating dtype (values: or uint8
-    codes into table (256,)); t (B,); operands: see `ops`.
+    codes into table (256,)); t (B,); operands and ranges: see `ops`.
     """
 
     x: Tensor
@@ -47,6 +49,11 @@ class Inputs(NamedTuple):
     table: Tensor
     operands: list[Tensor]
     k: float
+    ranges: Tensor | None = None
+
+
+Part = tuple[slice, list[slice]]
+"""A chunk of queries, and the chunks of the references that they see."""
 
 
 class Chunks:
@@ -69,13 +76,22 @@ class Chunks:
         rows = min(rows, max(1, (share + SLACK) // (8 * QUERY_ROWS * (self.d + 8))))
         if copied:
             references = min(references, max(1, share // (8 * REFERENCE_ROWS * self.d)))
-        self.queries, self.references = _slices(batch, rows, TILE), _slices(count, references)
+        self.parts: list[Part] = [
+            (queries, _slices(count, references)) for queries in _slices(batch, rows, TILE)
+        ]
+        self._ranges = inputs.ranges if hasattr(module, "RANGES") and count <= references else None
+        if inputs.ranges is not None and self._ranges is None and batch > 0:
+            self.parts = _by_range(inputs.ranges, rows, references)
         self._last: tuple[slice, tuple[Tensor, Tensor, list[Tensor]]] | None = None
 
     def rows(self, queries: slice) -> tuple[Tensor, Tensor]:
         """x (n, d) in the dtype that backends compute with, and t (n,) float64."""
         x = flatten(self.inputs.x[queries]).to(self.dtype)
         return x, self.inputs.t[queries].double().contiguous()
+
+    def ranges(self, queries: slice) -> Tensor | None:
+        """(n, 2), those that the backend has to keep to."""
+        return None if self._ranges is None else self._ranges[queries].contiguous()
 
     def reference_rows(self, references: slice) -> tuple[Tensor, Tensor, list[Tensor]]:
         """values (n, d), table and operands: those of all references cut, or else prepared for a
@@ -99,11 +115,13 @@ class Chunks:
             return Stored(flatten(values), table, index)
         return Stored(flatten(values[index]), table, torch.arange(len(index), device=index.device))
 
-    def forward(self, x: Tensor, t: Tensor) -> Partial:
-        """The four outputs of the backend for a chunk of queries and all references."""
+    def forward(self, x: Tensor, t: Tensor, queries: slice, seen: list[slice]) -> Partial:
+        """The four outputs of the backend for a chunk of queries and what they see."""
         total: Partial | None = None
-        for references in self.references:
-            part = self.module.forward(x, t, *self.reference_rows(references), self.k)
+        ranges = self.ranges(queries)
+        within = [] if ranges is None else [ranges]
+        for references in seen:
+            part = self.module.forward(x, t, *self.reference_rows(references), self.k, *within)
             if references.start > 0:
                 part[2].add_(references.start)
             total = part if total is None else _merge_partials(total, part)
@@ -123,7 +141,8 @@ class Saved(NamedTuple):
     def rows(self, chunks: Chunks, queries: slice) -> Rows:
         x, t = chunks.rows(queries)
         anchor, log_weight = self.anchor[queries], self.anchor_log_weight[queries]
-        return Rows(x, t, self.residual[queries], chunks.stored(anchor), log_weight, chunks.k)
+        residual, stored = self.residual[queries], chunks.stored(anchor)
+        return Rows(x, t, residual, stored, log_weight, chunks.k, chunks.ranges(queries))
 
 
 def field_forward(
@@ -139,9 +158,9 @@ def field_forward(
     # what chunks free, which could not be used again.
     on_cpu = inputs.x.device.type == "cpu"
     parts: list[list[Tensor]] = []
-    for queries in chunks.queries:
+    for queries, seen in chunks.parts:
         x, t = chunks.rows(queries)
-        v, *part = chunks.forward(x, t)
+        v, *part = chunks.forward(x, t, queries, seen)
         rows = Rows(x, t, residual[queries], chunks.stored(part[1]), part[2], chunks.k)
         getattr(module, "finish", finish)(rows, output, v, flatten(result[queries]))
         if on_cpu:
@@ -173,41 +192,45 @@ def field_backward(
     if output.name != "displacement":
         g_log_mass = None  # a traced graph has zeros for what has no rows
     dx, dt, dvalues = empty_gradients(inputs, values_grad)
-    if values_grad and len(chunks.queries) > 1 < len(chunks.references):
+    sums: Gradients = (dx, dt, None)
+    wanted: Gradients = (None, None, dvalues)
+    seen = chunks.parts[0][1]
+    if values_grad and len(chunks.parts) > 1 < len(seen):
         # Sums over the queries and over the references: neither fit a chunk, so each has a sweep.
-        _sweep(chunks, output, saved, g, g_log_mass, chunks.references, (dx, dt, None))
-        for references in chunks.references:
-            _sweep(chunks, output, saved, g, g_log_mass, [references], (None, None, dvalues))
+        _sweep(chunks, chunks.parts, output, saved, g, g_log_mass, sums)
+        for references in seen:
+            parts = [(queries, [references]) for queries, _ in chunks.parts]
+            _sweep(chunks, parts, output, saved, g, g_log_mass, wanted)
     else:
-        wanted = dvalues if values_grad else None
-        _sweep(chunks, output, saved, g, g_log_mass, chunks.references, (dx, dt, wanted))
+        wanted = (dx, dt, dvalues) if values_grad else sums
+        _sweep(chunks, chunks.parts, output, saved, g, g_log_mass, wanted)
     return dx, dt, dvalues
 
 
 def _sweep(
     chunks: Chunks,
+    parts: list[Part],
     output: Output,
     saved: Saved,
     g: Tensor | None,
     g_log_mass: Tensor | None,
-    references: list[slice],
-    wanted: tuple[Tensor | None, Tensor | None, Tensor | None],
+    wanted: Gradients,
 ) -> None:
-    """Gradients from all queries and some references, to what is wanted of dx, dt and dvalues.
+    """Gradients from some parts, to what is wanted of dx, dt and dvalues.
 
     dvalues needs one chunk of queries or of references.
     """
     dx, dt, dvalues = wanted
     total: Tensor | None = None
-    for queries in chunks.queries:
+    for queries, seen in parts:
         rows = saved.rows(chunks, queries)
         g_rows = None if g is None else flatten(g[queries])
         g_m = None if g_log_mass is None else g_log_mass[queries].contiguous()
         cotangents = getattr(chunks.module, "begin", begin)(rows, output, g_rows, g_m)
-        for chunk in references:
+        for chunk in seen:
             stored = chunks.reference_rows(chunk)
             part = chunks.module.backward(rows, *stored, cotangents, dvalues is not None)
-            if dvalues is not None and len(chunks.queries) == 1:
+            if dvalues is not None and len(parts) == 1:
                 _write(part, dvalues[chunk])
             elif dvalues is not None:
                 total = part.double() if total is None else total.add_(part)
@@ -215,7 +238,7 @@ def _sweep(
             _write(cotangents.dx, dx[queries])
             dt[queries] = cotangents.dt
     if dvalues is not None and total is not None:
-        _write(total, dvalues[references[0]])
+        _write(total, dvalues[parts[0][1][0]])
 
 
 def field_jvp(
@@ -241,7 +264,7 @@ def field_jvp(
         module, inputs = eager, inputs._replace(operands=[])
     chunks = Chunks(inputs, workspace, module, values_tangent is not None)
     result, (log_mass, *_) = empty_result(inputs, output), empty_rows(inputs, output, False)
-    for queries in chunks.queries:
+    for queries, seen in chunks.parts:
         rows = saved.rows(chunks, queries)
         x_rows, t_rows = torch.zeros_like(rows.v), torch.zeros_like(rows.t)
         if x_tangent is not None:
@@ -251,9 +274,12 @@ def field_jvp(
         anchor_tangent = torch.zeros_like(rows.v)
         if values_tangent is not None:
             anchor_tangent += flatten(values_tangent[saved.anchor[queries]])
-        centre = _centre(rows, x_rows - anchor_tangent, t_rows, chunks.k, len(inputs.values))
+        count: int | Tensor = sum(part.stop - part.start for part in seen)
+        if rows.ranges is not None:
+            count = rows.ranges[:, 1] - rows.ranges[:, 0]
+        centre = _centre(rows, x_rows - anchor_tangent, t_rows, chunks.k, count)
         pull, slope = torch.zeros_like(rows.v), torch.zeros_like(rows.t)
-        for references in chunks.references:
+        for references in seen:
             moving: tuple[Tensor, ...] = ()
             if values_tangent is not None:
                 moving = (flatten(values_tangent[references]).double(), anchor_tangent)
@@ -269,7 +295,9 @@ def field_jvp(
     return result, log_mass
 
 
-def _centre(rows: Rows, tangent: Tensor, t_tangent: Tensor, k: float, count: int) -> Tensor:
+def _centre(
+    rows: Rows, tangent: Tensor, t_tangent: Tensor, k: float, count: int | Tensor
+) -> Tensor:
     """What the tangents of the logits are relative to (n,), for that of x − x0_a (n, d) and t (n,).
 
     The anchor's tangent: those of references that share the weight hardly differ from it. But zero
@@ -338,6 +366,26 @@ def _merge_partials(a: Partial, b: Partial) -> Partial:
     displacement, log_mass, weights = combine([a[0], b[0]], [a[1], b[1]])
     anchor_log_weight, nearest = (torch.stack([a[3], b[3]]) + weights.log()).max(0)
     return displacement, log_mass, torch.where(nearest == 0, a[2], b[2]), anchor_log_weight
+
+
+def _by_range(ranges: Tensor, rows: int, references: int) -> list[Part]:
+    """Chunks of queries with one range of references each; the host reads the ranges."""
+    if blind(ranges):
+        raise RuntimeError(
+            "labels expects a backend that takes classes in one launch where a CUDA graph is "
+            "captured, got one that does not"
+        )
+    seen, counts = ranges.unique_consecutive(dim=0, return_counts=True)
+    parts, start = [], 0
+    for (first, last), count in zip(seen.tolist(), counts.tolist(), strict=True):
+        chunks = [_shift(part, first) for part in _slices(last - first, references)]
+        parts += [(_shift(part, start), chunks) for part in _slices(count, rows, TILE)]
+        start += count
+    return parts
+
+
+def _shift(part: slice, by: int) -> slice:
+    return slice(part.start + by, part.stop + by)
 
 
 def _slices(total: int, size: int, multiple: int = 1) -> list[slice]:

@@ -104,7 +104,7 @@ def sample(
     model: Annotated[Path, typer.Option(help="Folder of a finished run.")],
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("samples.png"),
     count: Annotated[int, typer.Option(help="Number of samples.")] = 100,
-    solver: Annotated[str, typer.Option(help="euler, heun or rk45.")] = "heun",
+    solver: Annotated[str, typer.Option(help="euler, heun, heun_euler or rk45.")] = "heun",
     steps: Annotated[int, typer.Option(help="Steps of euler and heun.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the prior.")] = 0,
 ) -> None:

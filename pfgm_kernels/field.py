@@ -12,11 +12,12 @@ Generative Models"; D as in Xu et al. 2023, "PFGM++"):
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pfgm_kernels._checks import REAL, floating, holds, non_negative, number, tensor
+from pfgm_kernels._checks import REAL, floating, holds, integer, non_negative, number, tensor
 from pfgm_kernels._traced import traceable
 from pfgm_kernels.autograd import apply, forward_mode
 from pfgm_kernels.choice import choose
@@ -31,6 +32,7 @@ def poisson_field(
     D: float = 1,
     gamma: float = 0.0,
     scale: float = 1.0,
+    labels: Tensor | int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The normalised Poisson field of the references x0 at the queries (x, t), Eq. (12).
@@ -50,22 +52,26 @@ def poisson_field(
         D: dimensions added to the data's d, real, ≥ 0; 1 is PFGM, `math.inf` the Gaussian kernel.
         gamma: ≥ 0, added to the norm, in the units of x.
         scale: factor of the normalised field.
+        labels: (B,) integers or one for all, where x0 is a ReferenceSet that has labels: each query
+            sees the references of its class alone, at their cost. None: all see all.
         backend: a name from `report()`, or None for the one that a ReferenceSet was made for, or
             else the first that can run; on a GPU, that has proven itself there (see `report`).
 
     Returns:
         (B, d + 1), the last column the t-component, in the dtype that x and x0 promote to
-        (float32 for 16-bit inputs). A row whose query is not finite is NaN.
+        (float32 for 16-bit inputs). A row whose query is not finite is NaN; so is, in a compiled
+        or captured call, which cannot look at values, one whose class has no references.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes that do not fit, an empty x0, or a scalar out of its range.
+        ValueError: shapes that do not fit, an empty x0, labels for references that have none, a
+            class without references, or a scalar out of its range.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
     gamma, scale = non_negative("gamma", gamma), number("scale", scale)
     if not holds(abs(scale) < math.inf):
         raise ValueError(f"scale expects a finite number, got {scale}")
-    return _run(x, t, x0, D, backend, "field", gamma, scale)[0]
+    return _run(x, t, x0, D, labels, backend, "field", gamma, scale)[0]
 
 
 def poisson_displacement(
@@ -74,6 +80,7 @@ def poisson_displacement(
     x0: Tensor | ReferenceSet,
     *,
     D: float = 1,
+    labels: Tensor | int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted mean displacement from the queries to the references, and the log of the mass.
@@ -92,7 +99,7 @@ def poisson_displacement(
     Returns:
         v (B, *event) in the promoted dtype of x and x0, log_mass (B,) float64.
     """
-    return _run(x, t, x0, D, backend, "displacement")
+    return _run(x, t, x0, D, labels, backend, "displacement")
 
 
 def posterior_mean(
@@ -101,6 +108,7 @@ def posterior_mean(
     x0: Tensor | ReferenceSet,
     *,
     D: float = 1,
+    labels: Tensor | int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The mean of the references given a query, E[x0 | x, t] = Σ_j w_j x0_j = x + v.
@@ -115,7 +123,7 @@ def posterior_mean(
     Returns:
         (B, *event) in the promoted dtype of x and x0.
     """
-    return _run(x, t, x0, D, backend, "mean")[0]
+    return _run(x, t, x0, D, labels, backend, "mean")[0]
 
 
 def _run(
@@ -123,12 +131,54 @@ def _run(
     t: Tensor | float,
     x0: Tensor | ReferenceSet,
     D: float,
+    labels: Tensor | int | None,
     backend: str | None,
     output: str,
     gamma: float = 0.0,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The result (see `outputs`) and the log mass of the op, after a look at the arguments."""
+    call = resolve(x, t, x0, D, labels, backend)
+    k, gamma, scale = traceable(call.k, gamma, scale)
+    result, log_mass = apply(*call.inputs, k, call.ranges, output, gamma, scale, *call.ending)
+    return call.restore(result), call.restore(log_mass) if output == "displacement" else log_mass
+
+
+class Call(NamedTuple):
+    """The arguments of a function of the op, looked at, as `ops` takes them."""
+
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
+    """x, t, values, table and operands; with labels the queries of a class together."""
+    k: float
+    ranges: Tensor | None
+    ending: tuple[int, str]
+    """The workspace and the backend that will run."""
+    back: Tensor | None = None
+    """(B,) int64, where each query is; None where they are as given."""
+    missing: Tensor | None = None
+    """(B,), whether a query's class has no references."""
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """rows (B, ...) of a result in the order of the queries as given."""
+        if self.back is None or self.missing is None:
+            return rows
+        missing = self.missing.view(-1, *[1] * (rows.dim() - 1))
+        return rows.index_select(0, self.back).masked_fill(missing, math.nan)
+
+
+def resolve(
+    x: Tensor,
+    t: Tensor | float,
+    x0: Tensor | ReferenceSet,
+    D: float,
+    labels: Tensor | int | None,
+    backend: str | None,
+    derivatives: bool = False,
+) -> Call:
+    """The call that the arguments of any function of the op ask for, after a look at them.
+
+    derivatives: whether the function takes some, whatever is asked of its result.
+    """
     references = x0 if isinstance(x0, ReferenceSet) else None
     if references:
         values, table = references.stored()
@@ -149,9 +199,9 @@ def _run(
     D = number("D", D)
     if not holds(D >= 0):
         raise ValueError(f"D expects a real number ≥ 0, got {D}")
-    t = _expand_t(t, x, D)
+    t = expand_t(t, x, D)
 
-    derivatives = forward_mode() or (
+    derivatives |= forward_mode() or (
         torch.is_grad_enabled() and (x.requires_grad or t.requires_grad or values.requires_grad)
     )
     if backend is None and references:
@@ -159,11 +209,28 @@ def _run(
     d = math.prod(event_shape)
     name = choose(backend, x.device, d, values.dtype == torch.uint8, derivatives)
     operands = references.operands_for(name) if references else []
-    k, gamma, scale = traceable(d + D, gamma, scale)
-    return apply(x, t, values, table, operands, k, output, gamma, scale, workspace, name)
+    ending = workspace, name
+    if labels is None:
+        return Call((x, t, values, table, operands), d + D, None, ending)
+    ranges, missing = seen(labels, x0, x)
+    order = ranges[:, 0].argsort(stable=True)  # so that kernels take those of a class together
+    x, t, ranges = (each.index_select(0, order) for each in (x, t, ranges))
+    inputs = x, t, values, table, operands
+    return Call(inputs, d + D, ranges, ending, order.argsort(), missing)
 
 
-def _expand_t(t: Tensor | float, x: Tensor, D: float) -> Tensor:
+def seen(labels: Tensor | int, x0: Tensor | ReferenceSet, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`Classes.ranges` of the labels of the queries x (B, *event)."""
+    if not isinstance(x0, ReferenceSet) or x0.classes is None:
+        wanted = "a ReferenceSet that has labels, ReferenceSet(x0, labels=...)"
+        raise ValueError(f"labels expects {wanted}, got references that have none")
+    if not isinstance(labels, Tensor):
+        one = torch.zeros((), dtype=torch.int64, device=x.device) + integer("labels", labels, 0)
+        labels = one.expand(x.shape[0])
+    return x0.classes.ranges(labels, x.shape[0])
+
+
+def expand_t(t: Tensor | float, x: Tensor, D: float) -> Tensor:
     """t as a floating-point tensor (B,) on the device of x."""
     if not isinstance(t, Tensor):
         height = number("t", t)

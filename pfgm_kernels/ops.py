@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.library contracts of the op; `chunks` computes them.
 
-    pfgm::field_forward   x, t, values, table, operands, k, …
+    pfgm::field_forward   x, t, values, table, operands, k, ranges, …
                           → result, log_mass, and what the other two need:
                             residual, anchor, anchor_log_weight
     pfgm::field_backward  … and the cotangents of result and log_mass   → dx, dt, dvalues
     pfgm::field_jvp       … and the tangents of x, t and values   → those of result and log_mass
+    pfgm::field_trace     the same inputs → the trace (B,) of the mean's derivative by x (`trace`)
+    pfgm::field_trace_backward   … and its cotangent   → dx, dt, dvalues, whatever the backend
 
 With s_j = ‖x − x0_j‖² + t² and w = softmax_j(−(k/2) log s_j) (k = ∞: softmax_j(−‖x − x0_j‖²/2t²)):
 displacement v = Σ_j w_j (x0_j − x) (B, d) and log_mass (B,) float64, the logsumexp of the logits.
@@ -15,7 +17,8 @@ log w_a, from which derivatives recompute every weight; they are (0,) unless sav
 
 x (B, *event) and values (N, *event) are of any floating dtype and strides, or values are uint8
 codes into table (256,) float32, which is else (0,). t (B,). operands are what the backend prepared
-of all values, or empty.
+of all values, or empty. ranges (B, 2) int64 are the first and the last + 1 of the references that
+each query sees, never none, equal ones together; None where all see all.
 
 A backend is a module with
 
@@ -29,10 +32,13 @@ A backend is a module with
                                                  → dvalues or None; adds 2 Σ_j c_j (x0_j − x) to
                                                    cotangents.dx and to cotangents.dt
     jvp(rows, values, table, operands, ẋ, ṫ, l̇)  → pull, slope (see `chunks.field_jvp`)
+    trace(rows, values, table, operands)         → its share of the trace (see `trace`)
 
 for x (n, d) float32 or float64, and float64 where the values are; t float64; values (m, d) float32,
 float64 or uint8; everything else float64. rows and cotangents are what `rows` has of n queries.
-Without `jvp` the portable sums serve, without `finish` and `begin` those of `rows`.
+Without `jvp` the portable sums serve, without `finish` and `begin` those of `rows`, without `trace`
+the gradients. A module with RANGES takes those of the queries too, as the last argument of
+`forward` and in rows; the others are called for each range by itself.
 """
 
 from __future__ import annotations
@@ -42,11 +48,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfgm_kernels import chunks
+from pfgm_kernels import chunks, trace
 from pfgm_kernels.chunks import Inputs, Saved
 from pfgm_kernels.outputs import Output
 
-INPUTS = "Tensor x, Tensor t, Tensor values, Tensor table, Tensor[] operands, float k"
+INPUTS = (
+    "Tensor x, Tensor t, Tensor values, Tensor table, Tensor[] operands, float k, Tensor? ranges"
+)
 OUTPUT = "str output, float gamma, float scale"
 SAVED = "Tensor residual, Tensor anchor, Tensor anchor_log_weight"
 ENDING = "int workspace, str backend"
@@ -57,8 +65,11 @@ SCHEMAS = {
     f" bool values_grad, {ENDING}) -> (Tensor, Tensor, Tensor)",
     "field_jvp": f"({INPUTS}, {OUTPUT}, {SAVED}, Tensor? x_tangent, Tensor? t_tangent,"
     f" Tensor? values_tangent, {ENDING}) -> (Tensor, Tensor)",
+    "field_trace": f"({INPUTS}, {ENDING}) -> Tensor",
+    "field_trace_backward": f"({INPUTS}, Tensor g, bool values_grad, int workspace)"
+    " -> (Tensor, Tensor, Tensor)",
 }
-TANGENTS = slice(12, 15)
+TANGENTS = slice(13, 16)
 """Where field_jvp has the tangents among its arguments."""
 
 for name, schema in SCHEMAS.items():
@@ -66,7 +77,7 @@ for name, schema in SCHEMAS.items():
 
 
 def _grouped(*args: Any) -> tuple[Inputs, Output, tuple[Any, ...]]:
-    return Inputs(*args[:6]), Output(*args[6:9]), args[9:]
+    return Inputs(*args[:7]), Output(*args[7:10]), args[10:]
 
 
 @torch.library.register_fake("pfgm::field_forward")
@@ -85,6 +96,17 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 def _(*args: Any) -> tuple[Tensor, ...]:
     inputs, output, _ = _grouped(*args)
     return chunks.empty_result(inputs, output), chunks.empty_rows(inputs, output, False)[0]
+
+
+@torch.library.register_fake("pfgm::field_trace")
+def _(*args: Any) -> Tensor:
+    x = args[0]
+    return x.new_empty(x.shape[0], dtype=torch.float64)
+
+
+@torch.library.register_fake("pfgm::field_trace_backward")
+def _(*args: Any) -> tuple[Tensor, ...]:
+    return chunks.empty_gradients(Inputs(*args[:7]), args[8])
 
 
 @torch.library.impl("pfgm::field_forward", "CompositeExplicitAutograd")
@@ -108,6 +130,20 @@ def _field_jvp(*args: Any) -> tuple[Tensor, ...]:
         return chunks.field_jvp(inputs, output, Saved(*rest[:3]), rest[3:6], *rest[6:])
 
 
+@torch.library.impl("pfgm::field_trace", "CompositeExplicitAutograd")
+def _field_trace(*args: Any) -> Tensor:
+    inputs = Inputs(*args[:7])
+    with torch.autocast(inputs.x.device.type, enabled=False):
+        return trace.field_trace(inputs, *args[7:])
+
+
+@torch.library.impl("pfgm::field_trace_backward", "CompositeExplicitAutograd")
+def _field_trace_backward(*args: Any) -> tuple[Tensor, ...]:
+    inputs = Inputs(*args[:7])
+    with torch.autocast(inputs.x.device.type, enabled=False):
+        return trace.field_trace_backward(inputs, *args[7:])
+
+
 def no_vmap(*_: object) -> None:
     raise NotImplementedError(
         "the Poisson field does not support vmap (nor what uses it: is_grads_batched, jacrev, "
@@ -116,9 +152,10 @@ def no_vmap(*_: object) -> None:
     )
 
 
-torch.library.register_vmap("pfgm::field_forward", no_vmap)
-torch.library.register_vmap("pfgm::field_backward", no_vmap)
-for name in SCHEMAS:  # the vmap of is_grads_batched and of torch.autograd.functional
+for name in SCHEMAS:
+    if name != "field_jvp":
+        torch.library.register_vmap(f"pfgm::{name}", no_vmap)
+    # that of is_grads_batched and of torch.autograd.functional
     torch.library.impl(f"pfgm::{name}", "Batched", no_vmap)
 
 

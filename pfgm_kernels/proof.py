@@ -74,7 +74,7 @@ def _run(
     operands = module.prepare(values, table, values.nbytes)
     inputs = Inputs(x, t, values, table, operands, x.shape[1] + problem.D)
     workspace = 1 << 28
-    while problem.cut and workspace > 1 and len(Chunks(inputs, workspace, module).references) == 1:
+    while problem.cut and workspace > 1 and len(Chunks(inputs, workspace, module).parts[0][1]) == 1:
         workspace //= 2
     result, log_mass, *saved = field_forward(inputs, output, family.backward, workspace, backend)
     if not family.backward:

@@ -14,6 +14,7 @@ from pfgm_kernels._checks import INTEGER, floating, integer, number, tensor
 from pfgm_kernels.backends import BACKENDS
 from pfgm_kernels.choice import choose
 from pfgm_kernels.chunks import flatten
+from pfgm_kernels.classes import Classes
 
 LEAST_WORKSPACE = 1 << 20
 EDITED = "ReferenceSet expects its references as they were prepared, but x0 was edited since"
@@ -37,6 +38,8 @@ class ReferenceSet:
 
     Args:
         x0: (N, *event) float16, bfloat16, float32 or float64, dense, finite, N ≥ 1.
+        labels: (N,) integers ≥ 0, the classes of the references, for calls with labels. They are
+            then stored class by class: a copy, unless x0 is sorted so.
         workspace: bytes of temporaries that one call of the op may take, whatever B and N; ≥ 2²⁰.
             By default 256 MiB, and 1 GiB on a GPU, where small chunks would leave it idle.
         backend: the one that the op will run on where it is not asked for another; by default the
@@ -58,11 +61,18 @@ class ReferenceSet:
     workspace: int
     backend: str | None
     """As asked for."""
+    classes: Classes | None
+    """Which references have which label."""
     operands: dict[str, list[Tensor]]
     """What each backend that ran, or will run, prepared of the references, by its name."""
 
     def __init__(
-        self, x0: Tensor, *, workspace: int | None = None, backend: str | None = None
+        self,
+        x0: Tensor,
+        *,
+        labels: Tensor | None = None,
+        workspace: int | None = None,
+        backend: str | None = None,
     ) -> None:
         if isinstance(x0, Tensor) and x0.requires_grad:
             raise ValueError(
@@ -75,7 +85,7 @@ class ReferenceSet:
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("ReferenceSet expects finite references, got NaN or Inf in x0")
         table = values.new_empty(0, dtype=torch.float32)
-        self._set(values, table, x0.shape[1:], workspace, backend)
+        self._set(*_grouped(values, labels), table, x0.shape[1:], workspace, backend)
 
     @classmethod
     def from_images(
@@ -84,6 +94,7 @@ class ReferenceSet:
         low: float = -1.0,
         high: float = 1.0,
         *,
+        labels: Tensor | None = None,
         workspace: int | None = None,
         backend: str | None = None,
     ) -> ReferenceSet:
@@ -95,7 +106,7 @@ class ReferenceSet:
         Args:
             images: (N, *event) uint8, N ≥ 1.
             low, high: the values of the pixels 0 and 255, low < high.
-            workspace, backend: as for the constructor.
+            labels, workspace, backend: as for the constructor.
 
         Raises:
             TypeError: `images` is not a dense uint8 tensor; another argument of the wrong type.
@@ -110,12 +121,14 @@ class ReferenceSet:
         codes = torch.arange(256, dtype=torch.float64, device=images.device)
         table = (low + (high - low) * codes / 255).float()
         references = cls.__new__(cls)
-        references._set(flatten(images), table, images.shape[1:], workspace, backend)
+        values, classes = _grouped(flatten(images), labels)
+        references._set(values, classes, table, images.shape[1:], workspace, backend)
         return references
 
     def _set(
         self,
         values: Tensor,
+        classes: Classes | None,
         table: Tensor,
         event_shape: torch.Size,
         workspace: int | None,
@@ -124,7 +137,7 @@ class ReferenceSet:
         if workspace is None:
             workspace = default_workspace(values.device)
         self.workspace = integer("workspace", workspace, LEAST_WORKSPACE)
-        self.values, self.table = values, table
+        self.values, self.table, self.classes = values, table, classes
         self.event_shape, self.backend = event_shape, backend
         self._version = _version(values)
         self.operands = {}
@@ -179,9 +192,47 @@ class ReferenceSet:
             raise ValueError("ReferenceSet expects a device that holds data, got meta")
         non_blocking &= device.type != "cpu"  # the CPU would prepare what has not arrived
         values, table = (each.to(device, non_blocking=non_blocking) for each in self.stored())
-        moved = type(self).__new__(type(self))
-        moved._set(values, table, self.event_shape, self.workspace, self.backend)
-        return moved
+        classes = self.classes and self.classes.to(device)
+        return self._like(values, classes, table)
+
+    def __getitem__(self, index: slice | Tensor) -> ReferenceSet:
+        """A subset of the references, which are counted as they were given, with their labels:
+        `references[labels == 3]`. A copy, but for a slice of a set without labels.
+
+        index: slice, (N,) bool or (n,) integers, on the device of the set; something of it.
+
+        Raises:
+            TypeError, ValueError, IndexError: another index, or one of nothing.
+        """
+        values, table = self.stored()
+        if isinstance(index, Tensor):
+            if index.dim() != 1 or index.dtype not in (torch.bool, torch.int32, torch.int64):
+                raise TypeError(
+                    "a subset expects a slice, (N,) bool or (n,) integers, "
+                    f"got {index.dtype} of shape {tuple(index.shape)}"
+                )
+        elif not isinstance(index, slice):
+            raise TypeError(
+                f"a subset expects a slice or a tensor of one axis, got {type(index).__name__}"
+            )
+        labels = None
+        if self.classes is not None:
+            labels = self.classes.labels[index]
+            index = self.classes.place()[index]
+        values = values[index]
+        _check_shape("a subset", values)
+        return self._like(*_grouped(values, labels), table)
+
+    def _like(self, values: Tensor, classes: Classes | None, table: Tensor) -> ReferenceSet:
+        """Other references, else the same set."""
+        made = type(self).__new__(type(self))
+        made._set(values, classes, table, self.event_shape, self.workspace, self.backend)
+        return made
+
+    @property
+    def labels(self) -> Tensor | None:
+        """(N,) int64, those of the references in the order in which they were given."""
+        return self.classes and self.classes.labels
 
     def cuda(
         self, device: torch.device | str | int = "cuda", non_blocking: bool = False
@@ -207,7 +258,9 @@ class ReferenceSet:
     def nbytes(self) -> int:
         """Bytes of the tensors that the set keeps alive."""
         prepared = [each for operands in self.operands.values() for each in operands]
-        return sum(each.nbytes for each in (self.values, self.table, *prepared))
+        return sum(
+            each.nbytes for each in (self.values, self.table, *(self.classes or ()), *prepared)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         self.stored()
@@ -227,6 +280,14 @@ class ReferenceSet:
             f"ReferenceSet({len(self)} references of shape {tuple(self.event_shape)}, "
             f"{stored}, {self.nbytes / 2**20:.1f} MiB on {self.device})"
         )
+
+
+def _grouped(values: Tensor, labels: Tensor | None) -> tuple[Tensor, Classes | None]:
+    """values (N, d) class by class."""
+    if labels is None:
+        return values, None
+    classes = Classes.group(labels, len(values), values.device)
+    return values if classes.grouped else values[classes.order], classes
 
 
 def default_workspace(device: torch.device) -> int:

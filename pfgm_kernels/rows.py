@@ -52,6 +52,8 @@ class Rows:
     anchor_log_weight: Tensor
     """(n,) float64"""
     k: float
+    ranges: Tensor | None = None
+    """(n, 2) int64, see `ops`; None where all see all that the backend is given"""
 
     @cached_property
     def anchor_x0(self) -> Tensor:

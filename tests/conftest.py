@@ -16,7 +16,15 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from pfgm_kernels import ReferenceSet, choice, poisson_displacement, poisson_field, posterior_mean
+from pfgm_kernels import (
+    ReferenceSet,
+    choice,
+    divergence,
+    log_density,
+    poisson_displacement,
+    poisson_field,
+    posterior_mean,
+)
 from pfgm_kernels.backends import BACKENDS, cpu
 
 settings.register_profile("default", max_examples=100, deadline=None, derandomize=True)
@@ -49,23 +57,38 @@ class Backend:
         return BACKENDS[self.name].unsupported_reason(self.device)
 
     def displacement(
-        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float
+        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float | Tensor
     ) -> tuple[Tensor, Tensor]:
-        x, t, x0 = self._take(x, t, x0)
+        (x, t, x0), options = self._take(x, t, x0), self._moved(options)
         v, log_mass = poisson_displacement(x, t, x0, backend=self.name, **options)
         return v.cpu(), log_mass.cpu()
 
     def field(
-        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float
+        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float | Tensor
     ) -> Tensor:
-        x, t, x0 = self._take(x, t, x0)
+        (x, t, x0), options = self._take(x, t, x0), self._moved(options)
         return poisson_field(x, t, x0, backend=self.name, **options).cpu()
 
     def mean(
-        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float
+        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float | Tensor
     ) -> Tensor:
-        x, t, x0 = self._take(x, t, x0)
+        (x, t, x0), options = self._take(x, t, x0), self._moved(options)
         return posterior_mean(x, t, x0, backend=self.name, **options).cpu()
+
+    def _moved(self, options):
+        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in options.items()}
+
+    def log_density(
+        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float | Tensor
+    ) -> Tensor:
+        (x, t, x0), options = self._take(x, t, x0), self._moved(options)
+        return log_density(x, t, x0, backend=self.name, **options).cpu()
+
+    def divergence(
+        self, x: Tensor, t: Tensor | float, x0: Tensor | ReferenceSet, **options: float | Tensor
+    ) -> Tensor:
+        (x, t, x0), options = self._take(x, t, x0), self._moved(options)
+        return divergence(x, t, x0, backend=self.name, **options).cpu()
 
     def _take(self, *arguments):
         reason = self.reason()

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "classes.h"
 #include "common/kernels.h"
 
 PFGM_DECLARE_KERNELS(portable)
@@ -77,12 +78,12 @@ void use_instruction_set(const char* name) {
 
 void field_forward_cpu(const FieldParams& p) {
   check(p);
-  chosen->forward(p);
+  for_each_range(p, chosen->forward);
 }
 
 void field_backward_queries_cpu(const FieldParams& p) {
   check(p);
-  chosen->backward_queries(p);
+  for_each_range(p, chosen->backward_queries);
 }
 
 void field_backward_references_cpu(const FieldParams& p) {

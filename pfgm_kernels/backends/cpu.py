@@ -17,6 +17,7 @@ TILE = 64  # queries that they take at a time
 WORK_PER_THREAD = 1 << 20  # columns of pairs that take longer than a thread takes to wake up
 WORK = 1 << 34  # columns of pairs in a chunk, so that an interrupt is noticed within a second or so
 MAX_DIRECT_DIM = 24  # up to here they need nothing prepared
+RANGES = True  # they take queries that see ranges of the references
 
 
 def unsupported_reason(device: torch.device | None = None) -> str | None:
@@ -61,10 +62,16 @@ def operands_of(operands: list[Tensor], references: slice) -> list[Tensor]:
 
 
 def forward(
-    x: Tensor, t: Tensor, values: Tensor, table: Tensor, operands: list[Tensor], k: float
+    x: Tensor,
+    t: Tensor,
+    values: Tensor,
+    table: Tensor,
+    operands: list[Tensor],
+    k: float,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, d = x.shape
-    arguments = _common(x, t, values, table, operands, k)
+    arguments = _common(x, t, values, table, operands, k, ranges)
     displacement = torch.empty_like(arguments["x"])
     log_mass, anchor_log_weight = displacement.new_empty(batch), displacement.new_empty(batch)
     anchor = torch.empty(batch, dtype=torch.int64, device=x.device)
@@ -76,6 +83,8 @@ def forward(
         log_mass=log_mass,
         anchor_log_weight=anchor_log_weight,
     )
+    if ranges is not None:
+        anchor += ranges[:, 0]
     return displacement[:, :d], log_mass, anchor, anchor_log_weight
 
 
@@ -88,7 +97,7 @@ def backward(
     values_grad: bool,
 ) -> Tensor | None:
     dx, dt = cotangents.dx, cotangents.dt
-    arguments = _common(rows.x, rows.t, values, table, operands, rows.k) | {
+    arguments = _common(rows.x, rows.t, values, table, operands, rows.k, rows.ranges) | {
         "anchor_square": cotangents.anchor_square,
         "anchor_log_weight": rows.anchor_log_weight,
         "grad_displacement": _padded(cotangents.g),
@@ -125,7 +134,7 @@ def jvp(
         shift = stretch + tilt
     else:
         tilt, shift = -2 * stretch, centre * t * t - square * t_tangent / t
-    arguments = _common(x, t, values, table, operands, k) | {
+    arguments = _common(x, t, values, table, operands, k, rows.ranges) | {
         "anchor_square": square,
         "anchor_log_weight": rows.anchor_log_weight,
         "grad_displacement": _padded(x_tangent),
@@ -138,18 +147,50 @@ def jvp(
     return pull[:, : x.shape[1]], slope
 
 
+def trace(rows: Rows, values: Tensor, table: Tensor, operands: list[Tensor]) -> Tensor:
+    """This chunk's share of Σ_j w_j (k/s_j) y_j·(y_j − v), y_j = x0_j − x: 2 Σ_j c_j with tilted
+    coefficients (csrc/cpu/common/pull.h).
+    """
+    x, t, k = rows.x, rows.t, rows.k
+    square = (rows.anchor_x0 - x).square().sum(1)
+    arguments = _common(x, t, values, table, operands, k, rows.ranges) | {
+        "anchor_square": square,
+        "anchor_log_weight": rows.anchor_log_weight,
+        "grad_displacement": _padded(-rows.v),
+        "projection": -square,
+        "grad_log_mass": torch.zeros_like(t),
+        "tilt": -square - t * t if math.isfinite(k) else -2 * t * t,
+    }
+    total = torch.empty_like(t)
+    _native.launch("field_backward_queries_cpu", **arguments, dt=total)
+    return total
+
+
 def _common(
-    x: Tensor, t: Tensor, values: Tensor, table: Tensor, operands: list[Tensor], k: float
+    x: Tensor,
+    t: Tensor,
+    values: Tensor,
+    table: Tensor,
+    operands: list[Tensor],
+    k: float,
+    ranges: Tensor | None,
 ) -> dict[str, Any]:
     pairs = x.shape[0] * values.shape[0]
-    return _references(values, table, operands) | {
-        "num_threads": _num_threads(pairs * (8 + x.shape[1])),  # a weight costs some columns
-        "batch": x.shape[0],
-        "half_k": k / 2,
-        "x": _padded(x),
-        "t": t.contiguous(),
-        "single": x.dtype == torch.float32,
-    }
+    if ranges is not None:
+        pairs = int(ranges.diff().sum())
+    within = {} if ranges is None else {"ranges": ranges}
+    return (
+        _references(values, table, operands)
+        | within
+        | {
+            "num_threads": _num_threads(pairs * (8 + x.shape[1])),  # a weight costs some columns
+            "batch": x.shape[0],
+            "half_k": k / 2,
+            "x": _padded(x),
+            "t": t.contiguous(),
+            "single": x.dtype == torch.float32,
+        }
+    )
 
 
 def _references(values: Tensor, table: Tensor, operands: list[Tensor]) -> dict[str, Any]:

@@ -85,15 +85,12 @@ def backward(
     values_grad: bool,
 ) -> Tensor | None:
     """Adds this chunk's share of the gradients, 2 Σ_j c_j (x0_j − x) and dt. Returns dx0."""
-    pairs, t, g = _Pairs(rows, values, table), rows.t, cotangents.g
+    pairs, g = _Pairs(rows, values, table), cotangents.g
     # a_j = g·(x0_j − x − v) = g·(x0_j − x0_a) − g·(v − (x0_a − x))
     pull = pairs.project(g)
     pull += (cotangents.g_m - (g * rows.residual).sum(1))[:, None]
     coefficients = pairs.coefficients(pull)
-    if math.isfinite(rows.k):
-        cotangents.dt.sub_(2 * t * coefficients.sum(1))
-    else:
-        cotangents.dt.add_(2 / t * (coefficients * pairs.squares).sum(1))
+    cotangents.dt.add_(pairs.gradient_of_t(coefficients))
     cotangents.dx.add_(pairs.sum(coefficients))
     if not values_grad:
         return None
@@ -136,6 +133,51 @@ def jvp(
     if values_tangent is not None:
         moved += pairs.weights @ values_tangent
     return moved, slope
+
+
+def trace(rows: Rows, values: Tensor, table: Tensor, operands: list[Tensor]) -> Tensor:
+    """This chunk's share of Σ_j w_j (k/s_j) y_j·(y_j − v) (n,), y_j = x0_j − x (D = ∞: 1/t²)."""
+    pairs = _Pairs(rows, values, table)
+    return 2 * pairs.coefficients(pairs.spread(rows)).sum(1)
+
+
+def trace_sums(rows: Rows, values: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`trace` (n,), Σ_j w_j k/s_j (n,) and Σ_j w_j (k/s_j) y_j (n, d)."""
+    pairs = _Pairs(rows, values, table)
+    trace = 2 * pairs.coefficients(pairs.spread(rows)).sum(1)
+    slopes = pairs.coefficients(torch.ones_like(pairs.weights))
+    return trace, 2 * slopes.sum(1), pairs.sum(slopes)
+
+
+def trace_gradients(
+    rows: Rows,
+    values: Tensor,
+    table: Tensor,
+    g: Tensor,
+    trace: Tensor,
+    pull: Tensor,
+    values_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """This chunk's share of 2 g Σ_j C_j y_j (n, d) and of what they give for t (n,), and dx0, for
+    the cotangent g (n,) of the trace; pull is P (`trace.field_trace_backward`).
+    """
+    pairs, t, k = _Pairs(rows, values, table), rows.t, rows.k
+    spread = pairs.spread(rows)
+    # (k/s_j) y_j·(y_j − v) without the weight, of which some are 0.
+    slope = k / (pairs.squares + (t * t)[:, None]) if math.isfinite(k) else (1 / (t * t))[:, None]
+    excess = slope * spread - trace[:, None]
+    excess -= pairs.project(pull) - (pull * rows.residual).sum(1)[:, None]
+    excess /= 2
+    if math.isfinite(k):
+        excess += spread * slope / k
+    coefficients = pairs.coefficients(2 * g[:, None] * excess)
+    gradient_x, gradient_t = pairs.sum(coefficients), pairs.gradient_of_t(coefficients)
+    if not values_grad:
+        return gradient_x, gradient_t, None
+    slopes = pairs.coefficients(2 * g[:, None].expand_as(spread).clone())
+    gradient = pairs.sum_over_queries(coefficients - slopes)
+    gradient -= slopes.T @ rows.v + (pairs.weights * g[:, None]).T @ pull
+    return gradient_x, gradient_t, gradient
 
 
 class _Pairs:
@@ -189,6 +231,12 @@ class _Pairs:
             excess /= (self.nearest + _offset(self.t, self.k))[:, None]
         return excess
 
+    def spread(self, queries: Rows) -> Tensor:
+        """y_j·(y_j − v) (n, m), y_j = x0_j − x: ‖y_j‖² − ‖y_a‖² − v·(y_j − y_a) − y_a·(v − y_a)."""
+        spread = self.squares - self.nearest[:, None]
+        spread -= self.project(queries.v)
+        return spread.sub_((self.to_anchor * queries.residual).sum(1)[:, None])
+
     def coefficients(self, pull: Tensor) -> Tensor:
         """(k/2) w_j pull_j/s_j, or w_j pull_j/(2t²) for D = ∞ (n, m), in place of pull."""
         pull *= self.weights
@@ -196,6 +244,12 @@ class _Pairs:
             return pull.div_((2 * self.t * self.t)[:, None])
         pull *= (self.k / 2) / (self.squares + _offset(self.t, self.k)[:, None])
         return pull.masked_fill_(self.singular, 0.0)
+
+    def gradient_of_t(self, coefficients: Tensor) -> Tensor:
+        """−2t Σ_j c_j (n,), or (2/t) Σ_j c_j ‖x − x0_j‖² for D = ∞."""
+        if math.isfinite(self.k):
+            return -2 * self.t * coefficients.sum(1)
+        return 2 / self.t * (coefficients * self.squares).sum(1)
 
     def sum(self, coefficients: Tensor) -> Tensor:
         """2 Σ_j c_j (x0_j − x) (n, d)."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels._checks import FLOATING, batch, holds, integer, positive, shape_of_event
+from pfgm_kernels.density import log_normalizer
 from pfgm_kernels.flow._queries import each_height
 from pfgm_kernels.flow._seeds import generators
 
@@ -129,10 +130,9 @@ def log_prior(x: Tensor, *, T: float, D: float = 1) -> Tensor:
     scaled = x.flatten(1).double() / T
     d = scaled.shape[1]
     squared = scaled.square().sum(1)
-    # Constants as tensors: torch.compile would trace every number of math's functions anew.
-    zero = torch.zeros((), dtype=torch.float64, device=x.device)
-    log_volume = d * (zero + T).log()
+    # As a tensor: torch.compile would trace every number of math's functions anew.
+    log_volume = d * (torch.zeros((), dtype=torch.float64, device=x.device) + T).log()
+    constant = log_normalizer(d, D, x.device) - log_volume
     if not holds(math.inf > D):
-        return -squared / 2 - log_volume - d / 2 * math.log(2 * math.pi)
-    constant = (zero + (d + D) / 2).lgamma() - (zero + D / 2).lgamma() - d / 2 * math.log(math.pi)
-    return constant - log_volume - (d + D) / 2 * squared.log1p()
+        return constant - squared / 2
+    return constant - (d + D) / 2 * squared.log1p()

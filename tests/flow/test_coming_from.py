@@ -41,23 +41,28 @@ def names() -> dict[str, object]:
         assert noise_condition.shape == x.shape[:1]
         return x.tanh()
 
+    p, q = batch, torch.randn(20, *EVENT, generator=seeded())
     s = 0.4
     x_s = (1 - s) * batch + s * torch.randn(8, *EVENT, generator=seeded())
     return {
-        "images": images, "batch": batch, "network": network, "unet": unet, "x_s": x_s, "s": s
+        "images": images, "batch": batch, "network": network, "unet": unet, "x_s": x_s, "s": s,
+        "p": p, "q": q, "x": batch, "t": torch.linspace(1, 400, 8),
     }  # fmt: skip
 
 
 def test_it_has_code_for_each():
     assert len(BLOCKS) >= 4
-    for name in ("PFGM", "PFGM++", "STF"):
+    for name in ("PFGM", "PFGM++", "STF", "EFM"):
         assert f"**{name}" in SECTION
 
 
 def test_all_blocks_run(names):
     torch.manual_seed(0)
     ends: list[dict[str, object]] = []
+    queries = {name: names[name] for name in ("x", "t")}
     for block in BLOCKS:
+        if "two_plate_field" in block:
+            names |= queries
         exec(compile(block, "README.md", "exec"), names)
         ends.append(dict(names))
     for end in ends[:3]:
@@ -68,6 +73,9 @@ def test_all_blocks_run(names):
     assert ends[0]["samples"].abs().max() < 1.01  # and its samples are images
     assert ends[1]["loss"] != ends[2]["loss"]
     assert ends[1]["loss_fn"].references is names["references"]
+    assert ends[3]["target"].shape == (8, 49)
+    assert ends[3]["there"].shape == (4, *EVENT)
+    assert ends[3]["there"].isfinite().all()
     assert names["target"].shape == names["velocity"].shape == (8, *EVENT)
 
 

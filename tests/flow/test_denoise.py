@@ -134,6 +134,9 @@ def test_16_bits_are_taken_in_float32(dtype):
     x = x.to(dtype)
     assert torch.equal(denoiser(x, t), denoiser(x.float(), t))
     assert torch.equal(as_field(denoiser)(x, t), as_field(denoiser)(x.float(), t))
+    zero = as_field(lambda x, t: x)
+    assert zero(x, t).dtype == as_denoiser(zero)(x, t).dtype == torch.float32
+    assert torch.equal(as_denoiser(lambda x, t: zero(x, t).to(dtype))(x, t.to(dtype)), x.float())
 
 
 @pytest.mark.parametrize("D", [1, 128, math.inf])

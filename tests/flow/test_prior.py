@@ -89,7 +89,7 @@ def test_shape_dtype_and_generator():
 
 @pytest.mark.parametrize("T", [0.3, 40.0])
 @pytest.mark.parametrize("D", [0.7, 1, 3, math.inf])
-@pytest.mark.parametrize("d", [1, 2, 3])
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 5])
 def test_the_density_integrates_to_one(d, D, T):
     area = 2 * math.pi ** (d / 2) / math.gamma(d / 2)
 

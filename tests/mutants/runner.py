@@ -52,7 +52,6 @@ PRELOADED = [
     "matplotlib.figure",
     "mpl_toolkits.mplot3d.art3d",
     "PIL.Image",
-    "torchdiffeq",
     "safetensors.torch",
 ]
 

@@ -238,6 +238,30 @@ def jvp(
     return Tangents(dv, dlog_mass, dv_terms, dlog_mass_terms, dv_size)
 
 
+@one_thread()
+def trace(truth: Truth, x: Tensor, x0: Tensor, D: float = 1) -> tuple[Tensor, Tensor]:
+    """Of the derivative of x + v by x (B,), with y_j = x0_j − x, and the sum of its terms' sizes:
+
+        tr = Σ_j w_j (k/s_j) y_j·(y_j − v),  Σ_j w_j (k/s_j) ‖y_j‖ ‖y_j − v‖    (D = ∞: 1/t²)
+
+    The terms of weights that need not be summed count 1 / GRADIENT times.
+    """
+    x, t, x0 = _flat(x, truth.t, x0)
+    k, term_weights = x.shape[1] + D, truth.term_weights(GRADIENT)
+    value, terms = torch.zeros_like(t), torch.zeros_like(t)
+    for b in range(len(x)):
+        s = truth.distances[b].square() + t[b] ** 2
+        if not math.isinf(D) and s.min() == 0:  # the singular point: zero by convention
+            continue
+        slope = t[b] ** -2 * torch.ones_like(s) if math.isinf(D) else k / s
+        for part, difference in _differences(x[b], x0):
+            rest = difference - truth.v[b]
+            value[b] += (truth.weights[b, part] * slope[part]) @ (difference * rest).sum(1)
+            sizes = difference.norm(dim=1) * rest.norm(dim=1)
+            terms[b] += (term_weights[b, part] * slope[part]) @ sizes
+    return value, terms
+
+
 def assert_displacement(v: Tensor, truth: Truth, tolerance: float) -> None:
     """v (B, *event) within the contract, on top of the rounding of its dtype.
 

@@ -42,7 +42,7 @@ def tensors(backend, d: int, dtype: torch.dtype = torch.float64) -> list[Tensor]
 def test_opcheck(backend, stored, d, k):
     x, t, x0 = tensors(backend, d, torch.float32)
     values, table = STORED[stored](x0)
-    arguments = (x, t, values, table.to(backend.device), [], k)
+    arguments = (x, t, values, table.to(backend.device), [], k, None)
     options = (1 << 20, backend.name)
     for output in (("displacement", 0.0, 1.0), ("field", 5.0, 3.0), ("mean", 0.0, 1.0)):
         check = torch.library.opcheck

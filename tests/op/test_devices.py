@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 import pfgm_kernels
 from pfgm_kernels import ReferenceSet, merge, poisson_displacement
 from pfgm_kernels.flow import (
+    Churn,
     FieldLoss,
     PosteriorMeanLoss,
     Preconditioned,
@@ -25,10 +26,13 @@ from pfgm_kernels.flow import (
     as_field,
     encode,
     heights,
+    interpolate,
+    log_likelihood,
     log_prior,
     perturb,
     perturb_at,
     query_of_flow_matching,
+    rescale,
     sample,
     sample_prior,
 )
@@ -81,7 +85,14 @@ def flow_functions(x0: Tensor) -> dict[str, object]:
         return torch.cat([x.flatten(1), t[:, None]], 1)
 
     options = {"T": 3.0, "steps": 2, "rtol": 0.1}
+    noisy = {"T": 3.0, "steps": 2, "churn": Churn(1)}
     return {
+        "churn": sample(field_fn, prior, generator=generator, **noisy).x,
+        "seeds": sample(field_fn, prior, seeds=range(count), **noisy).x,
+        "per_sample": sample(field_fn, prior, per_sample=True, **options).x,
+        "likelihood": log_likelihood(field_fn, x0, generator=generator, **options).log_p,
+        "arc": interpolate(x0[0], x0[1], 5),
+        "rescaled": rescale(x0, 2.0),
         "prior": prior,
         "infinite": infinite,
         "log_prior": log_prior(prior, T=3.0),
@@ -89,7 +100,7 @@ def flow_functions(x0: Tensor) -> dict[str, object]:
         "perturb": perturb(x0, generator=generator)[1],
         "perturb_at": perturb_at(x0, 0.5, generator=generator),
         "heights": heights(count, D=2, generator=generator),
-        "seeds": sample_prior(count, 3, T=2.0, seeds=range(count), device="cpu"),
+        "prior by seeds": sample_prior(count, 3, T=2.0, seeds=range(count), device="cpu"),
         "denoiser": as_denoiser(as_field(Preconditioned(lambda x, c: x, D=2)))(x0, 0.3),
         "flow matching": query_of_flow_matching(x0, 0.3)[1],
         "mean's loss": PosteriorMeanLoss(x0, D=2)(lambda x, t: x, x0, generator),

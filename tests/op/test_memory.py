@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pfgm_kernels import (
     ReferenceSet,
+    divergence,
     memory,
     poisson_displacement,
     poisson_field,
@@ -87,6 +88,7 @@ def measure_many(backend: str, device: str, name: str) -> None:
         taken(lambda: [poisson_field(x, t, references)]),
         taken(lambda: [posterior_mean(x, t, references)]),
         taken(lambda: poisson_displacement(x, t, references)),
+        taken(lambda: [divergence(x, t, references)]),
     ]
     rows = batch * (4 * d + 16)  # a residual, an anchor and its log weight
     x.requires_grad_(), t.requires_grad_()
@@ -97,6 +99,9 @@ def measure_many(backend: str, device: str, name: str) -> None:
         )
         g = torch.ones_like(results[-1])
         figures.append(taken(lambda g=g: torch.autograd.grad(results[-1], [x, t], g)))
+    few = x[: batch // 16 + 1], t[: batch // 16 + 1]  # the gradient is slow, too
+    slope = divergence(*few, references).sum()
+    figures.append(taken(lambda: torch.autograd.grad(slope, few)))
     tangents = torch.ones_like(x), torch.ones_like(t)
     figures.append(
         taken(
@@ -145,10 +150,10 @@ def test_a_whole_data_set(backend):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", MANY)
 def test_a_small_workspace(backend, name):
-    """Each output, its backward pass and a tangent, with a workspace of 1 MiB."""
+    """Each function, its backward pass and a tangent, with a workspace of 1 MiB."""
     skip_where_memory_cannot_be_measured(backend)
     figures = run_apart("many", backend.name, backend.device.type, name)
-    assert len(figures) == 10
+    assert len(figures) == 12
     assert max(figures) <= 1 + 32, figures
 
 

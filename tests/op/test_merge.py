@@ -94,8 +94,8 @@ def test_a_small_workspace(backend, monkeypatch, d, count, batch, D, references)
     monkeypatch.setattr("pfgm_kernels.chunks.SLACK", 0)
     inputs = Inputs(x, t, x0, x0.new_empty(0), [], d + D)
     chunks = Chunks(inputs, MIB, BACKENDS["eager"])
-    assert len(chunks.references) > 3
-    assert len(chunks.queries) > 3 or d < 100
+    assert len(chunks.parts[0][1]) > 3
+    assert len(chunks.parts) > 3 or d < 100
 
     monkeypatch.setattr("pfgm_kernels.field.default_workspace", lambda device: MIB)
     inputs = [x, t]

@@ -14,19 +14,32 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pfgm_kernels import ReferenceSet, poisson_displacement, poisson_field, posterior_mean
+from pfgm_kernels import (
+    ReferenceSet,
+    divergence,
+    log_density,
+    poisson_displacement,
+    poisson_field,
+    posterior_mean,
+)
 from pfgm_kernels.flow import (
+    Churn,
     FieldLoss,
     PosteriorMeanLoss,
     Preconditioned,
     Substitution,
     UnnormalizedLoss,
+    bits_per_dim,
+    grid,
     heights,
+    interpolate,
+    log_likelihood,
     log_prior,
     perturb,
     perturb_at,
     sample,
     sample_prior,
+    two_plate_field,
 )
 
 X = torch.linspace(-1, 2, 12).view(4, 3)
@@ -82,6 +95,9 @@ NUMBERS: dict[str, Callable[..., Tensor]] = {
     "D": lambda n: poisson_field(X, 1.0, X0, D=n),
     "displacement": lambda n: poisson_displacement(X, n, SET, D=n)[1],
     "mean": lambda n: posterior_mean(X, n, SET, D=n),
+    "density": lambda n: log_density(X, n, SET, D=n),
+    "divergence": lambda n: divergence(X, n, SET, D=n),
+    "L": lambda n: two_plate_field(X, 0.5, SET, SET, L=n),
     "gamma": lambda n: poisson_field(X, 1.0, SET, gamma=n),
     "scale": lambda n: poisson_field(X, 1.0, X0, scale=n),
     "low": lambda n: ReferenceSet.from_images(PIXELS, n, 9).table,
@@ -107,6 +123,15 @@ NUMBERS: dict[str, Callable[..., Tensor]] = {
     "eq. 10": lambda n: loss_of(UnnormalizedLoss, sigma=n, D=n, M=n, tau=n),
     "sample": lambda n: sample(network, X, T=8, t_min=n, steps=1, solver="euler").x,
     "sample's T": lambda n: sample(network, X, T=n, steps=1, solver="euler").x,
+    "grid": lambda n: grid(n, 1.0, 3, rho=n),
+    "times": lambda n: sample(network, X, times=[n, 1], solver="euler").x,
+    "churn": lambda n: sample(
+        network, X, T=8, steps=2, churn=Churn(n, 0, n, n, n), generator=generator()
+    ).x,
+    "likelihood's T": lambda n: log_likelihood(
+        network, X, T=n, D=n, steps=2, generator=generator()
+    ).log_p,
+    "bits": lambda n: bits_per_dim(X, 2, -1, n),
     "substitution": lambda n: sample(
         network, X, T=8, steps=2, solver="euler", substitution=Substitution(n, n)
     ).x,
@@ -116,6 +141,10 @@ COUNTS: dict[str, Callable[..., object]] = {
     "count": lambda n: sample_prior(n, 3, T=1).shape,
     "event": lambda n: sample_prior(3, n, T=1).shape,
     "axis": lambda n: sample_prior(3, [n, n], T=1).shape,
+    "points": lambda n: len(grid(3.0, 1.0, n)),
+    "latents": lambda n: len(interpolate(X[0], X[1], n)),
+    "probes": lambda n: log_likelihood(network, X, T=2, steps=2, probes=n).nfe,
+    "d": lambda n: bits_per_dim(X, n, -1, 1).sum(),
     "steps": lambda n: sample(network, X, T=8, steps=n, solver="heun").nfe,
 }
 
@@ -145,7 +174,7 @@ def test_a_workspace_of_any_kind(kind):
 @pytest.mark.parametrize("value", NONE_OF_THEM)
 @pytest.mark.parametrize("place", PLACES)
 def test_what_is_no_number(place, value):
-    if value == "None" and place in ("max_radius", "loss", "workspace"):
+    if value == "None" and place in ("max_radius", "loss", "sample", "workspace"):
         pytest.skip("None means something there")
     if place in ("t", "T", "perturb_at") and value == "tensor of one":
         pytest.skip("one height for each sample may be given")
@@ -173,6 +202,9 @@ COMPILED: dict[str, Callable[..., Tensor]] = {
     "of a set": lambda n: everything(n, SET),
     "t": lambda n: poisson_displacement(X, n, SET)[1],
     "mean": lambda n: posterior_mean(X, n, X0, D=n),
+    "density": lambda n: log_density(X, n, X0, D=n),
+    "divergence": lambda n: divergence(X, n, SET, D=n),
+    "two plates": lambda n: two_plate_field(X, 0.5 * n, X0, X0, L=n, D=n),
     "perturb": lambda n: perturb(X0, sigma=n, tau=n, M=n, D=n)[0],
     "perturb_at": lambda n: perturb_at(X0, n, D=n),
     "heights": lambda n: heights(4, D=n, mean=n, std=n),

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pfgm_kernels import (
     ReferenceSet,
+    divergence,
+    log_density,
     merge,
     poisson_displacement,
     poisson_field,
@@ -69,8 +71,8 @@ FIELD_CALLS = [
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), CALLS)
-@pytest.mark.parametrize("function", [poisson_displacement, poisson_field])
-def test_both_functions(function, arguments, error, message):
+@pytest.mark.parametrize("function", [poisson_displacement, poisson_field, divergence])
+def test_all_functions(function, arguments, error, message):
     arguments = {"x": X, "t": 1.0, "x0": X0} | arguments
     with pytest.raises(error, match=message):
         function(arguments.pop("x"), arguments.pop("t"), arguments.pop("x0"), **arguments)
@@ -119,6 +121,8 @@ ROWS, PLANE = torch.ones(4), torch.ones(4, 3)
 TAKERS: dict[str, Callable[[Tensor], object]] = {
     "x": lambda y: poisson_field(y, 1.0, PLANE),
     "x of a set": lambda y: poisson_displacement(y, 1.0, ReferenceSet(PLANE)),
+    "x of a divergence": lambda y: divergence(y, 1.0, PLANE),
+    "x of a density": lambda y: log_density(y, 1.0, PLANE),
     "x of a mean": lambda y: posterior_mean(y, 1.0, PLANE),
     "x0": lambda y: poisson_field(PLANE, 1.0, y),
     "x0 of a mean": lambda y: posterior_mean(PLANE, 1.0, y),

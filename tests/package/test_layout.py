@@ -24,16 +24,17 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Imports run from higher layers to lower ones; within a layer, between modules of one package only.
 LAYERS = [
     ("_C", "_checks", "files"),
-    ("backends._native", "backends._shapes", "backends._values", "outputs"),
+    ("backends._native", "backends._shapes", "backends._values", "classes", "outputs"),
     ("rows",),
     ("backends.eager", "backends.cpu", "backends.triton", "backends.cuda"),
     ("backends", "merge"),
     ("chunks", "problems"),
-    ("proof",),
+    ("proof", "trace"),
     ("choice",),
     ("ops", "references"),
     ("autograd", "_traced"),
     ("field",),
+    ("density",),
     ("",),
     ("flow",),
     ("training", "memory"),
@@ -49,7 +50,6 @@ EXTRAS = [
     "scipy",
     "sklearn",
     "tensorboard",
-    "torchdiffeq",
     "triton",
     "typer",
 ]

@@ -209,7 +209,7 @@ def test_sample_refuses(digits: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "samples.png")
     assert_refused(pfgm("sample", "--model", tmp_path, *out), f"{tmp_path} holds no run")
     wrong_solver = pfgm("sample", "--model", digits, "--solver", "huen", *out)
-    assert_refused(wrong_solver, "euler, heun, rk45", "'huen'")
+    assert_refused(wrong_solver, "euler, heun, heun_euler, rk45", "'huen'")
     assert_refused(pfgm("sample", "--model", digits, "--count", 0, *out), "got 0")
     assert_refused(pfgm("sample", "--model", digits, "--steps", 0, *out), "got 0")
     wrong_name = pfgm("sample", "--model", digits, "--out", tmp_path / "samples.gif")

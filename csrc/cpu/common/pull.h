@@ -10,6 +10,12 @@
 //
 //   c_j = (k/2) w_j (g·(x0_j − x) − (g·v − g_m) − κ u_j) / s_j
 //   dx = 2 Σ_j c_j (x0_j − x) = Σ_j w_j (l̇_j − l̇) (x0_j − x),   2 Σ_j c_j = Σ_j w_j (l̇_j − l̇)
+//
+// 2 Σ_j c_j is also the trace of the derivative of the mean x + v by x, with y_j = x0_j − x
+//
+//   Σ_j w_j (k/s_j) y_j·(y_j − v),   y_j·(y_j − v) = −v·y_j + q_a + s_a u_j
+//
+// (k = ∞: 1/t² for k/s_j, and q_a + 2t² u_j): with g = −v, −q_a for g·v − g_m, κ = −s_a or −2t².
 #pragma once
 
 #include "../../field_math.h"

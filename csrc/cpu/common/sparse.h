@@ -182,8 +182,8 @@ inline void finish_sparse_backward(const FieldParams& p, const RowReader& reader
   const int64_t b = query.b, ld = round_up(p.dim, kPad);
   const RadialKernel kernel(p.half_k, p.t[b]);
   const double* x = p.x + b * ld;
-  double* dx = p.dx + b * ld;
-  std::fill(dx, dx + ld, 0.0);
+  double* dx = p.dx ? p.dx + b * ld : nullptr;
+  if (dx) std::fill(dx, dx + ld, 0.0);
   const TotalPull total(p, b);
   double sum = 0;
   for (size_t n = 0; n < query.pairs.size(); ++n) {
@@ -195,7 +195,7 @@ inline void finish_sparse_backward(const FieldParams& p, const RowReader& reader
     const double a = pair.projection - p.projection[b] + p.grad_log_mass[b] - total.tilt * u;
     const double c = weight * a * kernel.slope(pair.distance);
     sum += total.moment ? c * pair.distance : c;
-    add_row(reader, x, (*query.list)[n], 2 * c, dx);
+    if (dx) add_row(reader, x, (*query.list)[n], 2 * c, dx);
   }
   p.dt[b] = sum * total.factor;
 }

@@ -6,8 +6,8 @@
 //   c_j = (k/2) w_j (g·(x0_j − x) − g·v + g_m) / s_j,  dx = 2 Σ_j c_j (x0_j − x),  dt = −2t Σ_j c_j
 //
 // For k = ∞: c_j = w_j (…) / (2t²), dt = (2/t) Σ_j c_j ‖x − x0_j‖². Cotangents are scaled to what
-// float holds, and every factor of the query is put back in double. The tilt of forward mode
-// (common/pull.h) is by the u of the scale, which is that of the anchor but for a rounding.
+// float holds, and every factor of the query is put back in double. The tilt (common/pull.h) is
+// by the squared distance: u has the rounding of s, which is large where t is.
 #include "../common/kernels.h"
 #include "../common/pull.h"
 #include "direct.h"
@@ -19,7 +19,7 @@ namespace {
 struct Queries {
   VecF x[kMaxDim], g[kMaxDim];
   VecF shift_high, shift_low;  // g·v − g_m
-  VecF tilt;                   // κ
+  VecF tilt;                   // κ u by the squared distance
   Scale scale;
   alignas(64) double factor[kFloatLanes];  // of the sums
   alignas(64) double sum[kFloatLanes], sums[kMaxDim][kFloatLanes];
@@ -45,24 +45,27 @@ struct Queries {
       const double weight =
           ::exp(p.anchor_log_weight[b] -
                 kernel.relative_logit<ScalarMath>(p.anchor_square[b], scale.square[i]));
-      factor[i] = weight * kernel.slope(scale.square[i]) * take_cotangent(p, b, i, offset[i]);
+      factor[i] = weight * kernel.slope(scale.square[i]) * take_cotangent(p, b, i, kernel);
       sum[i] = 0;
       for (int c = 0; c < p.dim; ++c) sums[c][i] = 0;
     }
   }
 
   // Fills lane `i` of x, g, shift and tilt; returns what the cotangents were divided by.
-  double take_cotangent(const FieldParams& p, int64_t b, int i, double offset) {
+  double take_cotangent(const FieldParams& p, int64_t b, int i, const RadialKernel& kernel) {
     const int64_t ld = round_up(p.dim, kPad);
     const double *row = p.x + b * ld, *cotangent = p.grad_displacement + b * ld;
     double square = 0;
     for (int c = 0; c < p.dim; ++c) square += cotangent[c] * cotangent[c];
     const double kappa = TotalPull(p, b).tilt;
-    const double size = ::sqrt(square * (p.anchor_square[b] + offset)) + ::fabs(p.projection[b]) +
-                        ::fabs(p.grad_log_mass[b]) + ::fabs(kappa);
+    const double s = p.anchor_square[b] + kernel.offset;
+    const double size =
+        ::sqrt(square * s) + ::fabs(p.projection[b]) + ::fabs(p.grad_log_mass[b]) + ::fabs(kappa);
     const double unit = size > 0 ? size : 1;
-    const double shift = (p.projection[b] - p.grad_log_mass[b]) / unit;
-    tilt[i] = static_cast<float>(kappa / unit);
+    const double steep = kappa * (kernel.gaussian ? kernel.inverse_two_t2 : 1 / s);
+    const double tilted = steep * (scale.origin[i] - p.anchor_square[b]);
+    const double shift = (p.projection[b] - p.grad_log_mass[b] + tilted) / unit;
+    tilt[i] = static_cast<float>(steep / unit);
     shift_high[i] = static_cast<float>(shift);
     shift_low[i] = static_cast<float>(shift - shift_high[i]);
     for (int c = 0; c < p.dim; ++c) {
@@ -115,7 +118,7 @@ void add_block(const Weights& quotient, const DirectBlock& block, Queries& queri
       quotient.weigh<kWeighing, kGroup>(queries.scale, weights);
       for (int i = 0; i < kGroup; ++i) {
         VecF pull = (a[r + i] - queries.shift_high) - queries.shift_low;
-        if constexpr (kTilted) pull -= queries.tilt * queries.scale.argument<kGaussian>(v[r + i]);
+        if constexpr (kTilted) pull -= queries.tilt * (v[r + i] - queries.scale.origin);
         a[r + i] = r + i < block.count ? weights[i] * pull : VecF{};
         if constexpr (kMoment) part += a[r + i] * v[r + i];
       }
@@ -171,11 +174,11 @@ void PFGM_ISA::direct_backward_queries(const FieldParams& p, uint8_t* uncertifie
   for (int64_t b = 0; b < p.batch; ++b) {
     uncertified[b] = 0;
     p.dt[b] = 0;
-    for (int64_t c = 0; c < ld; ++c) p.dx[b * ld + c] = 0;
+    for (int64_t c = 0; p.dx && c < ld; ++c) p.dx[b * ld + c] = 0;
     for (int64_t row = b; row < rows; row += p.batch) {
       if (!certified[row]) uncertified[b] = 1;
       p.dt[b] += dt[row];
-      for (int64_t c = 0; c < p.dim; ++c) p.dx[b * ld + c] += dx[row * p.dim + c];
+      for (int64_t c = 0; p.dx && c < p.dim; ++c) p.dx[b * ld + c] += dx[row * p.dim + c];
     }
   }
 }

@@ -203,13 +203,6 @@ struct Scale {
   // The squared distance whose s is 1 / inverse; for the Gaussian kernel the origin.
   alignas(64) double square[kFloatLanes];
 
-  // u of a squared distance. For the Gaussian kernel without the correction by `low`.
-  template <bool kGaussian>
-  VecF argument(VecF square) const {
-    const VecF u = (square - origin) * inverse;
-    return kGaussian ? u : u + low;
-  }
-
   // offset: what t adds to s. rate: 1/(2t²) for the Gaussian kernel.
   void move(VecF to, const double* offset, const double* rate, bool gaussian) {
     origin = to;

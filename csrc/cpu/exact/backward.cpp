@@ -104,7 +104,7 @@ void queries_tile(const FieldParams& p, const int64_t* rows, int size, double* s
   double dt[kTile] = {};
   for (int q = 0; q < size; ++q) {
     queries[q].start(p, rows[q]);
-    for (int64_t c = 0; c < ld; ++c) p.dx[rows[q] * ld + c] = 0;
+    for (int64_t c = 0; p.dx && c < ld; ++c) p.dx[rows[q] * ld + c] = 0;
   }
   Block block(scratch, p.dim);
   GroupWeights<Block> group;
@@ -113,14 +113,14 @@ void queries_tile(const FieldParams& p, const int64_t* rows, int size, double* s
     for (int start = 0; start < size; start += kGroup) {
       const int n = clamp_size(size - start, kGroup);
       if (!group.compute(block, queries + start, n, dt + start)) continue;
-      for (int q = 0; q < n; ++q) {
+      for (int q = 0; p.dx && q < n; ++q) {
         block.gather(queries[start + q].x, group.coefficients[q], p.dx + rows[start + q] * ld);
       }
     }
   }
   for (int q = 0; q < size; ++q) {
     p.dt[rows[q]] = dt[q];
-    for (int64_t c = 0; c < ld; ++c) p.dx[rows[q] * ld + c] *= 2;
+    for (int64_t c = 0; p.dx && c < ld; ++c) p.dx[rows[q] * ld + c] *= 2;
   }
 }
 

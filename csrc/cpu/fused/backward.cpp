@@ -219,7 +219,7 @@ struct FusedBackward : FusedPass {
     for_blocks(tiles, tile, parts, part, area, [&](FusedBlock& block, float* r, int64_t first) {
       state.list_heavy(r, first, block.rows);
       block.multiply(cotangents.get(), p.dim, width, projections.get());
-      if (!state.weigh(r, projections.get(), block.rows)) return;
+      if (!state.weigh(r, projections.get(), block.rows) || !p.dx) return;
       block.gather(r, width, area.out.get());
       for (int64_t i = 0; i < p.dim * width; i += kLanes) {
         store(totals + i, load(totals + i) + widen(area.out.get() + i));
@@ -231,12 +231,12 @@ struct FusedBackward : FusedPass {
   void finish(const PullTile& state, int q, int64_t part, int64_t i, const double* totals) {
     const int64_t b = tiles.rows[i];
     const double *x = p.x + b * ld, total = state.sums[q].total, factor = state.factor[q];
-    double* out = row(part, i, p.dx);
-    for (int64_t c = 0; c < p.dim; ++c) {
-      const double sum = o.unit * totals[c * state.width + q] + total * (o.origin[c] - x[c]);
+    double* out = p.dx ? row(part, i, p.dx) : nullptr;
+    for (int64_t c = 0; out && c < ld; ++c) {
+      const double sum =
+          c < p.dim ? o.unit * totals[c * state.width + q] + total * (o.origin[c] - x[c]) : 0;
       out[c] = 2 * factor * sum;
     }
-    for (int64_t c = p.dim; c < ld; ++c) out[c] = 0;
     const RadialKernel& kernel = queries[i].kernel;
     const double moment = state.sums[q].moment / kernel.inverse_two_t2;
     PullSums& partial = partials[part * size + i];
@@ -244,7 +244,7 @@ struct FusedBackward : FusedPass {
     for (const int32_t j : state.lists[q]) partial.total += add_pair(i, j, out);
   }
 
-  // Adds 2 c (x0_j − x) in double, and returns what j adds to the total.
+  // Adds 2 c (x0_j − x) in double to out, or null, and returns what j adds to the total.
   double add_pair(int64_t i, int32_t j, double* out) const {
     const int64_t b = tiles.rows[i];
     const RadialKernel& kernel = queries[i].kernel;
@@ -255,17 +255,16 @@ struct FusedBackward : FusedPass {
     const double a = pair.projection - p.projection[b] + p.grad_log_mass[b] - all.tilt * u;
     const double c =
         ::exp(std::min(0.0, logit + p.anchor_log_weight[b])) * a * kernel.slope(pair.distance);
-    add_row(reader, p.x + b * ld, j, 2 * c, out);
+    if (out) add_row(reader, p.x + b * ld, j, 2 * c, out);
     return all.moment ? c * pair.distance : c;
   }
 
   void combine(int64_t i) {
     const int64_t b = tiles.rows[i];
-    double total = partials[i].total, *dx = p.dx + b * ld;
+    double total = partials[i].total;
     for (int64_t part = 1; part < parts.count; ++part) {
       total += partials[part * size + i].total;
-      const double* theirs = row(part, i, p.dx);
-      for (int64_t c = 0; c < p.dim; ++c) dx[c] += theirs[c];
+      for (int64_t c = 0; p.dx && c < p.dim; ++c) p.dx[b * ld + c] += row(part, i, p.dx)[c];
     }
     p.dt[b] = total * TotalPull(p, b).factor;
   }

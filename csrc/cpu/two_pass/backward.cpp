@@ -113,10 +113,11 @@ struct Backward : TwoPass {
     parallel_for(p.num_threads, pass.tiles.count(),
                  [&](int64_t tile, int) { pack(pull, tile, scales); });
     pull.run();
-    const Buffer<double> sums = pass.gather();
+    const Buffer<double> sums = p.dx ? pass.gather() : Buffer<double>();
     pass.for_queries([&](int64_t i, int64_t b) {
-      finish(b, scales[i], pass.total(pass.block_sums, i), pass.total(pull.moments, i),
-             sums.get() + i * p.dim);
+      const double total = pass.total(pass.block_sums, i);
+      finish_total(b, scales[i], total, pass.total(pull.moments, i));
+      if (p.dx) finish_pull(b, scales[i], total, sums.get() + i * p.dim);
     });
   }
 
@@ -148,16 +149,20 @@ struct Backward : TwoPass {
                 residuals);
   }
 
-  void finish(int64_t b, double scale, double total, double moment, const double* sums) const {
+  void finish_pull(int64_t b, double scale, double total, const double* sums) const {
     const int64_t ld = round_up(p.dim, kPad);
-    const RadialKernel kernel(p.half_k, p.t[b]);
     const double* x = p.x + b * ld;
-    const double slope = kernel.slope(p.anchor_square[b]);
+    const double slope = RadialKernel(p.half_k, p.t[b]).slope(p.anchor_square[b]);
     double* dx = p.dx + b * ld;
     std::fill(dx, dx + ld, 0.0);
     for (int64_t c = 0; c < p.dim; ++c) {
       dx[c] = 2 * slope * scale * (o.unit * sums[c] + total * (o.origin[c] - x[c]));
     }
+  }
+
+  void finish_total(int64_t b, double scale, double total, double moment) const {
+    const RadialKernel kernel(p.half_k, p.t[b]);
+    const double slope = kernel.slope(p.anchor_square[b]);
     // For the Gaussian kernel s = s_a + 2t² u.
     const double squares = p.anchor_square[b] * total + moment / kernel.inverse_two_t2;
     const TotalPull all(p, b);

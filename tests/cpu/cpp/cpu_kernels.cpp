@@ -70,25 +70,25 @@ FieldParams inputs(const Problem& p) {
   return params;
 }
 
-// Forward mode, x moving by g and t by g_m, with the parameters of the backward pass. Tangents of
-// logits are relative to that of the anchor.
+// Forward mode, x moving by g and t by g_m. Tangents of logits are relative to the anchor's.
 void push(const Problem& p, FieldParams params, const Outputs& outputs) {
   Array<double> projection(p.batch, p.skewed), zeros(p.batch, p.skewed), tilt(p.batch, p.skewed);
   for (int64_t b = 0; b < p.batch; ++b) {
     zeros[b] = projection[b] = 0;
-    for (int64_t c = 0; c < p.dim; ++c) {
-      const int64_t i = b * p.ld() + c;
-      projection[b] += p.g[i] * (p.value(outputs.anchor[b], c) - p.x[i]);
-    }
+    const double *g = p.g.get() + b * p.ld(), *x = p.x.get() + b * p.ld();
+    for (int64_t c = 0; c < p.dim; ++c)
+      projection[b] += g[c] * (p.value(outputs.anchor[b], c) - x[c]);
     const double stretch = p.t[b] * p.g_m[b];
     tilt[b] = std::isinf(p.D) ? -2 * stretch : projection[b] - stretch;
   }
   params.projection = projection.get();
   params.grad_log_mass = zeros.get();
   params.tilt = tilt.get();
-  params.dx = outputs.pull.get();
   params.dt = outputs.slope.get();
-  pfgm::field_backward_queries_cpu(params);
+  for (double* dx : {outputs.pull.get(), static_cast<double*>(nullptr)}) {
+    params.dx = dx;
+    pfgm::field_backward_queries_cpu(params);
+  }
 }
 
 // All kernels, called as pfgm_kernels/backends/cpu.py does.

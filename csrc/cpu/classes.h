@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// Queries that see a range of the references each: a call of the kernels for each range.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../poisson_field.h"
+#include "common/kernels.h"
+#include "common/parallel.h"
+#include "common/simd.h"
+
+namespace pfgm {
+namespace {
+
+template <class T>
+void advance(T*& array, int64_t by) {
+  if (array) array += by;
+}
+
+// The queries from `first` to `last` with the references of the range that they have in common.
+FieldParams cut(const FieldParams& p, int64_t first, int64_t last) {
+  FieldParams part = p;
+  const int64_t start = p.ranges[2 * first], ld = round_up(p.dim, kPad);
+  part.batch = last - first;
+  part.count = p.ranges[2 * first + 1] - start;
+  part.ranges = nullptr;
+  advance(part.x, first * ld);
+  advance(part.displacement, first * ld);
+  advance(part.grad_displacement, first * ld);
+  advance(part.dx, first * ld);
+  advance(part.t, first);
+  advance(part.tilt, first);
+  advance(part.anchor, first);
+  for (auto array : {&part.log_mass, &part.anchor_log_weight, &part.anchor_square, &part.projection,
+                     &part.grad_log_mass, &part.dt}) {
+    advance(*array, first);
+  }
+  advance(part.norms, start);
+  advance(part.codes, start * p.dim);
+  const int64_t size = p.value_type == ValueType::kFloat64   ? 8
+                       : p.value_type == ValueType::kFloat32 ? 4
+                                                             : 1;
+  part.values = static_cast<const uint8_t*>(p.values) + start * p.dim * size;
+  return part;
+}
+
+// Many ranges are shared out among the threads, few have all of them in turn.
+void for_each_range(const FieldParams& p, void (*kernel)(const FieldParams&)) {
+  if (!p.ranges) return kernel(p);
+  std::vector<FieldParams> parts;
+  for (int64_t first = 0, last = 0; first < p.batch; first = last) {
+    while (last < p.batch &&
+           std::equal(p.ranges + 2 * first, p.ranges + 2 * first + 2, p.ranges + 2 * last)) {
+      ++last;
+    }
+    parts.push_back(cut(p, first, last));
+  }
+  const bool many = 2 * static_cast<int64_t>(parts.size()) > p.num_threads;
+  parallel_for(many ? p.num_threads : 1, parts.size(), [&](int64_t i, int) {
+    if (many) parts[i].num_threads = 1;
+    kernel(parts[i]);
+  });
+}
+
+}  // namespace
+}  // namespace pfgm

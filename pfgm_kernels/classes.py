@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classes of references: a query with a label sees those of its class, a range of them all."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pfgm_kernels._checks import INTEGER, blind, tensor
+
+
+class Classes(NamedTuple):
+    """Labels of references, which are stored class by class."""
+
+    labels: Tensor
+    """(N,) int64, in the order in which the references were given"""
+    order: Tensor
+    """(N,) int64: which of those given lies where"""
+    starts: Tensor
+    """(C + 1,) int64: class c lies from starts[c] to starts[c + 1]"""
+
+    @staticmethod
+    def group(labels: Tensor, count: int, device: torch.device) -> Classes:
+        """Raises TypeError or ValueError unless labels are (N,) integers ≥ 0 on the device."""
+        labels = _integers(labels, count, device)
+        if (least := int(labels.min())) < 0:
+            raise ValueError(f"labels expects classes ≥ 0, got {least}")
+        if (most := int(labels.max())) >= 1 << 24:
+            raise ValueError(f"labels expects classes below {1 << 24}, got {most}")
+        ends = labels.bincount().cumsum(0)
+        return Classes(labels, labels.argsort(stable=True), torch.cat([ends.new_zeros(1), ends]))
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the references were given class by class."""
+        return bool((self.labels.diff() >= 0).all())
+
+    def place(self) -> Tensor:
+        """(N,) int64: where each of those given lies."""
+        return self.order.argsort()
+
+    def to(self, device: torch.device) -> Classes:
+        return Classes(*(each.to(device) for each in self))
+
+    def ranges(self, labels: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """First and last reference of each query's class, (B, 2), and whether there is none (B,),
+        where the range is that of all.
+
+        Raises TypeError or ValueError unless labels are (B,) integers on the device of the set, or
+        where one has no reference and values can be looked at.
+        """
+        labels = _integers(labels, batch, self.starts.device)
+        last = len(self.starts) - 2
+        at = labels.clamp(0, last)
+        ranges = torch.stack([self.starts[at], self.starts[at + 1]], 1)
+        missing = (labels != at) | (ranges[:, 0] == ranges[:, 1])
+        if not blind(labels) and bool(missing.any()):
+            raise ValueError(
+                f"labels expects classes of 0 … {last} that have references, "
+                f"got {int(labels[missing][0])}"
+            )
+        everything = torch.stack([self.starts[0], self.starts[-1]])
+        return torch.where(missing[:, None], everything, ranges), missing
+
+
+def _integers(labels: Tensor, count: int, device: torch.device) -> Tensor:
+    tensor("labels", labels, INTEGER, "integers, one a row")
+    if labels.shape != (count,):
+        raise ValueError(f"labels expects shape ({count},), got {tuple(labels.shape)}")
+    if labels.device != device:
+        raise ValueError(f"labels expects the device {device}, got {labels.device}")
+    return labels.long()
