@@ -8,7 +8,7 @@
 #                 is installed and by the oldest
 # make lint       formatting, style and types
 # make benchmark  the op against plain PyTorch, side by side                  (benchmarks/results)
-# make pictures   the pictures of the README, from the demo                   (docs)
+# make pictures   the pictures of the README, from the demo and pfgm figures  (docs)
 #
 # Each sets up .venv first, once. TORCH is what pip installs for torch: for a CUDA or CPU build of
 # your own choice, override it, e.g. make test TORCH="torch==2.11.0"
@@ -102,6 +102,8 @@ benchmark: $(READY)
 pictures: demo
 	mkdir -p docs
 	cp out/demo/samples.png out/demo/trajectories.png docs
+	$(BIN)/python -m pfgm_kernels.cli figures --out docs/figures trajectories weights \
+	  --data $(if $(PFGM_DATA),cifar10,digits)
 
 clean:
 	rm -rf .venv build out *.egg-info pfgm_kernels/*.so

@@ -30,11 +30,11 @@ def trajectories(detail: float = 1.0) -> Figure:
     lies the same share of p_t, whose density is behind them, relative to its highest at each t.
     Right, d = 2: the lines in the space of x and t, each in the colour of where it ends.
     """
-    figure = sheet(12.5, 5.4)
+    figure = sheet(11, 4.7)
     left = figure.add_subplot(1, 2, 1)
-    _one(left, max(6, round(64 * detail)))
+    _one(left, max(6, round(56 * detail)))
     right: Any = figure.add_subplot(1, 2, 2, projection="3d")
-    _two(right, max(20, round(900 * detail)))
+    _two(right, max(20, round(500 * detail)))
     return figure
 
 
@@ -85,14 +85,15 @@ def _two(axes: Any, count: int) -> None:
     hue = torch.cdist(path[-1], data).argmin(dim=1) / len(data)
     t = path.new_tensor(times)[:, None, None].expand(-1, count, 1)
     states = torch.cat([path, t], dim=2)
-    norm = states.norm(dim=2, keepdim=True)
     # What is beyond a hemisphere is cut off, so that the lines end evenly on it.
-    inside = ((reach - norm[1:]) / (norm[:-1] - norm[1:])).clamp(0, 1)
-    segments = torch.stack([states[1:].lerp(states[:-1], inside), states[1:]], dim=2)
-    shown = norm[1:, :, 0] <= reach
-    lines = Line3DCollection(segments[shown].numpy(), cmap=DUSK, linewidths=0.8, alpha=0.6)
+    norm, each = states.norm(dim=2, keepdim=True), torch.arange(count)
+    first = (norm[:, :, 0] <= reach).int().argmax(dim=0)
+    last, inner, outer = first - 1, norm[first, each], norm[first - 1, each]
+    cut = states[first, each].lerp(states[last, each], (reach - inner) / (outer - inner))
+    paths = states.where(norm <= reach, cut).transpose(0, 1).numpy()
+    lines = Line3DCollection(paths, cmap=DUSK, linewidths=0.8, alpha=0.6)
+    lines.set_array(hue.numpy())
     lines.set_clip_on(False)
-    lines.set_array(hue.expand(shown.shape)[shown].numpy())
     axes.add_collection(lines)
     dots = {"depthshade": False, "cmap": DUSK, "vmin": 0, "vmax": 1}
     axes.scatter(*data.T.numpy(), 0, s=7, c=torch.linspace(0, 1, len(data)).numpy(), **dots)
