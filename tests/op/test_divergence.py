@@ -155,6 +155,18 @@ def test_gradients_from_chunks(backend, D):
         torch.testing.assert_close(chunked[1:], whole[1:], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("d", [3, 40, 300])
+def test_no_queries_and_one_reference(backend, d):
+    x, _, x0 = (a.requires_grad_() for a in inputs(d, 1))
+    found = backend.divergence(x[:0], 1.0, x0)
+    dx, dx0 = torch.autograd.grad(found.sum(), [x, x0])
+    assert found.shape == (0,)
+    assert (dx == 0).all()
+    assert (dx0 == 0).all()
+    alone = backend.divergence(x.detach(), 2.0, x0[:1].detach())
+    torch.testing.assert_close(alone, torch.full_like(alone, d / 2), rtol=1e-9, atol=0)
+
+
 def test_refusals(backend):
     x, t, x0 = inputs(3, 1)
     x.requires_grad_()
