@@ -18,8 +18,8 @@ struct FieldParams {
   double half_k;    // (d + D)/2; infinity selects the Gaussian kernel
   const double* x;  // (B, ld); null for CUDA where x_single is there
   const double* t;  // (B,)
-  // CPU: the first and the last + 1 of the references that each query sees, equal ones together;
-  // null where all see all.
+  // The first and the last + 1 of the references that each query sees, equal ones together; null
+  // where all see all.
   const int64_t* ranges;  // (B, 2)
   const void* values;     // (N, d) of value_type
   const float* table;     // (256,) what 8-bit codes stand for; null for floating-point values

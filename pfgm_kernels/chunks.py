@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pfgm_kernels._checks import blind
 from pfgm_kernels.backends import BACKENDS, eager
+from pfgm_kernels.cuts import Part, by_range, slices
 from pfgm_kernels.merge import combine
 from pfgm_kernels.outputs import Output
 from pfgm_kernels.rows import Rows, Stored, begin, finish
@@ -52,10 +52,6 @@ class Inputs(NamedTuple):
     ranges: Tensor | None = None
 
 
-Part = tuple[slice, list[slice]]
-"""A chunk of queries, and the chunks of the references that they see."""
-
-
 class Chunks:
     """The chunks of a call, and its inputs chunk by chunk as backends take them."""
 
@@ -71,20 +67,20 @@ class Chunks:
         share = workspace // 4
         self.workspace = workspace - share * (2 if copied else 1)
         ranges = inputs.ranges if batch else None
-        together = ranges is not None and hasattr(module, "RANGES")
-        most = int(ranges.diff().max()) if ranges is not None and together else count
+        held = None if ranges is None else getattr(module, "RANGES", None)
+        most = int(ranges.diff().max()) if ranges is not None and held == "seen" else count
         rows, references = module.chunk_shape(
             max(1, batch), most, self.d, self.workspace, bool(inputs.operands), values_grad
         )
         rows = min(rows, max(1, (share + SLACK) // (8 * QUERY_ROWS * (self.d + 8))))
         if copied:
             references = min(references, max(1, share // (8 * REFERENCE_ROWS * self.d)))
-        together &= most <= references
+        together = held is not None and most <= references
         self._ranges = ranges if together else None
-        seen = [slice(0, count)] if together else _slices(count, references)
-        self.parts: list[Part] = [(queries, seen) for queries in _slices(batch, rows, TILE)]
+        seen = [slice(0, count)] if together else slices(count, references)
+        self.parts: list[Part] = [(queries, seen) for queries in slices(batch, rows, TILE)]
         if ranges is not None and not together:
-            self.parts = _by_range(ranges, rows, references)
+            self.parts = by_range(ranges, rows, references, TILE)
         self._last: tuple[slice, tuple[Tensor, Tensor, list[Tensor]]] | None = None
 
     def rows(self, queries: slice) -> tuple[Tensor, Tensor]:
@@ -369,34 +365,3 @@ def _merge_partials(a: Partial, b: Partial) -> Partial:
     displacement, log_mass, weights = combine([a[0], b[0]], [a[1], b[1]])
     anchor_log_weight, nearest = (torch.stack([a[3], b[3]]) + weights.log()).max(0)
     return displacement, log_mass, torch.where(nearest == 0, a[2], b[2]), anchor_log_weight
-
-
-def _by_range(ranges: Tensor, rows: int, references: int) -> list[Part]:
-    """Chunks of queries with one range of references each; the host reads the ranges."""
-    if blind(ranges):
-        raise RuntimeError(
-            "labels expects a backend that takes classes in one launch where a CUDA graph is "
-            "captured, got one that does not"
-        )
-    seen, counts = ranges.unique_consecutive(dim=0, return_counts=True)
-    parts, start = [], 0
-    for (first, last), count in zip(seen.tolist(), counts.tolist(), strict=True):
-        chunks = [_shift(part, first) for part in _slices(last - first, references)]
-        parts += [(_shift(part, start), chunks) for part in _slices(count, rows, TILE)]
-        start += count
-    return parts
-
-
-def _shift(part: slice, by: int) -> slice:
-    return slice(part.start + by, part.stop + by)
-
-
-def _slices(total: int, size: int, multiple: int = 1) -> list[slice]:
-    """As few slices of at most `size` as cover `total`, nearly even: all but the last a multiple
-    where that goes. One empty slice where there is nothing.
-    """
-    size = max(size // multiple * multiple or size, 1)
-    even = -(-total // max(-(-total // size), 1))
-    size = min(size, -(-even // multiple) * multiple)
-    starts = range(0, max(total, 1), max(size, 1))
-    return [slice(start, min(start + size, total)) for start in starts]

@@ -59,13 +59,13 @@ def poisson_field(
 
     Returns:
         (B, d + 1), the last column the t-component, in the dtype that x and x0 promote to
-        (float32 for 16-bit inputs). A row whose query is not finite is NaN; so is, in a compiled
-        or captured call, which cannot look at values, one whose class has no references.
+        (float32 for 16-bit inputs). A row whose query is not finite is NaN; so is, on a GPU or in
+        a compiled call, where labels are not looked at, one whose class has no references.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes that do not fit, an empty x0, labels for references that have none, a
-            class without references, or a scalar out of its range.
+            class without references (on a CPU), or a scalar out of its range.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
     gamma, scale = non_negative("gamma", gamma), number("scale", scale)

@@ -38,7 +38,8 @@ for x (n, d) float32 or float64, and float64 where the values are; t float64; va
 float64 or uint8; everything else float64. rows and cotangents are what `rows` has of n queries.
 Without `jvp` the portable sums serve, without `finish` and `begin` those of `rows`, without `trace`
 the gradients. A module with RANGES takes those of the queries too, as the last argument of
-`forward` and in rows; the others are called for each range by itself.
+`forward` and in rows, and it says whether its chunks hold "all" pairs or those that are "seen", of
+which the host has to know; the others are called for each range by itself.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ __device__ int compact(const bool (&kept)[n], int first, int* out, int* counts) 
 }
 
 // Σ v over the block's threads, the same in all of them. There is a barrier before `partial` is
-// written again: every part has references, which are listed first.
+// written again: that of a part's references, which are listed first, or that of its task.
 __device__ inline double block_sum(double v, double* partial) {
   v = warp_sum(v);
   if (lane() == 0) partial[warp()] = v;
@@ -108,12 +108,14 @@ struct Task {
   int parts;      // that the query has
   int64_t b, begin, end;
 
-  __device__ Task(const ExactArguments& a, int64_t index, int parts) : index(index), parts(parts) {
-    const int64_t spans = (a.p.count + kSpan - 1) / kSpan, part = index % parts;
-    b = a.left.listed[1 + index / parts];
-    begin = spans * part / parts * kSpan;
-    end = spans * (part + 1) / parts * kSpan;
-    if (end > a.p.count) end = a.p.count;
+  __device__ Task(const ExactArguments& a, int64_t index, int parts)
+      : index(index), parts(parts), b(a.left.listed[1 + index / parts]) {
+    const int64_t first = a.p.ranges == nullptr ? 0 : a.p.ranges[2 * b];
+    const int64_t last = a.p.ranges == nullptr ? a.p.count : a.p.ranges[2 * b + 1];
+    const int64_t spans = (last - first + kSpan - 1) / kSpan, part = index % parts;
+    begin = first + spans * part / parts * kSpan;
+    end = first + spans * (part + 1) / parts * kSpan;
+    if (end > last) end = last;
   }
 
   __device__ double* sums(const ExactArguments& a) const {
@@ -255,6 +257,7 @@ __global__ void __launch_bounds__(kExactThreads, kBlocksEach)
   const int64_t tasks = static_cast<int64_t>(a.left.listed[0]) * parts;
   for (int64_t index = blockIdx.x; index < tasks; index += gridDim.x) {
     const Task task(a, index, parts);
+    if (a.p.ranges != nullptr) __syncthreads();  // a part of a short range has no references
     Pass pass(a, task);
     ColumnSums columns(a, task, Pass::kPull);
     int64_t next = task.begin;

@@ -32,7 +32,7 @@ int64_t field_forward_cuda(const FieldParams& p) {
   }
   const DeviceGuard guard(p.device);
   Workspace workspace(p);
-  if (!p.single) {
+  if (!p.single || p.ranges != nullptr) {
     exact_forward(p, workspace, all_references(p, workspace), {}, workspace.take<double>(p.batch));
   } else if (p.dim <= kMaxDirectDim) {
     direct_forward(p, workspace);
@@ -51,7 +51,7 @@ int64_t field_backward_cuda(const FieldParams& p) {
   }
   const DeviceGuard guard(p.device);
   Workspace workspace(p);
-  if (!p.single || p.dvalues != nullptr) {
+  if (!p.single || p.ranges != nullptr || p.dvalues != nullptr) {
     exact_backward(p, workspace, all_references(p, workspace), nullptr);
   } else if (p.dim <= kMaxDirectDim) {
     direct_backward(p, workspace);

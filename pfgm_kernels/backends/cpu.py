@@ -17,7 +17,7 @@ TILE = 64  # queries that they take at a time
 WORK_PER_THREAD = 1 << 20  # columns of pairs that take longer than a thread takes to wake up
 WORK = 1 << 34  # columns of pairs in a chunk, so that an interrupt is noticed within a second or so
 MAX_DIRECT_DIM = 24  # up to here they need nothing prepared
-RANGES = True  # they take queries that see ranges of the references
+RANGES = "seen"  # of queries that see ranges of the references, a chunk holds these pairs
 
 
 def unsupported_reason(device: torch.device | None = None) -> str | None:

@@ -20,6 +20,7 @@ from pfgm_kernels.outputs import Output
 from pfgm_kernels.rows import Cotangents, Rows
 
 MAX_DIRECT_DIM = 32
+RANGES = "all"  # of queries that see ranges of the references, a chunk holds all pairs
 CROWD_BLOCKS = 8  # parts of the sample in which equal references are counted
 DIM_MULTIPLE = 64  # parts are padded to this many columns, with zeros
 MAX_THREE_PART_DIM = 128
@@ -101,9 +102,15 @@ def operands_of(operands: list[Tensor], references: slice) -> list[Tensor]:
 
 
 def forward(
-    x: Tensor, t: Tensor, values: Tensor, table: Tensor, operands: list[Tensor], k: float
+    x: Tensor,
+    t: Tensor,
+    values: Tensor,
+    table: Tensor,
+    operands: list[Tensor],
+    k: float,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments = _common(x, t, values, table, operands, k)
+    arguments = _common(x, t, values, table, operands, k) | _within(ranges)
     displacement = torch.empty_like(x, dtype=torch.float64)
     log_mass, anchor_log_weight = torch.empty_like(t), torch.empty_like(t)
     anchor = torch.empty_like(t, dtype=torch.int64)
@@ -155,10 +162,15 @@ def backward(
         "field_backward_cuda",
         **_common(rows.x, rows.t, values, table, operands, rows.k),
         **_names(cotangents),
+        **_within(rows.ranges),
         anchor_log_weight=rows.anchor_log_weight,
         **({} if dvalues is None else {"dvalues": dvalues}),
     )
     return dvalues
+
+
+def _within(ranges: Tensor | None) -> dict[str, Any]:
+    return {} if ranges is None else {"ranges": ranges}
 
 
 def _names(cotangents: Cotangents) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from pfgm_kernels._checks import blind
 from pfgm_kernels.backends._values import decode
 from pfgm_kernels.references import ReferenceSet
 
@@ -30,10 +31,7 @@ class RangeWatch:
 
     def __call__(self, points: Tensor, references: ReferenceSet) -> None:
         """Within a compiled or captured call, which cannot look at values, nothing."""
-        blind = torch.compiler.is_compiling() or (
-            points.is_cuda and torch.cuda.is_current_stream_capturing()
-        )
-        if not (blind or self.looked):
+        if not (self.looked or blind(points)):
             self.looked = True
             warn_of_another_range(points, references)
 

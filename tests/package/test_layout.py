@@ -24,7 +24,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Imports run from higher layers to lower ones; within a layer, between modules of one package only.
 LAYERS = [
     ("_C", "_checks", "files"),
-    ("backends._native", "backends._shapes", "backends._values", "classes", "outputs"),
+    ("backends._native", "backends._shapes", "backends._values", "classes", "cuts", "outputs"),
     ("rows",),
     ("backends.eager", "backends.cpu", "backends.triton", "backends.cuda"),
     ("backends", "merge"),

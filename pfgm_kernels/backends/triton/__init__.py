@@ -24,6 +24,7 @@ from pfgm_kernels.outputs import Output
 from pfgm_kernels.rows import Cotangents, Rows
 
 OLDEST = (3, 6)
+RANGES = "all"  # of queries that see ranges of the references, a chunk holds all pairs
 
 
 def unsupported_reason(device: torch.device | None = None) -> str | None:
@@ -96,7 +97,13 @@ def operands_of(operands: list[Tensor], references: slice) -> list[Tensor]:
 
 
 def forward(
-    x: Tensor, t: Tensor, values: Tensor, table: Tensor, operands: list[Tensor], k: float
+    x: Tensor,
+    t: Tensor,
+    values: Tensor,
+    table: Tensor,
+    operands: list[Tensor],
+    k: float,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from pfgm_kernels.backends.triton import direct, fused
     from pfgm_kernels.backends.triton.call import Call
@@ -107,11 +114,11 @@ def forward(
     )
     from pfgm_kernels.backends.triton.operands import FUSED_MAX_DIM, Operands
 
-    call = Call(x.contiguous(), t.contiguous(), values.contiguous(), table, k)
+    call = Call(x.contiguous(), t.contiguous(), values.contiguous(), table, k, ranges)
     out = empty_outputs(call)
     if call.B == 0:
         return out
-    if x.dtype == torch.float64:
+    if x.dtype == torch.float64 or ranges is not None:
         exact_forward(call, call.rows(math.nan, torch.float32), out)
     elif call.d <= direct.MAX_DIM:
         direct.direct_forward(call, out)
@@ -150,13 +157,14 @@ def backward(
     from pfgm_kernels.backends.triton.call import Call
     from pfgm_kernels.backends.triton.operands import Operands
 
-    call = Call(queries.x.contiguous(), queries.t, values.contiguous(), table, queries.k)
+    x, values, ranges = queries.x.contiguous(), values.contiguous(), queries.ranges
+    call = Call(x, queries.t, values, table, queries.k, ranges)
     if call.B == 0:
         return torch.zeros_like(values) if values_grad else None
     log_weight = queries.anchor_log_weight
     if values_grad:
         return passes.references_backward(call, cotangents, log_weight)
-    if call.x.dtype == torch.float64:
+    if x.dtype == torch.float64 or ranges is not None:
         limit = call.rows(math.nan, torch.float32)
         passes.exact_backward(call, limit, cotangents, log_weight)
     elif call.d <= direct.MAX_DIM:

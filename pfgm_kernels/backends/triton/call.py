@@ -20,7 +20,7 @@ from pfgm_kernels.backends.triton.operands import Operands, Split, split
 @dataclass(frozen=True)
 class Call:
     """x (B, d) float32 or float64, t (B,) float64, values (N, d) float32, float64 or uint8 codes
-    into table (256,).
+    into table (256,), and what direct differences in float64 keep to: ranges (B, 2) int64.
     """
 
     x: Tensor
@@ -28,6 +28,7 @@ class Call:
     values: Tensor
     table: Tensor
     k: float
+    ranges: Tensor | None = None
 
     @property
     def B(self) -> int:
@@ -84,6 +85,7 @@ class Call:
             self.table,
             limit if r is None else r,
             limit,
+            counts if self.ranges is None else self.ranges,
             squares,
             projection,
             counts,
@@ -94,6 +96,7 @@ class Call:
             GAUSSIAN=self.gaussian,
             SELECT=r is not None,
             PROJECT=g is not None,
+            RANGED=self.ranges is not None,
             **self._exact_blocks(),
         )
         return squares, counts, projection

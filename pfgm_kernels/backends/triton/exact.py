@@ -81,6 +81,7 @@ def distances_kernel(
     table_ptr,  # (256,) float32, for CODES
     r_ptr,  # (B, pitch) float32, for SELECT
     limit_ptr,  # (B,) float32
+    ranges_ptr,  # (B, 2) int64, for RANGED: the only references that are meant
     squares_ptr,  # (B, N) float64
     projection_ptr,  # (B, N) float64, for PROJECT
     counts_ptr,  # (B, tiles) int32
@@ -91,6 +92,7 @@ def distances_kernel(
     GAUSSIAN: tl.constexpr,
     SELECT: tl.constexpr,
     PROJECT: tl.constexpr,
+    RANGED: tl.constexpr,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -103,6 +105,8 @@ def distances_kernel(
     limit = tl.load(limit_ptr + b)
     j = tile * TILE + tl.arange(0, TILE)
     meant = j < tl.where(limit == -float("inf"), 0, N)
+    if RANGED:
+        meant = meant & (j >= tl.load(ranges_ptr + 2 * b)) & (j < tl.load(ranges_ptr + 2 * b + 1))
     if SELECT:
         r = tl.load(r_ptr + b * pitch(N) + j, mask=meant, other=0.0)
         meant = meant & ((r > limit) == 0)  # which NaN does not leave out
