@@ -86,10 +86,10 @@ def test_a_frame_alone_is_found_blank() -> None:
 
 @pytest.mark.parametrize("ending", figures.FORMATS)
 def test_a_picture_is_the_same_each_time(ending: str, digits: data.DataSet, tmp_path: Path) -> None:
-    path = tmp_path / f"shell.{ending}"
+    path = tmp_path / f"bias.{ending}"
     contents = []
     for _ in range(2):
-        figures.draw_figure("shell", path, digits, 0.1)
+        figures.draw_figure("bias", path, digits, 0.1)
         contents.append(path.read_bytes())
     assert contents[0] == contents[1]
 
