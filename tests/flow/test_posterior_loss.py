@@ -231,3 +231,24 @@ def test_bad_batches_and_networks_are_named():
         loss_fn(Spy(), data(5).int())
     with pytest.raises(ValueError, match=r"x expects shape \(B, \*event\) with event \(2, 3\)"):
         loss_fn(lambda x, t: x, torch.zeros(5, 2))
+
+
+def test_the_target_is_that_of_each_querys_class():
+    """By the real op: a denoiser that knows the mean of the class has no loss."""
+    x0 = torch.randn(60, 5, generator=seeded())
+    labels = torch.arange(60) % 3
+    references = ReferenceSet(x0, labels=labels)
+
+    def denoiser(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        each = [posterior_mean(x[i : i + 1], t[i : i + 1], references, D=8, labels=labels[i : i + 1])
+                for i in range(len(x))]  # fmt: skip
+        return torch.cat(each)
+
+    loss = PosteriorMeanLoss(references, D=8)
+    value = loss(denoiser, x0[:20], seeded(), labels=labels[:20])
+    assert value < 1e-10
+    other = loss(denoiser, x0[:20], seeded(), labels=(labels[:20] + 1) % 3)
+    assert other < 1e-10
+    whole = loss(lambda x, t, labels: posterior_mean(x, t, references, D=8), x0[:20], seeded(),
+                 labels=labels[:20])  # fmt: skip
+    assert whole > 1e-3

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does the README's code for those who come from other projects run as it stands?"""
+"""Does the README's code run as it stands, also for those who come from other projects?
+
+Its training loop is run by tests/benchmarks/test_readme_loop.py.
+"""
 
 from __future__ import annotations
 
@@ -85,3 +88,17 @@ def test_the_table_names_what_exists():
     words = set(re.findall(r"`(\w+)`", SECTION.partition("\n\n**PFGM.")[0]))
     assert "ReferenceSet" in words
     assert words <= theirs | ours
+
+
+def test_classes():
+    images = torch.randint(0, 256, (40, *EVENT), dtype=torch.uint8, generator=seeded())
+    labels = torch.arange(40) % 4
+    x = 2 * images[:6].float() / 255 - 1
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "threes" in b)
+    names = {
+        "ReferenceSet": ReferenceSet, "posterior_mean": posterior_mean, "images": images, "D": 128,
+        "labels": labels, "x": x, "t": 0.01, "batch_labels": labels[:6],
+    }  # fmt: skip
+    exec(compile(block, "README.md", "exec"), names)
+    torch.testing.assert_close(names["target"], x)
+    assert len(names["threes"]) == 10
