@@ -146,6 +146,10 @@ def test_lines_end_on_the_data_and_never_cross() -> None:
     shares = [(np.abs(ends - mean) < 4 * deviation).mean() for mean, deviation, _ in descent.MODES]
     np.testing.assert_allclose(shares, [0.3, 0.2, 0.5], atol=0.12)
     np.testing.assert_allclose(image(left).max(axis=1), 1)
+    # From t = 3 each mode looks like one source.
+    x = np.linspace(*left.get_xlim(), image(left).shape[1])
+    expected = sum(share / ((x - mean) ** 2 + 9) for mean, _, share in descent.MODES)
+    np.testing.assert_allclose(image(left)[-1], expected / expected.max(), atol=0.01)
     (drawn,) = [c for c in right.collections if hasattr(c, "_segments3d")]
     radius = np.linalg.norm(np.array(drawn._segments3d), axis=2)
     assert radius[:, 0] == pytest.approx(2.4, rel=1e-3)
