@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 
 from pfgm_kernels.figures.batches import bias
@@ -41,7 +42,7 @@ def draw_figure(name: str, path: Path, data: DataSet, detail: float = 1.0) -> No
 
     data: images, for those `OF_IMAGES`. detail: how many lines, queries and draws, 1 for print.
     """
-    with style():
+    with torch.device("cpu"), style():
         save(OF_IMAGES[name](data, detail) if name in OF_IMAGES else GEOMETRY[name](detail), path)
 
 

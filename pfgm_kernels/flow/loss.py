@@ -8,6 +8,7 @@ All compute in float32 (float64 for a float64 batch), whatever the network compu
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -125,9 +126,12 @@ class PosteriorMeanLoss:
     λ is what makes the network inside `Preconditioned` of the same sigma_data be trained on targets
     of unit variance at every level. The published code takes the sum over components, d times this.
 
+    Take D ≥ 8: λ knows of a draw its σ alone, and the tail of draws falls as r^(−D−1), so that for
+    D ≤ 2 the loss of a denoiser that is not exact has no mean (which warns).
+
     Args:
         references: ReferenceSet or (N, *event) tensor, on the device of the batches, or None.
-        D: > 0, dimensions added to the data's; 1 is PFGM, `math.inf` diffusion.
+        D: > 0, dimensions added to the data's; `math.inf` is diffusion.
         sigma_data: > 0, standard deviation of the data's components, in the units of x.
         mean, std: of log σ, see `heights`.
 
@@ -152,6 +156,12 @@ class PosteriorMeanLoss:
             references = ReferenceSet(references)
         self.references = references
         self.D = positive("D", D, finite=False)
+        if self.D <= 2:
+            warnings.warn(
+                f"PosteriorMeanLoss expects D > 2 for a loss that has a mean (D ≥ 8 trains well), "
+                f"got {D:g}: draws lie too far out; FieldLoss is for D = 1",
+                stacklevel=2,
+            )
         self.sigma_data = positive("sigma_data", sigma_data)
         mean, std = finite("mean", mean), positive("std", std)
         self.heights = partial(heights, D=self.D, mean=mean, std=std)

@@ -129,3 +129,10 @@ def test_the_command_lists_all_and_refuses_others(tmp_path: Path) -> None:
         assert message in result.stderr
         assert result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_whatever_the_default_device(tmp_path: Path, digits: data.DataSet) -> None:
+    with torch.device("meta"):
+        figures.draw_figure("hemisphere", tmp_path / "a.png", digits, REDUCED)
+    figures.draw_figure("hemisphere", tmp_path / "b.png", digits, REDUCED)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

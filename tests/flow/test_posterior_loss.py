@@ -198,14 +198,14 @@ def test_a_compiled_loss_stays_whole(name):
 
 def test_another_range_is_warned_of_where_the_loss_is_called():
     x0 = data().clamp(-1, 1)
-    loss_fn = PosteriorMeanLoss(x0, D=2)
+    loss_fn = PosteriorMeanLoss(x0, D=8)
     with pytest.warns(UserWarning, match="expected points in their range") as caught:
         loss_fn(Spy(), 100 * x0 + 300, seeded())
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loss_fn(Spy(), 100 * x0 + 300, seeded())
-        PosteriorMeanLoss(D=2)(Spy(), 100 * x0 + 300, seeded())
+        PosteriorMeanLoss(D=8)(Spy(), 100 * x0 + 300, seeded())
 
 
 @pytest.mark.parametrize(
@@ -240,15 +240,31 @@ def test_the_target_is_that_of_each_querys_class():
     references = ReferenceSet(x0, labels=labels)
 
     def denoiser(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        each = [posterior_mean(x[i : i + 1], t[i : i + 1], references, D=8, labels=labels[i : i + 1])
-                for i in range(len(x))]  # fmt: skip
-        return torch.cat(each)
+        rows = range(len(x))
+        return torch.cat(
+            [posterior_mean(x[[i]], t[[i]], references, D=8, labels=labels[[i]]) for i in rows]
+        )
 
     loss = PosteriorMeanLoss(references, D=8)
     value = loss(denoiser, x0[:20], seeded(), labels=labels[:20])
     assert value < 1e-10
     other = loss(denoiser, x0[:20], seeded(), labels=(labels[:20] + 1) % 3)
     assert other < 1e-10
-    whole = loss(lambda x, t, labels: posterior_mean(x, t, references, D=8), x0[:20], seeded(),
-                 labels=labels[:20])  # fmt: skip
+    whole = loss(
+        lambda x, t, labels: posterior_mean(x, t, references, D=8),
+        x0[:20],
+        seeded(),
+        labels=labels[:20],
+    )
     assert whole > 1e-3
+
+
+@pytest.mark.parametrize(("D", "warned"), [(1, True), (2, True), (2.5, False), (math.inf, False)])
+def test_a_loss_without_a_mean_warns(D, warned):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        PosteriorMeanLoss(D=D)
+    assert len(seen) == warned
+    if warned:
+        assert f"D > 2 for a loss that has a mean (D ≥ 8 trains well), got {D}" in str(seen[0])
+        assert seen[0].filename == __file__
