@@ -75,14 +75,25 @@ def train(
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints; 500 if not given.")
     ] = None,
+    network: Annotated[
+        str | None, typer.Option(help="perceptron, unet, ddpmpp or package.module:factory.")
+    ] = None,
+    conditional: Annotated[
+        bool, typer.Option("--conditional", help="Train by class, with the data's labels.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
 ) -> None:
-    """Train the reference network; with --resume, what is not given stays as it was."""
+    """Train a network; with --resume, what is not given stays as it was."""
     from pfgm_kernels.training import data as data_sets
     from pfgm_kernels.training import trainer
     from pfgm_kernels.training.config import TrainConfig
 
-    options = {"steps": steps, "seed": seed, "checkpoint_every": checkpoint_every}
+    options = {
+        "steps": steps,
+        "seed": seed,
+        "checkpoint_every": checkpoint_every,
+        "network": network,
+    }
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     if resume:
         stored = TrainConfig.read(out)
@@ -92,7 +103,7 @@ def train(
         if data is None:
             raise ValueError(f"expected --data with one of {', '.join(data_sets.NAMES)}")
         points = data_sets.load(data)
-        config = TrainConfig.for_data(points, **given)
+        config = TrainConfig.for_data(points, conditional=conditional, **given)
     run = trainer.train(config, points, out, resume=resume)
     if not run.finished:
         raise typer.Exit(INTERRUPTED)

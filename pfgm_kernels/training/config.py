@@ -4,18 +4,19 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pfgm_kernels._checks import integer, non_negative, positive, shape_of_event
+from pfgm_kernels._checks import finite, integer, non_negative, positive, shape_of_event
 from pfgm_kernels.files import write_bytes
 from pfgm_kernels.flow.constants import SIGMA, TAU, constants
-from pfgm_kernels.training import checkpoint
+from pfgm_kernels.training import checkpoint, networks
 from pfgm_kernels.training.data import DataSet
-from pfgm_kernels.training.network import FieldNetwork
+from pfgm_kernels.training.methods import METHODS, TARGETS, check_method, count_classes
 
 LEAST_SEED = -(1 << 63)
 
@@ -32,6 +33,20 @@ class TrainConfig:
     """Added to the norm in the target of Eq. (12), in the units of x."""
     T: float
     """Where sampling starts, in the units of x."""
+    network: str = "perceptron"
+    """perceptron, unet, ddpmpp, package.module:factory, or own for one given from Python."""
+    predicts: str = "mean"
+    """mean, denoiser or field: what the network's output means."""
+    method: str = "pfgm"
+    """pfgm: Eq. (12); unnormalized: Eq. (10); pfgmpp: a denoiser's loss, for any D."""
+    targets: str = "exact"
+    """Of pfgmpp: exact, the posterior mean of the references, or clean, the points themselves."""
+    references: int = 0
+    """How many random ones a step takes for its targets; 0 is the whole data set."""
+    D: float = 1.0
+    """Dimensions added to the data's; inf is diffusion."""
+    classes: int = 0
+    """Of a class-conditional run; 0 is one without classes."""
     steps: int = 2000
     seed: int = 0
     checkpoint_every: int = 500
@@ -39,6 +54,11 @@ class TrainConfig:
     """Smallest noise of Eq. (11), in the units of x."""
     tau: float = TAU
     restrict_M: bool = True  # noqa: N815  (the article's M)
+    sigma_data: float = 0.5
+    """Standard deviation of the data's components, of a denoiser and the loss of pfgmpp."""
+    log_sigma_mean: float = -1.2
+    log_sigma_std: float = 1.2
+    """Of the noise levels that pfgmpp trains at."""
     width: int = 256
     depth: int = 4
     batch_size: int = 256
@@ -54,34 +74,79 @@ class TrainConfig:
         checked: dict[str, Any] = {
             "event_shape": shape_of_event(self.event_shape),
             "seed": integer("seed", self.seed, LEAST_SEED),
+            "D": positive("D", self.D, finite=False),
+            "log_sigma_mean": finite("log_sigma_mean", self.log_sigma_mean),
+            "network": networks.check_name(self.network),
         }
         for check, names in (
             (integer, "steps checkpoint_every batch_size warmup width depth threads M"),
-            (positive, "T sigma tau learning_rate clip_norm"),
+            (_count, "references classes"),
+            (positive, "T sigma tau learning_rate clip_norm sigma_data log_sigma_std"),
             (non_negative, "gamma ema_decay"),
         ):
             checked |= {name: check(name, getattr(self, name)) for name in names.split()}
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        for name, known in (
+            ("predicts", networks.PREDICTIONS),
+            ("method", METHODS),
+            ("targets", TARGETS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} expects one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+        if self.predicts == "mean" and self.network != "perceptron":
+            raise ValueError(f"predicts=mean expects network=perceptron, got {self.network}")
+        check_method(self)
 
     @classmethod
     def for_data(cls, data: DataSet, **changes: Any) -> TrainConfig:
-        """The defaults for a data set: M, gamma and T by `constants`."""
-        noise = {name: changes[name] for name in ("sigma", "tau") if name in changes}
+        """The defaults for a data set: M, gamma and T by `constants`, noise levels of pfgmpp by its
+        standard deviation, the small U-Net for images that it fits. ``conditional=True`` takes the
+        data's classes. Raises ValueError where it has none.
+        """
+        noise = {name: changes[name] for name in ("sigma", "tau", "D") if name in changes}
         rule = constants(data.references(), **noise)
-        known: dict[str, Any] = {"data": data.name, "event_shape": data.event_shape}
-        return cls(**known | {name: getattr(rule, name) for name in ("M", "gamma", "T")} | changes)
+        spread = changes.get("sigma_data") or data.moments().spread or 0.5
+        known: dict[str, Any] = {
+            "data": data.name,
+            "event_shape": data.event_shape,
+            "network": "unet" if data.is_image and _suits_unet(data.event_shape) else "perceptron",
+            "sigma_data": spread,
+            "log_sigma_mean": math.log(2 * spread) - 1.2,
+        }
+        known |= {name: getattr(rule, name) for name in ("M", "gamma", "T")}
+        if changes.pop("conditional", False):
+            known["classes"] = count_classes(data)
+        network = changes.get("network", known["network"])
+        known["predicts"] = _prediction(changes.get("method"), network)
+        return cls(**known | changes)
 
-    def network(self, data: DataSet | None = None) -> FieldNetwork:
-        """A new network, its weights drawn by the seed, normalised for ``data`` if given."""
+    def model(
+        self, data: DataSet | None = None, network: torch.nn.Module | None = None
+    ) -> torch.nn.Module:
+        """A new model, its weights drawn by the seed, normalised for ``data`` if given; around
+        ``network`` where that is given from Python.
+        """
         known: dict[str, Any] = {}
         if data is not None:
             moments = data.moments()
             known = {"center": moments.center, "spread": moments.spread}
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(self.seed)
-            return FieldNetwork(
-                self.event_shape, width=self.width, depth=self.depth, gamma=self.gamma, **known
+            return networks.build(
+                self.network,
+                self.event_shape,
+                predicts=self.predicts,
+                num_classes=self.classes,
+                width=self.width,
+                depth=self.depth,
+                gamma=self.gamma,
+                D=self.D,
+                sigma_data=self.sigma_data,
+                given=network,
+                **known,
             )
 
     def write(self, folder: Path) -> None:
@@ -110,3 +175,17 @@ class TrainConfig:
             return cls(**values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"damaged file {path}: {error}") from error
+
+
+def _count(name: str, value: object) -> int:
+    return integer(name, value, 0)
+
+
+def _suits_unet(event_shape: tuple[int, ...]) -> bool:
+    return min(event_shape[-2:]) > 8 and not any(side % 4 for side in event_shape[-2:])
+
+
+def _prediction(method: str | None, network: str) -> str:
+    if method == "unnormalized":
+        return "field"
+    return "mean" if network == "perceptron" else "denoiser"

@@ -3,19 +3,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from pfgm_kernels._checks import integer
 from pfgm_kernels.flow import Trajectory, sample, sample_prior
+from pfgm_kernels.training import methods
 from pfgm_kernels.training.config import LEAST_SEED, TrainConfig
-from pfgm_kernels.training.network import FieldNetwork
 from pfgm_kernels.training.progress import progress_bar
 from pfgm_kernels.training.trainer import threads
 
+T_MIN = 1e-3
+"""Where the solver ends: this noise level, in the units of x."""
+
 
 def generate(
-    network: FieldNetwork,
+    model: Callable[..., Tensor],
     config: TrainConfig,
     count: int,
     *,
@@ -25,19 +33,26 @@ def generate(
     console: Console,
     keep_path: bool = False,
 ) -> Trajectory:
-    """``count`` draws of the prior on t = T, taken along the network's field to t = 0 (Eq. 4).
+    """``count`` draws of the prior on t = T, taken along the model's field to t = 0 (Eq. 4); of a
+    class-conditional run one of each class in turn.
 
     Shows the progress on ``console``. Raises ValueError for a count, solver or steps out of range.
     """
     generator = torch.Generator("cpu").manual_seed(integer("seed", seed, LEAST_SEED))
-    x = sample_prior(count, config.event_shape, T=config.T, generator=generator)
+    x = sample_prior(count, config.event_shape, T=config.T, D=config.D, generator=generator)
+    labels: dict[str, Any] = {}
+    if config.classes:
+        labels["labels"] = torch.arange(count, device=x.device) % config.classes
     with threads(config.threads), progress_bar(console, "Sampling", 1.0) as update:
         return sample(
-            network,
+            methods.field_of(config, model),
             x,
             T=config.T,
+            t_min=T_MIN * (1 if math.isinf(config.D) else math.sqrt(config.D)),
             solver=solver,
             steps=steps,
             keep_path=keep_path,
+            substitution=methods.substitution(config),
             progress=lambda done: update(done, f"{count} samples by {solver}"),
+            **labels,
         )

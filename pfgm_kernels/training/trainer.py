@@ -24,11 +24,10 @@ from torch.optim.lr_scheduler import LinearLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pfgm_kernels.files import LOCK, locked, naming
-from pfgm_kernels.flow import FieldLoss
-from pfgm_kernels.training import checkpoint
+from pfgm_kernels.flow import UnnormalizedLoss
+from pfgm_kernels.training import checkpoint, methods
 from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.data import DataSet
-from pfgm_kernels.training.network import FieldNetwork
 from pfgm_kernels.training.progress import progress_bar
 
 MODEL = "model.safetensors"
@@ -50,18 +49,14 @@ class Run:
 class Training:
     """All that changes while training, and how to save and restore it."""
 
-    def __init__(self, config: TrainConfig, data: DataSet) -> None:
+    def __init__(
+        self, config: TrainConfig, data: DataSet, network: torch.nn.Module | None = None
+    ) -> None:
         self.config = config
         self.data = data
-        self.loss = FieldLoss(
-            data.references(),
-            gamma=config.gamma,
-            sigma=config.sigma,
-            tau=config.tau,
-            M=config.M,
-            restrict_M=config.restrict_M,
-        )
-        self.network = config.network(data)
+        self.references = methods.references_of(config, data)
+        self.loss = methods.make_loss(config, self.references)
+        self.network = config.model(data, network)
         self.average = AveragedModel(
             self.network, torch.device("cpu"), multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
         )
@@ -74,11 +69,13 @@ class Training:
 
     def advance(self) -> tuple[float, float]:
         """One step; the loss and the norm of its gradient."""
-        train = self.data.train
-        size, generator = (self.config.batch_size,), self.generator
-        rows = torch.randint(len(train), size, generator=generator, device=generator.device)
-        batch = self.data.decode(train[rows])
-        loss = self.loss(self.network, batch, generator=self.generator)
+        rows = self._rows()
+        batch = self.data.decode(self.data.train[rows])
+        options = {}
+        if self.config.classes and self.data.train_labels is not None:
+            options["labels"] = self.data.train_labels[rows]
+        predicted = methods.as_predicted(self.config, self.network)
+        loss = self.loss(predicted, batch, generator=self.generator, **options)
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
@@ -87,6 +84,17 @@ class Training:
         self.average.update_parameters(self.network)
         self.step += 1
         return loss.item(), norm.item()
+
+    def _rows(self) -> Tensor:
+        """Those of the batch. Where a step has references of its own they are drawn with them: a
+        query needs the point that it was made of among its references.
+        """
+        count, size, generator = len(self.data.train), self.config.batch_size, self.generator
+        if self.config.references and not isinstance(self.loss, UnnormalizedLoss):
+            drawn = torch.randperm(count, generator=generator, device=generator.device)
+            self.loss.references = self.references[drawn[: self.config.references]]
+            return drawn[:size]
+        return torch.randint(count, (size,), generator=generator, device=generator.device)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Every tensor by name, and the rest as JSON values."""
@@ -126,6 +134,7 @@ def train(
     data: DataSet,
     folder: Path,
     *,
+    network: torch.nn.Module | None = None,
     resume: bool = False,
     replace: bool = False,
     console: Console | None = None,
@@ -135,17 +144,18 @@ def train(
     Checkpoints go to ``checkpoints/``, curves to ``tensorboard/``, the averaged weights of a
     finished run to ``model.safetensors``. Ctrl-C and SIGTERM end the current step, save a
     checkpoint and return; a second signal ends at once. With ``replace`` a run in the folder is
-    removed first. Raises ValueError where the folder holds another run or, without either, any run,
-    and where another process trains there.
+    removed first. ``network`` is what to train where the config says ``network="own"``, called as
+    `pfgm_kernels.training.networks` says. Raises ValueError where the folder holds another run or,
+    without either, any run, and where another process trains there.
     """
     with locked(folder):
+        training = Training(config, data, network)
         _claim(folder, config, resume, replace)
-        return _train(config, data, folder, resume, console or Console())
+        return _train(training, folder, resume, console or Console())
 
 
-def _train(config: TrainConfig, data: DataSet, folder: Path, resume: bool, console: Console) -> Run:
-    began = time.monotonic()
-    training = Training(config, data)
+def _train(training: Training, folder: Path, resume: bool, console: Console) -> Run:
+    began, config = time.monotonic(), training.config
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
     if resume and (newest := checkpoints.newest()) is not None:
         training.restore(*newest)
@@ -203,13 +213,16 @@ def _advance(
     return losses
 
 
-def load_model(folder: Path) -> tuple[FieldNetwork, TrainConfig]:
-    """The averaged network of the finished run in ``folder``, and what the run was given.
+def load_model(
+    folder: Path, network: torch.nn.Module | None = None
+) -> tuple[torch.nn.Module, TrainConfig]:
+    """The averaged model of the finished run in ``folder``, and what the run was given. A model
+    around ``network``, which takes the weights, where the run was given its own from Python.
 
     Raises FileNotFoundError or ValueError, naming the file, where something is missing or damaged.
     """
     config = TrainConfig.read(folder)
-    network = config.network()
+    model = config.model(network=network)
     path = folder / MODEL
     finish = f"pfgm train --out {shlex.quote(str(folder))} --resume"
     if not path.is_file():
@@ -220,14 +233,14 @@ def load_model(folder: Path) -> tuple[FieldNetwork, TrainConfig]:
     weights, state = checkpoint.read(path)
     version = state.pop("version", None)
     checkpoint.match_keys(path, {"step"}, state.keys(), version)
-    checkpoint.match(path, network.state_dict(), weights, version)
+    checkpoint.match(path, model.state_dict(), weights, version)
     if state["step"] < config.steps:
         warnings.warn(
             f"{path} is of step {state['step']} of {config.steps}: `{finish}` finishes the run",
             stacklevel=2,
         )
-    network.load_state_dict(weights)
-    return network.eval(), config
+    model.load_state_dict(weights)
+    return model.eval(), config
 
 
 def _claim(folder: Path, config: TrainConfig, resume: bool, replace: bool) -> None:

@@ -17,7 +17,7 @@ from pfgm_kernels.training import data
 from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.evaluation import evaluate
 from pfgm_kernels.training.generate import generate
-from pfgm_kernels.training.network import FieldNetwork
+from pfgm_kernels.training.networks.perceptron import FieldNetwork
 from pfgm_kernels.training.trainer import load_model, train
 
 

@@ -26,7 +26,7 @@ from pfgm_kernels.training import checkpoint, data
 from pfgm_kernels.training.checkpoint import VERSION, Checkpoints
 from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.data import DataSet
-from pfgm_kernels.training.network import FieldNetwork
+from pfgm_kernels.training.networks.perceptron import FieldNetwork
 from pfgm_kernels.training.trainer import Training, load_model, train
 
 TINY = {"width": 8, "depth": 1, "batch_size": 16, "warmup": 4, "checkpoint_every": 5}
