@@ -17,8 +17,10 @@ from pfgm_kernels.flow.constants import SIGMA, TAU, constants
 from pfgm_kernels.training import checkpoint, networks
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.methods import METHODS, TARGETS, check_method, count_classes
+from pfgm_kernels.training.ranks import DEVICES
 
 LEAST_SEED = -(1 << 63)
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,26 @@ class TrainConfig:
     batch_size: int = 256
     learning_rate: float = 1e-3
     warmup: int = 100
-    ema_decay: float = 0.998
+    """Steps over which the learning rate rises."""
+    ema_halflife: float = 90_000.0
+    """Images after which the average of the weights keeps half of what it was."""
+    ema_rampup: float = 0.2
+    """The most that the half-life is of the images so far; 0 for no bound."""
     clip_norm: float = 1.0
+    """The most that a gradient's norm may be."""
+    spike: float = 100.0
+    """A step whose loss is so many times the median of the last ones is skipped."""
+    device: str = "auto"
+    """auto, cpu or cuda; auto is a GPU where there is one."""
+    precision: str = "float32"
+    """float32, bfloat16 or float16: what the network computes in. The targets and the loss are
+    always float32."""
+    accumulation: int = 1
+    """Parts in which a process computes its share of a batch, one after the other."""
+    compile: bool = False
+    """Whether torch.compile compiles the network."""
     threads: int = 1
-    """Of the CPU. The network is too small to gain much from more, and their number changes the
+    """Of the CPU. The perceptron is too small to gain much from more, and their number changes the
     order of sums: with it fixed, a run gives the same bits wherever it is resumed."""
 
     def __post_init__(self) -> None:
@@ -77,12 +95,17 @@ class TrainConfig:
             "D": positive("D", self.D, finite=False),
             "log_sigma_mean": finite("log_sigma_mean", self.log_sigma_mean),
             "network": networks.check_name(self.network),
+            "spike": positive("spike", self.spike, finite=False),
         }
         for check, names in (
-            (integer, "steps checkpoint_every batch_size warmup width depth threads M"),
+            (
+                integer,
+                "steps checkpoint_every batch_size warmup width depth threads M accumulation",
+            ),
+            (integer, "accumulation"),
             (_count, "references classes"),
-            (positive, "T sigma tau learning_rate clip_norm sigma_data log_sigma_std"),
-            (non_negative, "gamma ema_decay"),
+            (positive, "T sigma tau sigma_data log_sigma_std learning_rate clip_norm ema_halflife"),
+            (non_negative, "gamma ema_rampup"),
         ):
             checked |= {name: check(name, getattr(self, name)) for name in names.split()}
         for name, value in checked.items():
@@ -91,6 +114,8 @@ class TrainConfig:
             ("predicts", networks.PREDICTIONS),
             ("method", METHODS),
             ("targets", TARGETS),
+            ("device", DEVICES),
+            ("precision", PRECISIONS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -120,6 +145,10 @@ class TrainConfig:
         if changes.pop("conditional", False):
             known["classes"] = count_classes(data)
         network = changes.get("network", known["network"])
+        if network != "perceptron":
+            known["threads"] = torch.get_num_threads()
+        if changes.get("method") == "unnormalized":
+            known["spike"] = math.inf  # its losses are spikes
         known["predicts"] = _prediction(changes.get("method"), network)
         return cls(**known | changes)
 

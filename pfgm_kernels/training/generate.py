@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from pfgm_kernels.flow import Trajectory, sample, sample_prior
 from pfgm_kernels.training import methods
 from pfgm_kernels.training.config import LEAST_SEED, TrainConfig
 from pfgm_kernels.training.progress import progress_bar
+from pfgm_kernels.training.ranks import Ranks
 from pfgm_kernels.training.trainer import threads
 
 T_MIN = 1e-3
@@ -39,12 +41,16 @@ def generate(
     Shows the progress on ``console``. Raises ValueError for a count, solver or steps out of range.
     """
     generator = torch.Generator("cpu").manual_seed(integer("seed", seed, LEAST_SEED))
+    device = Ranks().device(config.device)
+    if isinstance(model, torch.nn.Module):
+        model.to(device)
     x = sample_prior(count, config.event_shape, T=config.T, D=config.D, generator=generator)
+    x = x.to(device)
     labels: dict[str, Any] = {}
     if config.classes:
         labels["labels"] = torch.arange(count, device=x.device) % config.classes
     with threads(config.threads), progress_bar(console, "Sampling", 1.0) as update:
-        return sample(
+        result = sample(
             methods.field_of(config, model),
             x,
             T=config.T,
@@ -56,3 +62,5 @@ def generate(
             progress=lambda done: update(done, f"{count} samples by {solver}"),
             **labels,
         )
+    path = None if result.path is None else result.path.cpu()
+    return replace(result, x=result.x.cpu(), path=path)

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import shutil
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,114 +18,32 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
-from torch.optim.lr_scheduler import LinearLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pfgm_kernels.files import LOCK, locked, naming
-from pfgm_kernels.flow import UnnormalizedLoss
-from pfgm_kernels.training import checkpoint, methods
+from pfgm_kernels.files import LOCK, locked
+from pfgm_kernels.training import checkpoint
 from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.progress import progress_bar
+from pfgm_kernels.training.reports import Report, reports
+from pfgm_kernels.training.state import REPORT_EVERY, Step, Training
 
 MODEL = "model.safetensors"
-LOG_EVERY = 10
+MOST_SKIPPED = 20
+"""Steps in a row; so many mean that training does not come back by itself."""
 # A resumed run may go further or save at other steps; in all else it is the run that it continues.
-MAY_CHANGE = ("steps", "checkpoint_every")
+MAY_CHANGE = ("steps", "checkpoint_every", "device", "compile")
 
 
 @dataclass(frozen=True)
 class Run:
-    """How a call of ``train`` went: the losses of its steps and whether it reached the last one."""
+    """How a call of ``train`` went: the losses of its steps, without those that were skipped, and
+    whether it reached the last one.
+    """
 
     losses: list[float]
     first_step: int
     finished: bool
     seconds: float
-
-
-class Training:
-    """All that changes while training, and how to save and restore it."""
-
-    def __init__(
-        self, config: TrainConfig, data: DataSet, network: torch.nn.Module | None = None
-    ) -> None:
-        self.config = config
-        self.data = data
-        self.references = methods.references_of(config, data)
-        self.loss = methods.make_loss(config, self.references)
-        self.network = config.model(data, network)
-        self.average = AveragedModel(
-            self.network, torch.device("cpu"), multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
-        )
-        self.optimizer = torch.optim.Adam(
-            self.network.parameters(), lr=config.learning_rate, fused=True
-        )
-        self.scheduler = LinearLR(self.optimizer, 1 / config.warmup, total_iters=config.warmup)
-        self.generator = torch.Generator("cpu").manual_seed(config.seed)
-        self.step = 0
-
-    def advance(self) -> tuple[float, float]:
-        """One step; the loss and the norm of its gradient."""
-        rows = self._rows()
-        batch = self.data.decode(self.data.train[rows])
-        options = {}
-        if self.config.classes and self.data.train_labels is not None:
-            options["labels"] = self.data.train_labels[rows]
-        predicted = methods.as_predicted(self.config, self.network)
-        loss = self.loss(predicted, batch, generator=self.generator, **options)
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.average.update_parameters(self.network)
-        self.step += 1
-        return loss.item(), norm.item()
-
-    def _rows(self) -> Tensor:
-        """Those of the batch. Where a step has references of its own they are drawn with them: a
-        query needs the point that it was made of among its references.
-        """
-        count, size, generator = len(self.data.train), self.config.batch_size, self.generator
-        if self.config.references and not isinstance(self.loss, UnnormalizedLoss):
-            drawn = torch.randperm(count, generator=generator, device=generator.device)
-            self.loss.references = self.references[drawn[: self.config.references]]
-            return drawn[:size]
-        return torch.randint(count, (size,), generator=generator, device=generator.device)
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Every tensor by name, and the rest as JSON values."""
-        optimizer, groups = checkpoint.flatten_optimizer(self.optimizer)
-        tensors = self._weights() | _prefixed("optimizer.", optimizer)
-        return tensors, {
-            "version": checkpoint.VERSION,
-            "step": self.step,
-            "groups": groups,
-            "scheduler": self.scheduler.state_dict(),
-        }
-
-    def restore(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Puts back what ``state`` gave, read from ``path``."""
-        version = state.pop("version", None)
-        checkpoint.match_keys(path, {"step", "groups", "scheduler"}, state.keys(), version)
-        optimizer = _without_prefix("optimizer.", tensors)
-        weights = {name: tensors[name] for name in tensors if not name.startswith("optimizer.")}
-        checkpoint.match(path, self._weights(), weights, version)
-        self.network.load_state_dict(_without_prefix("network.", weights))
-        self.average.load_state_dict(_without_prefix("average.", weights))
-        checkpoint.load_optimizer(self.optimizer, optimizer, state["groups"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.generator.set_state(tensors["generator"])
-        self.step = state["step"]
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {
-            **_prefixed("network.", self.network.state_dict()),
-            **_prefixed("average.", self.average.state_dict()),
-            "generator": self.generator.get_state(),
-        }
 
 
 def train(
@@ -164,8 +81,8 @@ def _train(training: Training, folder: Path, resume: bool, console: Console) -> 
     if first > config.steps:
         raise ValueError(f"steps expects at least the {first} that are done, got {config.steps}")
     config.write(folder)
-    with threads(config.threads), _stop_on_signal() as stopped, _curves(folder, first) as curve:
-        losses = _advance(training, checkpoints, stopped, curve, console)
+    with threads(config.threads), _stop_on_signal() as stopped, reports(folder, first) as report:
+        losses = _advance(training, checkpoints, stopped, report, console)
     finished = training.step == config.steps
     if finished:
         weights = training.average.module.state_dict()
@@ -184,33 +101,61 @@ def _advance(
     training: Training,
     checkpoints: checkpoint.Checkpoints,
     stopped: threading.Event,
-    curve: Callable[[dict[str, float], int], None],
+    report: Report,
     console: Console,
 ) -> list[float]:
-    """Trains to the last step or until ``stopped``, saving as it goes; the losses of the steps."""
+    """Trains to the last step or until ``stopped``, saving as it goes; the losses of the steps that
+    were not skipped.
+    """
     config, first, began = training.config, training.step, time.monotonic()
     losses: list[float] = []
     with progress_bar(console, "Training", config.steps, first) as update:
         while training.step < config.steps:
-            loss, norm = training.advance()
+            done = training.advance(stopped.is_set)
             step = training.step
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"training diverged: the loss of step {step} is {loss}; "
-                    f"the checkpoints in {checkpoints.folder} are from before"
-                )
-            losses.append(loss)
-            last = step == config.steps or stopped.is_set()
-            if step % config.checkpoint_every == 0 or last:
+            if done.skipped:
+                _told_of_skip(training, done, checkpoints, console)
+            else:
+                losses.append(done.loss)
+            last = step == config.steps or done.stopped
+            # While steps are skipped the weights may be at fault: the checkpoint before is kept.
+            if last or (step % config.checkpoint_every == 0 and not training.in_a_row):
                 checkpoints.save(step, *training.state())
-            if step % LOG_EVERY == 0 or last:
-                speed = len(losses) / (time.monotonic() - began)
-                mean = sum(losses[-LOG_EVERY:]) / len(losses[-LOG_EVERY:])
-                update(step, f"step {step}/{config.steps}  loss {mean:.3g}  {speed:.1f} steps/s")
-                curve({"loss": mean, "gradient_norm": norm, "steps_per_second": speed}, step)
+            if (step % REPORT_EVERY == 0 or last) and losses:
+                speed = (step - first) / (time.monotonic() - began)
+                mean = sum(losses[-REPORT_EVERY:]) / len(losses[-REPORT_EVERY:])
+                images = speed * config.batch_size
+                text = f"loss {mean:.3g}  {images:.0f} images/s  targets {done.targets:.0%}"
+                update(step, f"step {step}/{config.steps}  {text}")
+                values = {
+                    "loss": mean,
+                    "gradient_norm": done.norm,
+                    "learning_rate": training.rate,
+                    "average_decay": training.decay,
+                    "skipped": training.skipped,
+                    "images": step * config.batch_size,
+                    "steps_per_second": speed,
+                    "targets_share": done.targets,
+                }
+                report(values, step)
             if last:
                 break
     return losses
+
+
+def _told_of_skip(
+    training: Training, done: Step, checkpoints: checkpoint.Checkpoints, console: Console
+) -> None:
+    """Says so; raises FloatingPointError where too many steps in a row were skipped."""
+    what = f"step {training.step}: the loss is {done.loss:.4g}, its gradient's norm {done.norm:.4g}"
+    console.print(f"Skipped {what}.", soft_wrap=True)
+    if training.in_a_row < MOST_SKIPPED:
+        return
+    saved = checkpoints.paths()
+    raise FloatingPointError(
+        f"training diverged: {training.in_a_row} steps in a row were skipped, at {what}; "
+        + (f"the last good checkpoint is {saved[0]}" if saved else "no checkpoint was saved")
+    )
 
 
 def load_model(
@@ -298,36 +243,3 @@ def _stop_on_signal() -> Iterator[threading.Event]:
     finally:
         for number in signals:
             signal.signal(number, before[number])
-
-
-@contextmanager
-def _curves(folder: Path, step: int) -> Iterator[Callable[[dict[str, float], int], None]]:
-    """Yields a function (values by name, step) that adds points to TensorBoard's curves."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    path = folder / "tensorboard"
-    with naming(path):
-        writer = SummaryWriter(path, purge_step=step + 1)
-
-    def add(values: dict[str, float], step: int) -> None:
-        with naming(path):
-            for name, value in values.items():
-                writer.add_scalar(name, value, step)
-
-    try:
-        yield add
-    finally:
-        with naming(path):
-            writer.close()
-
-
-def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + name: value for name, value in tensors.items()}
-
-
-def _without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }
