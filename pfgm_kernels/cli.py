@@ -69,12 +69,17 @@ def report(
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
-    data: Annotated[str | None, typer.Option(help="Name of the data set, e.g. digits.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps in all; 2000 if not given.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything; 0 if not given.")] = None,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints; 500 if not given.")
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Any setting, as batch_size=64 or D=inf."),
     ] = None,
+    data: Annotated[str | None, typer.Option(help="Name or path of the data set.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="A preset, or a YAML file; that of the data if not given.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps in all.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything; 0 if not given.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     network: Annotated[
         str | None, typer.Option(help="perceptron, unet, ddpmpp or package.module:factory.")
     ] = None,
@@ -85,29 +90,33 @@ def train(
 ) -> None:
     """Train a network; with --resume, what is not given stays as it was."""
     from pfgm_kernels.training import data as data_sets
+    from pfgm_kernels.training import settings as known
     from pfgm_kernels.training import trainer
     from pfgm_kernels.training.config import TrainConfig
 
     options = {
+        "data": data,
         "steps": steps,
         "seed": seed,
         "checkpoint_every": checkpoint_every,
         "network": network,
     }
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    given |= known.overrides(TrainConfig, settings or [])
     if resume:
-        stored = TrainConfig.read(out)
-        config = replace(stored, data=data or stored.data, **given)
-        points = data_sets.load(config.data)
+        run_config = replace(TrainConfig.read(out), **given)
+        points = data_sets.load(run_config.data)
     else:
-        if data is None:
+        name = config or (given.get("data") if given.get("data") in known.PRESETS else None)
+        given = (known.read(TrainConfig, name) if name else {}) | given
+        if "data" not in given:
             raise ValueError(f"expected --data with one of {', '.join(data_sets.NAMES)}")
-        points = data_sets.load(data)
-        config = TrainConfig.for_data(points, conditional=conditional, **given)
-    run = trainer.train(config, points, out, resume=resume)
+        points = data_sets.load(given.pop("data"))
+        run_config = TrainConfig.for_data(points, conditional=conditional, **given)
+    run = trainer.train(run_config, points, out, resume=resume)
     if not run.finished:
         raise typer.Exit(INTERRUPTED)
-    typer.echo(f"Trained for {config.steps} steps: {out / 'model.safetensors'}")
+    typer.echo(f"Trained for {run_config.steps} steps: {out / 'model.safetensors'}")
 
 
 @app.command()

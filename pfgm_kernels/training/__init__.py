@@ -6,7 +6,8 @@ It needs the extra `train`; the op and the flow do not.
 
 from importlib.util import find_spec
 
-for _module in ("diffusers", "matplotlib", "rich", "safetensors", "sklearn", "tensorboard"):
+_NEEDED = "diffusers matplotlib omegaconf rich safetensors sklearn tensorboard"
+for _module in _NEEDED.split():
     if find_spec(_module) is None:
         raise ImportError(
             f"pfgm_kernels.training needs {_module}: "

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,18 +13,19 @@ import torch
 from pfgm_kernels._checks import finite, integer, non_negative, positive, shape_of_event
 from pfgm_kernels.files import write_bytes
 from pfgm_kernels.flow.constants import SIGMA, TAU, constants
-from pfgm_kernels.training import checkpoint, networks
+from pfgm_kernels.training import checkpoint, networks, settings
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.methods import METHODS, TARGETS, check_method, count_classes
 from pfgm_kernels.training.ranks import DEVICES
 
+CONFIG = "config.yaml"
 LEAST_SEED = -(1 << 63)
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a run was given; ``DIR/config.json`` holds it."""
+    """Everything that a run was given; ``DIR/config.yaml`` holds it."""
 
     data: str
     event_shape: tuple[int, ...]
@@ -179,29 +179,28 @@ class TrainConfig:
             )
 
     def write(self, folder: Path) -> None:
-        values = {"version": checkpoint.VERSION} | asdict(self)
-        write_bytes(folder / "config.json", (json.dumps(values, indent=2) + "\n").encode())
+        values = {"versions": settings.versions()} | asdict(self)
+        write_bytes(folder / CONFIG, settings.dump(values))
 
     @classmethod
     def read(cls, folder: Path) -> TrainConfig:
         """Raises FileNotFoundError or ValueError, naming a file that is missing, damaged or of a
         version that wrote other keys.
         """
-        path = folder / "config.json"
+        path = folder / CONFIG
         if not path.is_file():
+            if (folder / "config.json").is_file():
+                raise ValueError(
+                    f"{folder} holds a run of an older version, with a config.json: expected "
+                    f"{CONFIG}; this version reads none of it, so train anew in another folder"
+                )
             raise FileNotFoundError(f"{folder} holds no run: expected {path}; it does not exist")
-        expected = {field.name for field in fields(cls)}
+        values = settings.load(path)
+        versions = values.pop("versions", None)
+        version = versions.get("pfgm_kernels") if isinstance(versions, dict) else None
+        checkpoint.match_keys(path, {field.name for field in fields(cls)}, values.keys(), version)
         try:
-            values = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"damaged file {path}: expected JSON, got {error}") from error
-        if not isinstance(values, dict):
-            got = type(values).__name__
-            raise ValueError(f"damaged file {path}: expected an object of JSON, got {got}")
-        version = values.pop("version", None)
-        checkpoint.match_keys(path, expected, values.keys(), version)
-        try:
-            return cls(**values)
+            return cls(**settings.typed(cls, values, "settings"))
         except (TypeError, ValueError) as error:
             raise ValueError(f"damaged file {path}: {error}") from error
 

@@ -56,6 +56,11 @@ class Training:
     ) -> None:
         self.config, self.data, self.ranks = config, data, ranks
         self.device = ranks.device(config.device)
+        if config.event_shape != data.event_shape:
+            raise ValueError(
+                f"event_shape expects that of the data, {data.event_shape}, "
+                f"got {config.event_shape}"
+            )
         self.parts = ranks.world * config.accumulation
         if config.batch_size % self.parts:
             raise ValueError(

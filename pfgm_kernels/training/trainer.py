@@ -21,7 +21,7 @@ from rich.console import Console
 
 from pfgm_kernels.files import LOCK, locked
 from pfgm_kernels.training import checkpoint
-from pfgm_kernels.training.config import TrainConfig
+from pfgm_kernels.training.config import CONFIG, TrainConfig
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.progress import progress_bar
 from pfgm_kernels.training.reports import Report, reports
@@ -190,10 +190,10 @@ def load_model(
 
 def _claim(folder: Path, config: TrainConfig, resume: bool, replace: bool) -> None:
     """Raises ValueError unless ``config`` may train in ``folder``, emptied first to ``replace``."""
-    taken = (folder / "config.json").exists() or (folder / "checkpoints").exists()
+    taken = any((folder / name).exists() for name in (CONFIG, "config.json", "checkpoints"))
     if not taken:
         if resume:
-            raise ValueError(f"nothing to resume: expected a run in {folder}, got no config.json")
+            raise ValueError(f"nothing to resume: expected a run in {folder}, got no {CONFIG}")
         return
     if replace:
         for path in folder.iterdir():

@@ -45,6 +45,7 @@ LAYERS = [
 EXTRAS = [
     "diffusers",
     "matplotlib",
+    "omegaconf",
     "rich",
     "safetensors",
     "scipy",

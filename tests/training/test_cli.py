@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from pfgm_kernels import choice, figures
 from pfgm_kernels.cli import app
 from pfgm_kernels.training.checkpoint import read
 from pfgm_kernels.training.generate import generate
+from pfgm_kernels.training.settings import load
 from pfgm_kernels.training.trainer import load_model
 
 
@@ -113,7 +113,7 @@ def test_a_full_disk_behind_the_output_is_named() -> None:
 
 
 def test_train_leaves_a_whole_run(digits: Path) -> None:
-    config = json.loads((digits / "config.json").read_text())
+    config = load(digits / "config.yaml")
     assert (config["data"], config["steps"], config["seed"]) == ("digits", 3, 4)
     assert config["event_shape"] == [8, 8]
     assert [path.name for path in (digits / "checkpoints").iterdir()] == [
@@ -133,7 +133,7 @@ def test_resume_keeps_what_is_not_given(tmp_path: Path) -> None:
     result = pfgm("train", "--out", tmp_path, "--steps", 4, "--resume")
     assert result.exit_code == 0, result.output
     assert "Resuming after step 2" in result.stdout
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = load(tmp_path / "config.yaml")
     assert (config["seed"], config["steps"], config["checkpoint_every"]) == (5, 4, 1)
     assert_refused(
         pfgm("train", "--data", "swiss_roll", "--out", tmp_path, "--resume"),
@@ -215,7 +215,7 @@ def test_sample_refuses(digits: Path, tmp_path: Path) -> None:
     wrong_name = pfgm("sample", "--model", digits, "--out", tmp_path / "samples.gif")
     assert_refused(wrong_name, "ends in .png")
     assert not list(tmp_path.iterdir())
-    for name in ("config.json", "checkpoints/step_00000003.safetensors"):  # as if it were stopped
+    for name in ("config.yaml", "checkpoints/step_00000003.safetensors"):  # as if it were stopped
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((digits / name).read_bytes())
         unfinished = pfgm("sample", "--model", tmp_path, *out)
@@ -223,16 +223,16 @@ def test_sample_refuses(digits: Path, tmp_path: Path) -> None:
 
 
 def test_damaged_run_is_refused(digits: Path, tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors"):
+    for name in ("config.yaml", "model.safetensors"):
         (tmp_path / name).write_bytes((digits / name).read_bytes())
     options = ("sample", "--model", tmp_path, "--out", tmp_path / "samples.png")
     weights = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights[:1000])
     refused = f"damaged checkpoint {tmp_path / 'model.safetensors'}: expected a whole"
     assert_refused(pfgm(*options), refused, "got one of 1000 bytes")
-    for text, expected in (("{", "expected JSON"), ("[1]", "expected an object of JSON, got list")):
-        (tmp_path / "config.json").write_text(text)
-        assert_refused(pfgm(*options), f"damaged file {tmp_path / 'config.json'}: {expected}")
+    for text, expected in (("{", "expected YAML"), ("[1]", "expected keys with values")):
+        (tmp_path / "config.yaml").write_text(text)
+        assert_refused(pfgm(*options), f"damaged file {tmp_path / 'config.yaml'}: {expected}")
 
 
 def test_wrong_usage_is_explained() -> None:

@@ -127,11 +127,11 @@ def test_demo_leaves_what_it_promises(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(demo, "evaluate", watched_evaluate)
     monkeypatch.setattr(figures, "draw_trajectories", watched_draw)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text("left by an earlier demo")
+    (tmp_path / "run" / "config.yaml").write_text("left by an earlier demo")
     (tmp_path / "run" / "checkpoints" / "more").mkdir(parents=True)
     with locked(tmp_path / "run"), pytest.raises(ValueError, match="run is in use"):
         demo.run(tmp_path)
-    assert (tmp_path / "run" / "config.json").read_text() == "left by an earlier demo"
+    assert (tmp_path / "run" / "config.yaml").read_text() == "left by an earlier demo"
     with locked(tmp_path), pytest.raises(ValueError, match=f"{tmp_path} is in use"):
         demo.run(tmp_path)
     assert demo.run(tmp_path)

@@ -74,7 +74,7 @@ def test_files_of_a_run_have_the_mode_of_the_umask(tmp_path: Path, umask: int) -
         write_bytes(tmp_path / "again", b"content")
     found = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
     names = {path.name for path in found}
-    assert {"config.json", "model.safetensors", "step_00000002.safetensors"} <= names
+    assert {"config.yaml", "model.safetensors", "step_00000002.safetensors"} <= names
     for path, mode in found.items():
         assert mode == (0o777 if path.is_dir() else 0o666) & ~umask, path
 
@@ -97,7 +97,7 @@ def write_run(folder: Path) -> None:
     [
         (write_model, 5000, "model.safetensors"),
         (write_picture, 1000, "picture.png"),
-        (write_run, 100, "config.json"),
+        (write_run, 100, "config.yaml"),
         (write_run, 5000, "checkpoints/step_00000002.safetensors"),
     ],
 )

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -23,7 +22,7 @@ from typer.testing import CliRunner
 
 from pfgm_kernels import files, poisson_displacement
 from pfgm_kernels.cli import app
-from pfgm_kernels.training import checkpoint, data
+from pfgm_kernels.training import checkpoint, data, settings
 from pfgm_kernels.training.checkpoint import VERSION, Checkpoints
 from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.data import DataSet
@@ -65,7 +64,7 @@ def test_resume_is_bit_exact(moons: DataSet, tmp_path: Path) -> None:
     assert [run.first_step for run in parts] == [0, 3, 14]
     assert whole.losses == [loss for run in parts for loss in run.losses]
     assert_same_state(tmp_path / "whole", tmp_path / "parts")
-    names = ["config.json", "model.safetensors"]
+    names = ["config.yaml", "model.safetensors"]
     for name in names:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
@@ -142,9 +141,11 @@ def test_numbers_of_numpy(tmp_path: Path) -> None:
     )
     config.write(tmp_path)
     assert config == plain == TrainConfig.read(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(path.read_text().replace('"steps": 3', '"steps": "3"'))
-    with pytest.raises(ValueError, match=r"damaged file .*json: steps expects an integer, got str"):
+    path = tmp_path / "config.yaml"
+    path.write_text(path.read_text().replace("steps: 3", "steps: three"))
+    with pytest.raises(
+        ValueError, match=r"damaged file .*yaml: settings: steps is ill-typed: Value 'three'"
+    ):
         TrainConfig.read(tmp_path)
     for name, value in (("steps", True), ("steps", 2.0), ("T", "2"), ("sigma", None), ("M", 1j)):
         with pytest.raises(TypeError, match=f"{name} expects (an integer|a real number), got"):
@@ -158,8 +159,9 @@ def test_config_comes_back(moons: DataSet, tmp_path: Path) -> None:
     config = TrainConfig.for_data(moons, seed=7, **TINY)
     config.write(tmp_path)
     assert TrainConfig.read(tmp_path) == config
-    values = asdict(config) | {"event_shape": [2], "version": VERSION}
-    assert json.loads((tmp_path / "config.json").read_text()) == values
+    values = asdict(config) | {"event_shape": [2], "versions": settings.versions()}
+    assert settings.load(tmp_path / "config.yaml") == values
+    assert values["versions"]["pfgm_kernels"] == VERSION
     with pytest.raises(ValueError, match="batch_size expects an integer ≥ 1, got 0"):
         replace(config, batch_size=0)
 
@@ -184,18 +186,21 @@ def test_another_version_is_named(moons: DataSet, tmp_path: Path, version: str |
     message = re.escape(f"was written by pfgm_kernels {writer}, this is {VERSION}: expected the ")
     config = TrainConfig.for_data(moons, steps=2, **TINY)
     train(config, moons, tmp_path)
-    path = tmp_path / "config.json"
+    path = tmp_path / "config.yaml"
     text = path.read_text()
     signed = {} if version is None else {"version": version}
-    values = {key: value for key, value in json.loads(text).items() if key != "version"} | signed
-    path.write_text(json.dumps(values))
+    told = {} if version is None else {"versions": {"pfgm_kernels": version}}
+    values = settings.load(path)
+    del values["versions"]
+    values |= told
+    path.write_bytes(settings.dump(values))
     assert TrainConfig.read(tmp_path) == config
     without = {key: value for key, value in values.items() if key != "tau"}
     for changed, what in (
         (values | {"colour": 3}, r"missing \[\], unknown \['colour'\]"),
         (without, r"missing \['tau'\], unknown \[\]"),
     ):
-        path.write_text(json.dumps(changed))
+        path.write_bytes(settings.dump(changed))
         with pytest.raises(ValueError, match=f"{path} {message}keys .*, {what}$"):
             TrainConfig.read(tmp_path)
     path.write_text(text)
@@ -363,7 +368,7 @@ def test_full_disk_loses_no_checkpoint(
 
     def replace_twice(source: str, target: Path) -> None:
         calls.append(target)
-        if len(calls) > 3:  # config.json and the checkpoints of steps 5 and 10
+        if len(calls) > 3:  # config.yaml and the checkpoints of steps 5 and 10
             raise OSError(28, "No space left on device")
         replace_file(source, target)
 
