@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -12,6 +15,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 DEVICES = ("auto", "cpu", "cuda")
+TIMEOUT = timedelta(minutes=5)
+"""How long ranks wait for one that is silent before they end with an error."""
 
 
 class Ranks(NamedTuple):
@@ -48,3 +53,45 @@ class Ranks(NamedTuple):
         dist.all_reduce(both)
         mean, stops = both.tolist()
         return mean, stops > 0
+
+    def same(self, step: int, device: torch.device) -> None:
+        """Waits for all ranks. Raises ValueError where they are at different steps."""
+        if self.world == 1:
+            return
+        steps = torch.tensor([step, -step], dtype=torch.int64, device=device)
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
+        most, least = steps[0].item(), -steps[1].item()
+        if most != least:
+            raise ValueError(
+                f"ranks read different checkpoints: expected one step, got {least} to {most}; "
+                "the folder of the run must be the same for all"
+            )
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Ranks]:
+    """The ranks that `torchrun` started, or that this process joined itself; else it is alone."""
+    if dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size(), _local())
+        return
+    if not dist.is_torchelastic_launched():
+        yield Ranks()
+        return
+    on_gpu = Ranks(local=_local()).device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(_local())
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), _local())
+        dist.barrier()  # the first, which the others talk through, is not to leave before them
+    finally:
+        dist.destroy_process_group()
+
+
+def _local() -> int:
+    return int(os.environ.get("LOCAL_RANK") or 0)

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ from pfgm_kernels.training import checkpoint
 from pfgm_kernels.training.config import CONFIG, TrainConfig
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.progress import progress_bar
+from pfgm_kernels.training.ranks import joined
 from pfgm_kernels.training.reports import Report, reports
 from pfgm_kernels.training.state import REPORT_EVERY, Step, Training
 
@@ -58,17 +59,24 @@ def train(
 ) -> Run:
     """Trains in ``folder``, or continues there, until ``config.steps`` or a signal to stop.
 
-    Checkpoints go to ``checkpoints/``, curves to ``tensorboard/``, the averaged weights of a
-    finished run to ``model.safetensors``. Ctrl-C and SIGTERM end the current step, save a
-    checkpoint and return; a second signal ends at once. With ``replace`` a run in the folder is
-    removed first. ``network`` is what to train where the config says ``network="own"``, called as
-    `pfgm_kernels.training.networks` says. Raises ValueError where the folder holds another run or,
-    without either, any run, and where another process trains there.
+    Checkpoints go to ``checkpoints/``, curves to ``tensorboard/`` and ``stats.jsonl``, the averaged
+    weights of a finished run to ``model.safetensors``. Ctrl-C and SIGTERM end the current step,
+    save a checkpoint and return; a second signal ends at once. With ``replace`` a run in the folder
+    is removed first. Started by `torchrun`, each rank takes its part of each batch, the first one
+    writes, and a signal to any stops all. ``network`` is what to train where the config says
+    ``network="own"``, called as `pfgm_kernels.training.networks` says. Raises ValueError where the
+    folder holds another run or, without either, any run, and where another process trains there;
+    FloatingPointError where training diverged.
     """
-    with locked(folder):
-        training = Training(config, data, network)
-        _claim(folder, config, resume, replace)
-        return _train(training, folder, resume, console or Console())
+    with joined(config.device) as ranks:
+        first = ranks.rank == 0
+        console = (console or Console()) if first else Console(quiet=True)
+        with locked(folder) if first else nullcontext():
+            training = Training(config, data, network, ranks)
+            if first:
+                _claim(folder, config, resume, replace)
+            ranks.wait()
+            return _train(training, folder, resume, console)
 
 
 def _train(training: Training, folder: Path, resume: bool, console: Console) -> Run:
@@ -80,15 +88,19 @@ def _train(training: Training, folder: Path, resume: bool, console: Console) -> 
     first = training.step
     if first > config.steps:
         raise ValueError(f"steps expects at least the {first} that are done, got {config.steps}")
-    config.write(folder)
-    with threads(config.threads), _stop_on_signal() as stopped, reports(folder, first) as report:
+    training.ranks.same(first, training.device)
+    writes = training.ranks.rank == 0
+    if writes:
+        config.write(folder)
+    told = reports(folder, first) if writes else nullcontext(lambda values, step: None)
+    with threads(config.threads), _stop_on_signal() as stopped, told as report:
         losses = _advance(training, checkpoints, stopped, report, console)
     finished = training.step == config.steps
-    if finished:
+    if finished and writes:
         weights = training.average.module.state_dict()
         state = {"version": checkpoint.VERSION, "step": training.step}
         checkpoint.write(folder / MODEL, weights, state)
-    else:
+    if not finished:
         console.print(
             f"Stopped after step {training.step} of {config.steps}; a checkpoint is saved, "
             "--resume continues from it.",
@@ -119,7 +131,8 @@ def _advance(
                 losses.append(done.loss)
             last = step == config.steps or done.stopped
             # While steps are skipped the weights may be at fault: the checkpoint before is kept.
-            if last or (step % config.checkpoint_every == 0 and not training.in_a_row):
+            due = last or (step % config.checkpoint_every == 0 and not training.in_a_row)
+            if due and training.ranks.rank == 0:
                 checkpoints.save(step, *training.state())
             if (step % REPORT_EVERY == 0 or last) and losses:
                 speed = (step - first) / (time.monotonic() - began)
