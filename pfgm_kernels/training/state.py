@@ -42,6 +42,10 @@ class Step(NamedTuple):
     """Whether any rank is asked to stop."""
     targets: float
     """The share of the step that drawing queries and computing their targets took."""
+    rate: float
+    """The learning rate."""
+    decay: float
+    """What the average kept of itself."""
 
 
 class Training:
@@ -85,6 +89,7 @@ class Training:
         """One step. ``stop`` says whether this rank is asked to stop, which all are told of."""
         config, accumulation = self.config, self.config.accumulation
         began, self._targets = time.perf_counter(), 0.0
+        rate, decay = self.rate, self.decay
         self.optimizer.zero_grad()
         total = 0.0
         for i in range(accumulation):
@@ -98,7 +103,7 @@ class Training:
         skipped = not math.isfinite(norm) or self._is_spike(value)
         if not skipped:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate
+                group["lr"] = rate
             self.scaler.step(self.optimizer)
             self.average.update_parameters(self.network)
             self.recent = [*self.recent, value][-RECENT:]
@@ -107,7 +112,7 @@ class Training:
         self.skipped += skipped
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         share = self._targets / (time.perf_counter() - began)
-        return Step(value, norm, skipped, stopped, share)
+        return Step(value, norm, skipped, stopped, share, rate, decay)
 
     @property
     def rate(self) -> float:

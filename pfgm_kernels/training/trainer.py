@@ -143,8 +143,8 @@ def _advance(
                 values = {
                     "loss": mean,
                     "gradient_norm": done.norm,
-                    "learning_rate": training.rate,
-                    "average_decay": training.decay,
+                    "learning_rate": done.rate,
+                    "average_decay": done.decay,
                     "skipped": training.skipped,
                     "images": step * config.batch_size,
                     "steps_per_second": speed,

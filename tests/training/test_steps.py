@@ -237,3 +237,13 @@ def test_a_device_that_is_missing(moons: DataSet, monkeypatch: pytest.MonkeyPatc
     assert training_of(moons, device="auto").device == torch.device("cpu")
     with pytest.raises(ValueError, match="device expects one of auto, cpu, cuda, got 'gpu'"):
         training_of(moons, device="gpu")
+
+
+def test_a_report_is_of_its_own_step(moons: DataSet, tmp_path: Path) -> None:
+    """Of rate and average: those that the step was taken with, not those of the next."""
+    options = TINY | {"warmup": 40, "learning_rate": 0.4, "ema_halflife": 1e9, "ema_rampup": 1.0}
+    train(TrainConfig.for_data(moons, steps=20, **options), moons, tmp_path, console=QUIET)
+    lines = read_stats(tmp_path / "stats.jsonl")
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0.1, 0.2])
+    assert [line["average_decay"] for line in lines] == pytest.approx([0.5**0.1, 0.5**0.05])
+    assert [line["images"] for line in lines] == [160, 320]
