@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from pfgm_kernels.training import data
-from pfgm_kernels.training.data import DataSet, read_cifar_batch, read_idx
+from pfgm_kernels.training.data import DataSet, idx_cifar
+from pfgm_kernels.training.data.idx_cifar import IDX_IMAGES, read_cifar_batch, read_idx
 
 PIXELS = np.arange(10_000 * 3072, dtype=np.uint32).astype(np.uint8)
 LABELS = [i * 7 % 10 for i in range(10_000)]
@@ -232,7 +233,7 @@ def test_damaged_idx(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "images.gz"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"{path}: expected {message}"):
-        read_idx(path, data.IDX_IMAGES)
+        read_idx(path, IDX_IMAGES)
 
 
 def test_cifar_batch_of_python_2_in_xz(tmp_path: Path) -> None:
@@ -307,7 +308,7 @@ def test_cifar10_is_put_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         value = index[path.name]
         return torch.full((2, 3, 4, 4), value, dtype=torch.uint8), torch.tensor([value, value + 10])
 
-    monkeypatch.setattr(data, "read_cifar_batch", batch)
+    monkeypatch.setattr(idx_cifar, "read_cifar_batch", batch)
     cifar = data.load("cifar10")
     assert cifar.train[:, 0, 0, 0].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     assert cifar.train_labels is not None
