@@ -9,9 +9,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from pfgm_kernels.training.data.checks import DataError, blaming, fits, image_size
+from pfgm_kernels.training.data.checks import DataError, blaming, damaged, fits, image_size
 from pfgm_kernels.training.data.dataset import DataSet
 from pfgm_kernels.training.data.listing import Listing, listed
 from pfgm_kernels.training.data.sources import Source
@@ -65,10 +65,10 @@ def decode(content: bytes, where: str) -> np.ndarray:
     EXIF applied. ValueError for the rest: transparency, 16 bits, CMYK, animations.
     """
     with blaming(where, "an image"):
-        with _opened(content) as image:
+        with _opened(content, where) as image:
             _check(image, where)
             image.verify()  # the checksums of a PNG, which decoding skips
-        with _opened(content) as image:
+        with _opened(content, where) as image:
             oriented = ImageOps.exif_transpose(image)
             plain = _without_alpha(oriented, where)
             plain = plain.convert("L" if plain.mode in ("1", "L") else "RGB")
@@ -76,8 +76,12 @@ def decode(content: bytes, where: str) -> np.ndarray:
     return pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def _opened(content: bytes) -> ImageFile.ImageFile:
-    return Image.open(io.BytesIO(content), formats=FORMATS)
+def _opened(content: bytes, where: str) -> ImageFile.ImageFile:
+    try:
+        return Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError:
+        kinds = ", ".join(FORMATS)
+        raise damaged(where, f"an image ({kinds})", f"{len(content)} other bytes") from None
 
 
 def _check(image: ImageFile.ImageFile, where: str) -> None:

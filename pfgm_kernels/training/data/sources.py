@@ -13,6 +13,8 @@ from typing import IO, Protocol
 
 from pfgm_kernels.training.data.checks import MOST_BYTES, DataError, blaming, damaged
 
+DIRECTORY_ENTRY = b"PK\1\2"
+
 
 class Source(Protocol):
     """Files by name, relative and with slashes."""
@@ -94,6 +96,8 @@ class Archive:
                 raise DataError(
                     f"{member} expects no compression or deflate, got method {info.compress_type}"
                 )
+            if DIRECTORY_ENTRY in info.extra + info.comment:
+                raise damaged(self.path, "a directory of its members", "entries within an entry")
             if name in members:
                 raise DataError(f"{member} expects a name of its own, got a second of that name")
             # This compares both names that the archive has of it: else one flipped bit of the
