@@ -104,6 +104,12 @@ def overlap(content: bytearray, entry: int, header: int) -> None:
     struct.pack_into("<I", content, entry + 42, 0)
 
 
+def hide(content: bytearray, entry: int, header: int) -> None:
+    """The second entry of the directory is the comment of the first: one flipped bit may do it."""
+    size = content.rindex(b"PK\5\6") - entry
+    struct.pack_into("<H", content, content.index(b"PK\1\2") + 32, size)
+
+
 HOSTILE: dict[str, tuple[Callable[[zipfile.ZipFile], None], str]] = {
     **{
         f"path {name}": (
@@ -161,6 +167,7 @@ HOSTILE: dict[str, tuple[Callable[[zipfile.ZipFile], None], str]] = {
     "another name": (edited(rename), "z.pnf: expected a whole member, got BadZipFile"),
     "another place": (edited(put(42, "<I", 7)), "z.png: expected a whole member, got BadZipFile"),
     "overlap": (edited(overlap), "z.png: expected a whole member, got BadZipFile"),
+    "hidden": (edited(hide), "expected a directory of its members, got entries within an entry"),
     "no image": (
         lambda archive: archive.writestr(member("z.png"), b"hello"),
         r"z.png: expected an image \(PNG, JPEG, WEBP, BMP\), got 5 other bytes",

@@ -62,7 +62,8 @@ def decode(content: bytes, where: str) -> np.ndarray:
 
     What converts without loss and in one way only does: bilevel images and those of 2 or 4 bits to
     grey, palettes to RGB; an alpha channel that is opaque everywhere is dropped, and orientation by
-    EXIF applied. ValueError for the rest: transparency, 16 bits, CMYK, animations.
+    EXIF applied; colour profiles are not. ValueError for the rest: transparency, 16 bits, CMYK,
+    animations.
     """
     with blaming(where, "an image"):
         with _opened(content, where) as image:
