@@ -69,7 +69,7 @@ def report(
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
-    data: Annotated[str | None, typer.Option(help="Name of the data set, e.g. digits.")] = None,
+    data: Annotated[str | None, typer.Option(help="Name of a data set, or path.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps in all; 2000 if not given.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything; 0 if not given.")] = None,
     checkpoint_every: Annotated[
@@ -86,11 +86,12 @@ def train(
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     if resume:
         stored = TrainConfig.read(out)
-        config = replace(stored, data=data or stored.data, **given)
-        points = data_sets.load(config.data)
+        points = data_sets.load(data or stored.data)
+        config = replace(stored, data=points.name, **given)
     else:
         if data is None:
-            raise ValueError(f"expected --data with one of {', '.join(data_sets.NAMES)}")
+            known = ", ".join(data_sets.NAMES)
+            raise ValueError(f"expected --data with one of {known}, or {data_sets.PATHS}")
         points = data_sets.load(data)
         config = TrainConfig.for_data(points, **given)
     run = trainer.train(config, points, out, resume=resume)
@@ -131,7 +132,7 @@ def draw_figures(
     names: Annotated[list[str] | None, typer.Argument(help="Some of them; all by default.")] = None,
     format: Annotated[str, typer.Option(help="png or svg.")] = "png",
     data: Annotated[
-        str, typer.Option(help="Images for weights and bias: digits, mnist or cifar10.")
+        str, typer.Option(help="Images for weights and bias: digits, mnist, cifar10 or a path.")
     ] = "digits",
 ) -> None:
     """Draw the article's pictures with the op itself.
@@ -152,7 +153,7 @@ def draw_figures(
         raise ValueError(f"--format expects one of {', '.join(figures.FORMATS)}, got {format!r}")
     images = data_sets.load(data)
     if not images.is_image:
-        raise ValueError(f"--data expects images (digits, mnist or cifar10), got {data}")
+        raise ValueError(f"--data expects images (digits, mnist, cifar10 or a path), got {data}")
     with progress_bar(Console(), "Drawing", len(names)) as update:
         for done, name in enumerate(names):
             update(done, name)
