@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How good samples are, beside held-out data that are judged in the same way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from pfgm_kernels.training.data import DataSet
+from pfgm_kernels.training.evaluation.convolutional import Convolutional
+from pfgm_kernels.training.evaluation.images import stored
+from pfgm_kernels.training.evaluation.metrics import (
+    SPLITS,
+    Moments,
+    copies,
+    frechet_distance,
+    inception_score,
+    interval,
+    moments,
+    nearest,
+    precision_recall,
+)
+from pfgm_kernels.training.evaluation.perceptron import Perceptron
+from pfgm_kernels.training.progress import progress_bar
+
+BATCH = 250
+LEAST_PIXELS = 16 * 16  # of images for which convolutions pay
+
+
+class Features(Protocol):
+    """What images are judged by; each method takes them as their data set stores them."""
+
+    name: str
+
+    def features(self, images: Tensor) -> np.ndarray:
+        """(n, *event) -> (n, f)."""
+        ...
+
+    def probabilities(self, images: Tensor) -> np.ndarray | None:
+        """(n, *event) -> (n, classes), or None of features alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Measures of one set of images; those of ``metrics`` over the same number of each set."""
+
+    frechet_distance: float
+    """To all training images."""
+    precision: float
+    recall: float
+    """Of, and against, as many training images."""
+    inception_score: float | None
+    inception_score_deviation: float | None
+    """None where the features come without classes."""
+    copies_share: float
+    """Of all images of the set."""
+    copies_interval: tuple[float, float]
+    top_probability: float | None
+    """The mean over the set of the probability of the likeliest class."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``evaluate`` measures."""
+
+    features: str
+    """What the images are judged by."""
+    feature_count: int
+    samples: int
+    count: int
+    """Images of each set that distances, precision, recall and scores are of."""
+    frechet_distance_of_all: float
+    """Of all samples to all training images: what publications give, for 50,000 samples."""
+    sample: Quality
+    held_out: Quality
+    classes: list[int] | None
+    """The class that each sample is given."""
+    class_shares: list[float] | None
+    held_out_class_shares: list[float] | None
+    held_out_accuracy: float | None
+    """Of a classifier trained on the data set; None of other features."""
+    nearest: list[int]
+    """The index of the training image that is nearest to each sample."""
+    nearest_distance: list[float]
+    """The Euclidean distance to it, in the units of x."""
+
+
+def classifier(data: DataSet, console: Console | None = None) -> Features:
+    """A classifier trained on the data set: of convolutions, where it has images large enough.
+
+    Raises ValueError for a data set without labels.
+    """
+    *_, height, width = (1, *data.event_shape)
+    if data.is_image and height * width >= LEAST_PIXELS:
+        return Convolutional(data, console=console)
+    return Perceptron(data)
+
+
+def evaluate(
+    samples: Tensor,
+    data: DataSet,
+    features: Features | None = None,
+    *,
+    console: Console | None = None,
+) -> Evaluation:
+    """Judges samples (n, *event), floats in the data's range or uint8, beside the held-out images.
+
+    Every measure is taken of both in the same way, with the training images as what is to be
+    matched: what the held-out images get is what perfect samples would get. Measures that depend on
+    the number of images are taken of the first ``count`` of each, the lesser of n and the number of
+    held-out images. Images are judged as a file holds them, in 8 bits. ``features``: by default
+    those of ``classifier``. Raises ValueError for samples that do not fit the data set, or that are
+    fewer than what the measures need.
+    """
+    console = console or Console(quiet=True)
+    samples, held_out, train = stored(samples, data), data.held_out.cpu(), data.train.cpu()
+    count = min(len(samples), len(held_out), len(train))
+    if count < SPLITS:
+        raise ValueError(f"expected at least {SPLITS} samples and held-out images, got {count}")
+    judge = features or classifier(data, console)
+    known = _features(judge, "training", train, console)
+    # Some of the training images by themselves, in whatever order these are.
+    rows = torch.randperm(len(train), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    targets = _Targets(moments(known), known[rows[:count].numpy()])
+    real = _judged(judge, "held-out", held_out, train, console)
+    judged = _judged(judge, "sampled", samples, train, console)
+    labels, p, real_p = data.held_out_labels, judged.probabilities, real.probabilities
+    accuracy = None
+    if features is None and real_p is not None and labels is not None:
+        accuracy = float((real_p.argmax(1) == labels.cpu().numpy()).mean())
+    unit = (data.high - data.low) / 255 if data.is_image else 1.0
+    with console.status("Measuring"):
+        return Evaluation(
+            features=judge.name,
+            feature_count=known.shape[1],
+            samples=len(samples),
+            count=count,
+            frechet_distance_of_all=frechet_distance(moments(judged.features), targets.all),
+            sample=_quality(judged, real, targets),
+            held_out=_quality(real, real, targets),
+            classes=None if p is None else p.argmax(1).tolist(),
+            class_shares=_shares(p),
+            held_out_class_shares=_shares(real_p),
+            held_out_accuracy=accuracy,
+            nearest=judged.nearest.tolist(),
+            nearest_distance=(unit * judged.distances).tolist(),
+        )
+
+
+class _Targets(NamedTuple):
+    """What is to be matched: the features of all training images, and of n of them."""
+
+    all: Moments
+    some: np.ndarray
+
+
+class _Judged(NamedTuple):
+    """Features and probabilities of a set of images, and how far which training image is."""
+
+    features: np.ndarray
+    probabilities: np.ndarray | None
+    distances: np.ndarray
+    nearest: np.ndarray
+
+
+def _judged(judge: Features, name: str, images: Tensor, train: Tensor, console: Console) -> _Judged:
+    features = _features(judge, name, images, console)
+    parts = [judge.probabilities(part) for part in images.split(BATCH)]
+    known = [part for part in parts if part is not None]
+    with progress_bar(console, f"Nearest neighbours, {name}", 1.0) as update:
+        distances, indices = nearest(
+            images.flatten(1).numpy(), train.flatten(1).numpy(), 1, lambda done: update(done, "")
+        )
+    probabilities = np.concatenate(known) if known else None
+    return _Judged(features, probabilities, distances[:, 0], indices[:, 0])
+
+
+def _features(judge: Features, name: str, images: Tensor, console: Console) -> np.ndarray:
+    found: list[np.ndarray] = []
+    with progress_bar(console, f"Features, {name}", len(images)) as update:
+        for part in images.split(BATCH):
+            found.append(judge.features(part))
+            update(len(found) * BATCH, f"{judge.name}")
+    return np.concatenate(found)
+
+
+def _quality(judged: _Judged, held_out: _Judged, targets: _Targets) -> Quality:
+    part, p = judged.features[: len(targets.some)], judged.probabilities
+    precision, recall = precision_recall(targets.some, part)
+    score, deviation = (None, None) if p is None else inception_score(p[: len(targets.some)])
+    share = float(copies(judged.distances, held_out.distances).mean())
+    return Quality(
+        frechet_distance=frechet_distance(moments(part), targets.all),
+        precision=precision,
+        recall=recall,
+        inception_score=score,
+        inception_score_deviation=deviation,
+        copies_share=share,
+        copies_interval=interval(share, len(judged.distances)),
+        top_probability=None if p is None else float(p.max(1).mean()),
+    )
+
+
+def _shares(probabilities: np.ndarray | None) -> list[float] | None:
+    if probabilities is None:
+        return None
+    classes = probabilities.argmax(1)
+    return (np.bincount(classes, minlength=probabilities.shape[1]) / len(classes)).tolist()
