@@ -62,12 +62,12 @@ def _classes(axes: Axes, evaluation: Evaluation) -> None:
     axes.scatter(
         real, places, marker="|", s=160, linewidths=2.5, color=RED, zorder=3, label="held out"
     )
-    axes.set(ylim=(len(shares) - 0.4, -0.6), xlim=(0, 1.45 * max(*shares, *real)))
+    axes.set(ylim=(len(shares) - 0.4, -0.6), xlim=(0, 1.15 * max(*shares, *real)))
     if len(shares) <= 20:
         axes.set_yticks(places)
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.set_title("share of each class")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.05), ncols=2, borderaxespad=0)
 
 
 def _summary(data: DataSet, evaluation: Evaluation) -> str:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pfgm_kernels._checks import integer
 from pfgm_kernels.training.data import DataSet
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # of 8 bits: what is beyond would be cut, not scaled
 
 
 def channels(images: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def stored(samples: Tensor, data: DataSet) -> Tensor:
             f"{data.name}, got {tuple(samples.shape)}"
         )
     samples = samples.detach().cpu()
-    if samples.dtype == torch.uint8:
+    if samples.dtype == torch.uint8 and data.is_image:
         return samples
     broken = int((~samples.flatten(1).isfinite().all(dim=1)).sum())
     if broken:
@@ -55,8 +55,10 @@ def read_images(path: Path, data: DataSet, count: int | None = None) -> Tensor:
 
     An ``.npz`` holds them as ``images`` or ``arr_0``, uint8 of shape (n, *event) or (n, h, w, c).
     Raises FileNotFoundError and ValueError, naming the file that is missing, damaged or of another
-    size than the images of ``data``.
+    size than the images of ``data``, and for a count under 1.
     """
+    if count is not None:
+        integer("count", count)
     if not data.is_image:
         raise ValueError(f"--images expects a data set of images, got {data.name}")
     images = _npz(path, data) if path.suffix == ".npz" else _folder(path, data, count)
@@ -73,16 +75,20 @@ def _folder(path: Path, data: DataSet, count: int | None) -> Tensor:
     grey = len(event) == 2 or event[0] == 1
     images = np.empty((len(files[:count]), height, width, 1 if grey else 3), np.uint8)
     for place, file in zip(images, files, strict=False):
+        pixels = None
         try:
             with Image.open(file) as picture:
-                if picture.size != (width, height):
-                    raise ValueError(
-                        f"{file} expects the size {width} × {height} of {data.name}, "
-                        f"got {picture.size[0]} × {picture.size[1]}"
-                    )
-                place[:] = np.asarray(picture.convert("L" if grey else "RGB")).reshape(place.shape)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+                size, mode = picture.size, picture.mode
+                if mode in MODES and size == (width, height):
+                    pixels = np.asarray(picture.convert("L" if grey else "RGB"))
+        except Exception as error:  # of a dozen types, by format and damage
             raise ValueError(f"damaged image {file}: {error}") from error
+        if pixels is None:
+            raise ValueError(
+                f"{file} expects 8 bits and the size {width} × {height} of {data.name}, "
+                f"got mode {mode} and {size[0]} × {size[1]}"
+            )
+        place[:] = pixels.reshape(place.shape)
     return torch.from_numpy(images).permute(0, 3, 1, 2).reshape(-1, *event)
 
 
@@ -95,7 +101,7 @@ def _npz(path: Path, data: DataSet) -> Tensor:
             if not names:
                 raise ValueError(f"expected an array `images` or `arr_0`, got {arrays.files}")
             images = torch.from_numpy(arrays[names[0]])
-    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # of a dozen types, by damage
         raise ValueError(f"damaged file {path}: {error}") from error
     event = data.event_shape
     if images.dtype == torch.uint8 and len(images):

@@ -108,6 +108,7 @@ def nearest(
     Found by products, then measured by direct differences. ``progress`` gets the share done.
     """
     _matrices(queries, references, least=1)
+    _matrices(references, least=k)
     squared = np.full((len(queries), k), np.inf)
     found = np.zeros((len(queries), k), np.int64)
     for rows, columns, block in _blocks(queries, references, progress):

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from pfgm_kernels.files import write_bytes
@@ -18,7 +19,7 @@ from pfgm_kernels.training.checkpoint import VERSION
 from pfgm_kernels.training.evaluation.judge import Evaluation, Quality
 
 OF_EACH_SAMPLE = ("classes", "nearest", "nearest_distance")
-LIBRARIES = ("torch", "numpy", "scikit-learn")
+LIBRARIES = ("numpy", "scikit-learn")
 
 
 def write_metrics(evaluation: Evaluation, source: Mapping[str, Any], path: Path) -> None:
@@ -27,7 +28,7 @@ def write_metrics(evaluation: Evaluation, source: Mapping[str, Any], path: Path)
     for name in OF_EACH_SAMPLE:
         del measures[name]
     versions = {"pfgm_kernels": VERSION, "python": platform.python_version()}
-    versions |= {name: version(name) for name in LIBRARIES}
+    versions |= {"torch": torch.__version__, **{name: version(name) for name in LIBRARIES}}
     content = {"source": dict(source), **measures, "versions": versions}
     write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 

@@ -29,6 +29,8 @@ class TorchScriptFeatures:
     safe mode for it. Name only files from a source that you would install a package from; the
     SHA-256 digest that is written beside the results says which one it was.
 
+    torch calls the format deprecated and, from Python 3.14 on, unsupported; the file is of 2015.
+
     Runs on the GPU where there is one. Raises FileNotFoundError where there is no file, and
     ValueError, naming the file, where it is not TorchScript or does not answer as above.
     """
@@ -43,7 +45,7 @@ class TorchScriptFeatures:
         try:
             self._module = torch.jit.load(str(path), map_location=self._device).eval()
             arguments = {argument.name for argument in self._module.forward.schema.arguments}
-        except (RuntimeError, AttributeError) as error:
+        except (RuntimeError, torch.jit.Error, AttributeError) as error:
             raise ValueError(
                 f"{path} is no network: expected a TorchScript module with `forward`, "
                 f"got {_first_line(error)}"
@@ -61,10 +63,12 @@ class TorchScriptFeatures:
 
     @torch.no_grad()
     def _call(self, images: Tensor, **options: bool) -> np.ndarray:
-        images = channels(images).expand(-1, 3, -1, -1).to(self._device)
+        images = channels(images).to(self._device)
+        if images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
         try:
             result = self._module(images, **options)
-        except RuntimeError as error:
+        except (RuntimeError, torch.jit.Error) as error:
             shape = tuple(images.shape)
             raise ValueError(
                 f"{self.path} does not take uint8 images of shape {shape}: {_first_line(error)}"
