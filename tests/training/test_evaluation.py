@@ -15,7 +15,14 @@ from torch import Tensor
 
 from pfgm_kernels.training import data
 from pfgm_kernels.training.data import DataSet
-from pfgm_kernels.training.evaluation import Perceptron, evaluate, stored, table, write_metrics
+from pfgm_kernels.training.evaluation import (
+    Perceptron,
+    evaluate,
+    judge,
+    stored,
+    table,
+    write_metrics,
+)
 from pfgm_kernels.training.evaluation.metrics import (
     copies,
     frechet_distance,
@@ -70,11 +77,11 @@ def test_perceptron_is_good_and_deterministic(digits: DataSet) -> None:
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_features_lead_to_the_probabilities(digits: DataSet) -> None:
     """The softmax of the last layer on the features gives the probabilities."""
-    judge = Perceptron(digits, passes=20)
-    model = judge._model
-    logits = judge.features(digits.held_out) @ model.coefs_[1] + model.intercepts_[1]
+    perceptron = Perceptron(digits, passes=20)
+    model = perceptron._model
+    logits = perceptron.features(digits.held_out) @ model.coefs_[1] + model.intercepts_[1]
     expected = torch.from_numpy(logits).softmax(dim=1).numpy()
-    found = judge.probabilities(digits.held_out)
+    found = perceptron.probabilities(digits.held_out)
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -103,12 +110,12 @@ def test_each_measure_is_taken_of_its_own_part(squares: DataSet) -> None:
     first = train[squares.train_labels == 0]
     near = first[:1] + (20 * torch.randn(36, 2, 2, generator=generator)).to(torch.uint8)
     samples = torch.cat([first[:9], near])
-    result, judge = evaluate(samples, squares), Perceptron(squares)
+    result, perceptron = evaluate(samples, squares), Perceptron(squares)
     f = {"train": train, "held_out": held_out, "sample": samples, "part": samples[:30]}
-    features = {name: judge.features(images) for name, images in f.items()}
+    features = {name: perceptron.features(images) for name, images in f.items()}
     assert result.features == "perceptron"
     assert (result.samples, result.count, result.feature_count) == (45, 30, 128)
-    assert result.classes == judge.probabilities(samples).argmax(1).tolist()
+    assert result.classes == perceptron.probabilities(samples).argmax(1).tolist()
     assert result.class_shares == (np.bincount(result.classes, minlength=3) / 45).tolist()
     assert result.class_shares[0] > 0.8
     assert result.held_out_class_shares == pytest.approx([1 / 3] * 3)
@@ -125,13 +132,13 @@ def test_each_measure_is_taken_of_its_own_part(squares: DataSet) -> None:
         (result.sample, samples, "part", distances),
         (result.held_out, held_out, "held_out", usual),
     ):
-        p = judge.probabilities(images)
-        score = inception_score(p[:30])
+        p = perceptron.probabilities(images)
         assert quality.frechet_distance == pytest.approx(
             frechet_distance(features[part], features["train"])
         )
         assert (quality.precision, quality.recall) == precision_recall(some, features[part])
-        assert (quality.inception_score, quality.inception_score_deviation) == pytest.approx(score)
+        assert quality.inception_score == pytest.approx(inception_score(p[:30], 1)[0])
+        assert quality.inception_score_deviation is None
         assert quality.copies_share == copies(near, usual).mean() < 1
         low, high = quality.copies_interval
         assert low <= quality.copies_share <= high
@@ -140,8 +147,8 @@ def test_each_measure_is_taken_of_its_own_part(squares: DataSet) -> None:
 
 
 def test_features_without_classes(squares: DataSet) -> None:
-    judge = Pixels()
-    result = evaluate(squares.decode(squares.held_out), squares, judge)
+    pixels = Pixels()
+    result = evaluate(squares.decode(squares.held_out), squares, pixels)
     assert result.features == "pixels"
     assert result.feature_count == 4
     assert result.sample == result.held_out
@@ -161,10 +168,10 @@ def test_labels_are_needed_by_a_classifier_alone(squares: DataSet) -> None:
 
 
 def test_images_are_judged_in_batches(digits: DataSet) -> None:
-    judge = Pixels()
-    evaluate(digits.train[:600], digits, judge)
-    assert sum(judge.sizes) == len(digits.train) + len(digits.held_out) + 600
-    assert max(judge.sizes) == 250
+    pixels = Pixels()
+    evaluate(digits.train[:600], digits, pixels)
+    assert sum(pixels.sizes) == len(digits.train) + len(digits.held_out) + 600
+    assert max(pixels.sizes) == 250
 
 
 def test_few_samples_bound_the_count(squares: DataSet) -> None:
@@ -172,10 +179,23 @@ def test_few_samples_bound_the_count(squares: DataSet) -> None:
     assert result.count == 12
     cut = frechet_distance(flat(squares.held_out[:12]), flat(squares.train))
     assert result.held_out.frechet_distance == pytest.approx(cut)
-    with pytest.raises(ValueError, match="at least 10 samples and held-out images, got 9"):
-        evaluate(squares.train[:9], squares, Pixels())
-    with pytest.raises(ValueError, match="at least 10 samples and held-out images, got 8"):
-        evaluate(squares.train, replace(squares, held_out=squares.held_out[:8]), Pixels())
+    with pytest.raises(ValueError, match="at least 4 samples and held-out images, got 3"):
+        evaluate(squares.train[:3], squares, Pixels())
+    with pytest.raises(ValueError, match="at least 4 samples and held-out images, got 2"):
+        evaluate(squares.train, replace(squares, held_out=squares.held_out[:2]), Pixels())
+
+
+@pytest.mark.parametrize(("size", "splits"), [(7, 4), (15, 2), (16, 1), (2, 10)])
+def test_scores_are_of_parts_that_are_large_enough(
+    squares: DataSet, monkeypatch: pytest.MonkeyPatch, size: int, splits: int
+) -> None:
+    monkeypatch.setattr(judge, "SPLIT", size)
+    quality = evaluate(squares.held_out, squares).sample
+    p = Perceptron(squares).probabilities(squares.held_out)
+    score, deviation = inception_score(p, splits)
+    assert quality.inception_score == pytest.approx(score)
+    expected = None if splits == 1 else pytest.approx(deviation)
+    assert quality.inception_score_deviation == expected
 
 
 def test_real_digits_as_samples(digits: DataSet) -> None:

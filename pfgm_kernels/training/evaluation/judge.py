@@ -15,7 +15,7 @@ from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.evaluation.convolutional import Convolutional
 from pfgm_kernels.training.evaluation.images import stored
 from pfgm_kernels.training.evaluation.metrics import (
-    SPLITS,
+    NEIGHBOURS,
     Moments,
     copies,
     frechet_distance,
@@ -29,6 +29,7 @@ from pfgm_kernels.training.evaluation.perceptron import Perceptron
 from pfgm_kernels.training.progress import progress_bar
 
 BATCH = 250
+SPLIT, SPLITS = 1000, 10  # of Inception Scores
 LEAST_PIXELS = 16 * 16  # of images for which convolutions pay
 
 
@@ -56,8 +57,9 @@ class Quality:
     recall: float
     """Of, and against, as many training images."""
     inception_score: float | None
-    inception_score_deviation: float | None
     """None where the features come without classes."""
+    inception_score_deviation: float | None
+    """Over parts of at least 1,000 images, ten at most; None where there is but one."""
     copies_share: float
     """Of all images of the set."""
     copies_interval: tuple[float, float]
@@ -121,8 +123,9 @@ def evaluate(
     console = console or Console(quiet=True)
     samples, held_out, train = stored(samples, data), data.held_out.cpu(), data.train.cpu()
     count = min(len(samples), len(held_out), len(train))
-    if count < SPLITS:
-        raise ValueError(f"expected at least {SPLITS} samples and held-out images, got {count}")
+    if count <= NEIGHBOURS:
+        least = NEIGHBOURS + 1
+        raise ValueError(f"expected at least {least} samples and held-out images, got {count}")
     judge = features or classifier(data, console)
     known = _features(judge, "training", train, console)
     # Some of the training images by themselves, in whatever order these are.
@@ -193,14 +196,16 @@ def _features(judge: Features, name: str, images: Tensor, console: Console) -> n
 def _quality(judged: _Judged, held_out: _Judged, targets: _Targets) -> Quality:
     part, p = judged.features[: len(targets.some)], judged.probabilities
     precision, recall = precision_recall(targets.some, part)
-    score, deviation = (None, None) if p is None else inception_score(p[: len(targets.some)])
+    count = len(targets.some)
+    splits = min(max(count // SPLIT, 1), SPLITS)
+    score, deviation = (None, None) if p is None else inception_score(p[:count], splits)
     share = float(copies(judged.distances, held_out.distances).mean())
     return Quality(
         frechet_distance=frechet_distance(moments(part), targets.all),
         precision=precision,
         recall=recall,
         inception_score=score,
-        inception_score_deviation=deviation,
+        inception_score_deviation=None if splits == 1 else deviation,
         copies_share=share,
         copies_interval=interval(share, len(judged.distances)),
         top_probability=None if p is None else float(p.max(1).mean()),

@@ -56,7 +56,8 @@ def _column(quality: Quality) -> dict[str, str]:
         "copies (95 %)": f"{quality.copies_share:.1%} ({low:.1%} … {high:.1%})",
     }
     if quality.inception_score is not None:
-        score, deviation = quality.inception_score, quality.inception_score_deviation
-        found["Inception Score"] = f"{score:.2f} ± {deviation:.2f}"
+        deviation = quality.inception_score_deviation
+        spread = "" if deviation is None else f" ± {deviation:.2f}"
+        found["Inception Score"] = f"{quality.inception_score:.2f}{spread}"
         found["mean top probability"] = f"{quality.top_probability:.3f}"
     return found
