@@ -251,7 +251,12 @@ def test_the_table(squares: DataSet) -> None:
     with console.capture() as capture:
         console.print(table(result))
     text = capture.get()
-    for words in ("by pixels, n = 30", "40 samples", "Fréchet distance of all", "100.0%"):
+    for words in (
+        "4 features by pixels, n = 30",
+        "40 samples",
+        "Fréchet distance of all",
+        "100.0%",
+    ):
         assert words in text
     assert "Inception Score" not in text
     with console.capture() as capture:

@@ -75,7 +75,7 @@ def test_a_model(run: Path, means: Path, tmp_path: Path, judged: list[Tensor]) -
     options = ("--count", 20, "--seed", 7, "--solver", "euler", "--steps", 3)
     result = pfgm("evaluate", "--model", run, "--features", means, "--out", out, *options)
     assert result.exit_code == 0, result.output
-    assert "by means.pt, n = 20" in result.stdout
+    assert "8 features by means.pt, n = 20" in result.stdout
     network, config = load_model(run)
     expected = {"seed": 7, "solver": "euler", "steps": 3}
     samples = generate(network, config, 20, console=Console(quiet=True), **expected).x

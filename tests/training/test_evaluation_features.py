@@ -233,6 +233,8 @@ def test_which_classifier(patterns: DataSet, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(convolutional, "PASSES", 1)
     assert isinstance(classifier(patterns), Convolutional)
     assert isinstance(classifier(data.load("digits")), Perceptron)
+    slim = replace(patterns, train=patterns.train.reshape(400, 3, 32, 8))
+    assert isinstance(classifier(slim), Perceptron)
     with pytest.raises(ValueError, match="a data set of images with labels, got 'patterns'"):
         Convolutional(replace(patterns, train_labels=None))
     with pytest.raises(ValueError, match="a data set with labels, got 'swiss_roll' without"):

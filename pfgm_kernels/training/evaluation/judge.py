@@ -30,7 +30,7 @@ from pfgm_kernels.training.progress import progress_bar
 
 BATCH = 250
 SPLIT, SPLITS = 1000, 10  # of Inception Scores
-LEAST_PIXELS = 16 * 16  # of images for which convolutions pay
+LEAST_SIDE = 16  # of images for which convolutions pay
 
 
 class Features(Protocol):
@@ -99,7 +99,7 @@ def classifier(data: DataSet, console: Console | None = None) -> Features:
     Raises ValueError for a data set without labels.
     """
     *_, height, width = (1, *data.event_shape)
-    if data.is_image and height * width >= LEAST_PIXELS:
+    if data.is_image and min(height, width) >= LEAST_SIDE:
         return Convolutional(data, console=console)
     return Perceptron(data)
 
@@ -127,7 +127,7 @@ def evaluate(
         least = NEIGHBOURS + 1
         raise ValueError(f"expected at least {least} samples and held-out images, got {count}")
     judge = features or classifier(data, console)
-    known = _features(judge, "training", train, console)
+    known, _ = _seen(judge, "training", train, console, classes=False)
     # Some of the training images by themselves, in whatever order these are.
     rows = torch.randperm(len(train), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     targets = _Targets(moments(known), known[rows[:count].numpy()])
@@ -173,24 +173,28 @@ class _Judged(NamedTuple):
 
 
 def _judged(judge: Features, name: str, images: Tensor, train: Tensor, console: Console) -> _Judged:
-    features = _features(judge, name, images, console)
-    parts = [judge.probabilities(part) for part in images.split(BATCH)]
-    known = [part for part in parts if part is not None]
+    features, probabilities = _seen(judge, name, images, console, classes=True)
     with progress_bar(console, f"Nearest neighbours, {name}", 1.0) as update:
         distances, indices = nearest(
             images.flatten(1).numpy(), train.flatten(1).numpy(), 1, lambda done: update(done, "")
         )
-    probabilities = np.concatenate(known) if known else None
     return _Judged(features, probabilities, distances[:, 0], indices[:, 0])
 
 
-def _features(judge: Features, name: str, images: Tensor, console: Console) -> np.ndarray:
-    found: list[np.ndarray] = []
+def _seen(
+    judge: Features, name: str, images: Tensor, console: Console, classes: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Features (n, f), and probabilities (n, classes) if wanted and there are any."""
+    features: list[np.ndarray] = []
+    probabilities: list[np.ndarray] = []
     with progress_bar(console, f"Features, {name}", len(images)) as update:
-        for part in images.split(BATCH):
-            found.append(judge.features(part))
-            update(len(found) * BATCH, f"{judge.name}")
-    return np.concatenate(found)
+        for start in range(0, len(images), BATCH):
+            part = images[start : start + BATCH]
+            features.append(judge.features(part))
+            if classes and (p := judge.probabilities(part)) is not None:
+                probabilities.append(p)
+            update(start + len(part), f"by {judge.name}")
+    return np.concatenate(features), np.concatenate(probabilities) if probabilities else None
 
 
 def _quality(judged: _Judged, held_out: _Judged, targets: _Targets) -> Quality:

@@ -35,8 +35,11 @@ def write_metrics(evaluation: Evaluation, source: Mapping[str, Any], path: Path)
 
 def table(evaluation: Evaluation) -> Table:
     """The measures of the samples beside those of the held-out images."""
-    title = f"by {evaluation.features}, n = {evaluation.count:,}"
-    rows = Table("", f"{evaluation.samples:,} samples", "held out", title=title)
+    title = (
+        f"{evaluation.feature_count} features by {evaluation.features}, n = {evaluation.count:,}"
+    )
+    caption = "Fréchet distances compare at equal n alone."
+    rows = Table("", f"{evaluation.samples:,} samples", "held out", title=title, caption=caption)
     columns = (_column(evaluation.sample), _column(evaluation.held_out))
     for name in columns[0]:
         rows.add_row(name, *(column[name] for column in columns))
