@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -195,3 +196,18 @@ def test_refusals() -> None:
         precision_recall(three, three, k=0)
     with pytest.raises(ValueError, match=r"at least 4 rows of features, got \(3, 4\)"):
         nearest(three, three, k=4)
+
+
+@pytest.mark.parametrize("block", [256], indirect=True)
+def test_the_memory_is_that_of_blocks(rng: np.random.Generator) -> None:
+    """All distances take 122 MiB, the references as numbers of 64 bits 61."""
+    queries = rng.integers(0, 256, (2000, 1000)).astype(np.uint8)
+    references = rng.integers(0, 256, (8000, 1000)).astype(np.uint8)
+    tracemalloc.start()
+    try:
+        nearest(queries, references)
+        moments(references[:, :10])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 << 20
