@@ -19,8 +19,8 @@ SAMPLES, PAIRS = 100, 40
 
 
 def draw_evaluation(samples: Tensor, data: DataSet, evaluation: Evaluation, path: Path) -> None:
-    """The first samples (n, *event), as the data set stores its own; those nearest to training
-    images, each before the image that it is nearest to; measures, and the share of each class.
+    """The first samples (n, *event), as the data set stores its own; those most like one
+    training image, each before that; measures, and the share of each class.
 
     Raises ValueError for samples that are neither images nor points in the plane.
     """
@@ -28,12 +28,12 @@ def draw_evaluation(samples: Tensor, data: DataSet, evaluation: Evaluation, path
     with style():
         figure = sheet(14, 7)
         left, middle, right = figure.subplots(1, 3, width_ratios=(1, 0.95, 0.7))
-        closest = np.argsort(evaluation.nearest_distance, kind="stable")[:PAIRS]
+        closest = np.argsort(evaluation.nearest_ratio, kind="stable")[:PAIRS]
         near = data.decode(data.train[torch.tensor(evaluation.nearest)[closest]])
         _show(left, samples[:SAMPLES], 10)
         left.set_title("samples")
         _show(middle, torch.stack([samples[closest], near], dim=1).flatten(0, 1), 8)
-        middle.set_title("nearest to training images, each before that")
+        middle.set_title("most like a training image, each before that")
         _classes(right, evaluation)
         figure.suptitle(_summary(data, evaluation), x=0.02, ha="left", fontsize=11)
         save(figure, path)

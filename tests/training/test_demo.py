@@ -190,7 +190,7 @@ EVALUATION = Evaluation(
     held_out_class_shares=[0.3, 0.3, 0.4],
     held_out_accuracy=0.97,
     nearest=[0] * 200,
-    nearest_distance=[1.0] * 200,
+    nearest_ratio=[0.9] * 200,
 )
 
 

@@ -24,7 +24,7 @@ from pfgm_kernels.training.evaluation import (
     write_metrics,
 )
 from pfgm_kernels.training.evaluation.metrics import (
-    copies,
+    copy_ratio,
     frechet_distance,
     inception_score,
     nearest,
@@ -122,10 +122,10 @@ def test_each_measure_is_taken_of_its_own_part(squares: DataSet) -> None:
     assert result.held_out_accuracy == pytest.approx(2 / 3)
     every = frechet_distance(features["sample"], features["train"])
     assert result.frechet_distance_of_all == pytest.approx(every)
-    distances, indices = (found[:, 0] for found in nearest(flat(samples), flat(train)))
-    assert result.nearest == indices.tolist()
-    assert result.nearest_distance == pytest.approx((distances * 2 / 255).tolist())
-    usual = nearest(flat(held_out), flat(train))[0][:, 0]
+    distances, indices = nearest(flat(samples), flat(train), 2)
+    assert result.nearest == indices[:, 0].tolist()
+    assert result.nearest_ratio == copy_ratio(distances).tolist()
+    usual = nearest(flat(held_out), flat(train), 2)[0]
     rows = torch.randperm(90, generator=torch.Generator().manual_seed(0))[:30]
     some = features["train"][rows.numpy()]
     for quality, images, part, near in (
@@ -139,7 +139,7 @@ def test_each_measure_is_taken_of_its_own_part(squares: DataSet) -> None:
         assert (quality.precision, quality.recall) == precision_recall(some, features[part])
         assert quality.inception_score == pytest.approx(inception_score(p[:30], 1)[0])
         assert quality.inception_score_deviation is None
-        assert quality.copies_share == copies(near, usual).mean() < 1
+        assert quality.copies_share == (copy_ratio(near) <= 1 / 3).mean() < 1
         low, high = quality.copies_interval
         assert low <= quality.copies_share <= high
         assert quality.top_probability == pytest.approx(p.max(1).mean())
@@ -239,7 +239,7 @@ def test_what_is_written(squares: DataSet, tmp_path: Path) -> None:
     assert found.pop("source") == {"model": "runs/a", "seed": 3}
     assert found.pop("versions")["torch"] == torch.__version__
     expected = asdict(result)
-    for name in ("classes", "nearest", "nearest_distance"):
+    for name in ("classes", "nearest", "nearest_ratio"):
         del expected[name]
     assert found == json.loads(json.dumps(expected))
 

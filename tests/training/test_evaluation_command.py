@@ -163,7 +163,7 @@ def test_points(tmp_path: Path) -> None:
 
 
 def test_the_page_shows_pairs(means: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the samples that are nearest to training images the nearest first, each before that."""
+    """Of the samples that are most like one training image the first, each before that."""
     digits, shown = data.load("digits"), []
     samples = digits.train[:50].clone()
     samples[:, 0, 0] = 5 * torch.arange(50, dtype=torch.uint8).flip(0)
@@ -174,7 +174,7 @@ def test_the_page_shows_pairs(means: Path, tmp_path: Path, monkeypatch: pytest.M
     first, pairs = shown
     assert torch.equal(first, digits.decode(samples))
     assert len(pairs) == 2 * figures.judged.PAIRS
-    order = np.argsort(found.nearest_distance, kind="stable")[: figures.judged.PAIRS]
+    order = np.argsort(found.nearest_ratio, kind="stable")[: figures.judged.PAIRS]
     assert torch.equal(pairs[::2], digits.decode(samples[order]))
     nearest = digits.train[torch.tensor(found.nearest)[order]]
     assert torch.equal(pairs[1::2], digits.decode(nearest))

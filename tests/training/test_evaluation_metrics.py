@@ -14,7 +14,7 @@ from scipy.stats import binomtest, entropy
 
 from pfgm_kernels.training.evaluation import metrics
 from pfgm_kernels.training.evaluation.metrics import (
-    copies,
+    copy_ratio,
     frechet_distance,
     inception_score,
     interval,
@@ -168,10 +168,10 @@ def test_distances_of_near_copies_keep_their_digits(rng: np.random.Generator) ->
     np.testing.assert_allclose(distances[:, 0], math.sqrt(6) * 1e-6, rtol=1e-4)
 
 
-def test_copies() -> None:
-    """Held-out images are 1, 2 and 4 from the nearest training image: copies are nearer than 1."""
-    found = copies(np.array([0.99, 1.0, 1.01, 0.0]), np.array([1.0, 2.0, 4.0]))
-    assert found.tolist() == [True, False, False, True]
+def test_copy_ratio() -> None:
+    """A copy of what the training set has twice is a copy."""
+    found = copy_ratio(np.array([[1.0, 3.0], [1.5, 2.0], [0.0, 5.0], [2.0, 2.0], [0.0, 0.0]]))
+    assert found.tolist() == [1 / 3, 0.75, 0, 1, 0]
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 20), (3, 20), (20, 20), (500, 1000)])

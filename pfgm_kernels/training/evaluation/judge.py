@@ -15,9 +15,10 @@ from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.evaluation.convolutional import Convolutional
 from pfgm_kernels.training.evaluation.images import stored
 from pfgm_kernels.training.evaluation.metrics import (
+    COPY,
     NEIGHBOURS,
     Moments,
-    copies,
+    copy_ratio,
     frechet_distance,
     inception_score,
     interval,
@@ -89,8 +90,8 @@ class Evaluation:
     """Of a classifier trained on the data set; None of other features."""
     nearest: list[int]
     """The index of the training image that is nearest to each sample."""
-    nearest_distance: list[float]
-    """The Euclidean distance to it, in the units of x."""
+    nearest_ratio: list[float]
+    """The distance to it over that to the second nearest: a copy's is up to 1/3."""
 
 
 def classifier(data: DataSet, console: Console | None = None) -> Features:
@@ -137,7 +138,6 @@ def evaluate(
     accuracy = None
     if features is None and real_p is not None and labels is not None:
         accuracy = float((real_p.argmax(1) == labels.cpu().numpy()).mean())
-    unit = (data.high - data.low) / 255 if data.is_image else 1.0
     with console.status("Measuring"):
         return Evaluation(
             features=judge.name,
@@ -145,14 +145,14 @@ def evaluate(
             samples=len(samples),
             count=count,
             frechet_distance_of_all=frechet_distance(moments(judged.features), targets.all),
-            sample=_quality(judged, real, targets),
-            held_out=_quality(real, real, targets),
+            sample=_quality(judged, targets),
+            held_out=_quality(real, targets),
             classes=None if p is None else p.argmax(1).tolist(),
             class_shares=_shares(p),
             held_out_class_shares=_shares(real_p),
             held_out_accuracy=accuracy,
             nearest=judged.nearest.tolist(),
-            nearest_distance=(unit * judged.distances).tolist(),
+            nearest_ratio=judged.ratios.tolist(),
         )
 
 
@@ -164,21 +164,21 @@ class _Targets(NamedTuple):
 
 
 class _Judged(NamedTuple):
-    """Features and probabilities of a set of images, and how far which training image is."""
+    """Features and probabilities of a set of images; which training images they are like."""
 
     features: np.ndarray
     probabilities: np.ndarray | None
-    distances: np.ndarray
     nearest: np.ndarray
+    ratios: np.ndarray
 
 
 def _judged(judge: Features, name: str, images: Tensor, train: Tensor, console: Console) -> _Judged:
     features, probabilities = _seen(judge, name, images, console, classes=True)
     with progress_bar(console, f"Nearest neighbours, {name}", 1.0) as update:
         distances, indices = nearest(
-            images.flatten(1).numpy(), train.flatten(1).numpy(), 1, lambda done: update(done, "")
+            images.flatten(1).numpy(), train.flatten(1).numpy(), 2, lambda done: update(done, "")
         )
-    return _Judged(features, probabilities, distances[:, 0], indices[:, 0])
+    return _Judged(features, probabilities, indices[:, 0], copy_ratio(distances))
 
 
 def _seen(
@@ -197,13 +197,13 @@ def _seen(
     return np.concatenate(features), np.concatenate(probabilities) if probabilities else None
 
 
-def _quality(judged: _Judged, held_out: _Judged, targets: _Targets) -> Quality:
+def _quality(judged: _Judged, targets: _Targets) -> Quality:
     part, p = judged.features[: len(targets.some)], judged.probabilities
     precision, recall = precision_recall(targets.some, part)
     count = len(targets.some)
     splits = min(max(count // SPLIT, 1), SPLITS)
     score, deviation = (None, None) if p is None else inception_score(p[:count], splits)
-    share = float(copies(judged.distances, held_out.distances).mean())
+    share = float((judged.ratios <= COPY).mean())
     return Quality(
         frechet_distance=frechet_distance(moments(part), targets.all),
         precision=precision,
@@ -211,7 +211,7 @@ def _quality(judged: _Judged, held_out: _Judged, targets: _Targets) -> Quality:
         inception_score=score,
         inception_score_deviation=None if splits == 1 else deviation,
         copies_share=share,
-        copies_interval=interval(share, len(judged.distances)),
+        copies_interval=interval(share, len(judged.ratios)),
         top_probability=None if p is None else float(p.max(1).mean()),
     )
 

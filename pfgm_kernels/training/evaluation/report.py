@@ -18,7 +18,7 @@ from pfgm_kernels.files import write_bytes
 from pfgm_kernels.training.checkpoint import VERSION
 from pfgm_kernels.training.evaluation.judge import Evaluation, Quality
 
-OF_EACH_SAMPLE = ("classes", "nearest", "nearest_distance")
+OF_EACH_SAMPLE = ("classes", "nearest", "nearest_ratio")
 LIBRARIES = ("numpy", "scikit-learn")
 
 
