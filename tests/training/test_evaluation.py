@@ -111,7 +111,11 @@ def test_each_measure_is_taken_of_its_own_part(squares: DataSet) -> None:
     near = first[:1] + (20 * torch.randn(36, 2, 2, generator=generator)).to(torch.uint8)
     samples = torch.cat([first[:9], near])
     result, perceptron = evaluate(samples, squares), Perceptron(squares)
-    f = {"train": train, "held_out": held_out, "sample": samples, "part": samples[:30]}
+
+    def rows(n: int) -> Tensor:
+        return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:30]
+
+    f = {"train": train, "held_out": held_out, "sample": samples, "part": samples[rows(45)]}
     features = {name: perceptron.features(images) for name, images in f.items()}
     assert result.features == "perceptron"
     assert (result.samples, result.count, result.feature_count) == (45, 30, 128)
@@ -125,9 +129,8 @@ def test_each_measure_is_taken_of_its_own_part(squares: DataSet) -> None:
     distances, indices = nearest(flat(samples), flat(train), 2)
     assert result.nearest == indices[:, 0].tolist()
     assert result.nearest_ratio == copy_ratio(distances).tolist()
-    usual = nearest(flat(held_out), flat(train), 2)[0]
-    rows = torch.randperm(90, generator=torch.Generator().manual_seed(0))[:30]
-    some = features["train"][rows.numpy()]
+    usual = nearest(flat(held_out[rows(30)]), flat(train), 2)[0]
+    some = features["train"][rows(90).numpy()]
     for quality, images, part, near in (
         (result.sample, samples, "part", distances),
         (result.held_out, held_out, "held_out", usual),
@@ -137,7 +140,9 @@ def test_each_measure_is_taken_of_its_own_part(squares: DataSet) -> None:
             frechet_distance(features[part], features["train"])
         )
         assert (quality.precision, quality.recall) == precision_recall(some, features[part])
-        assert quality.inception_score == pytest.approx(inception_score(p[:30], 1)[0])
+        assert quality.inception_score == pytest.approx(
+            inception_score(p[rows(len(p)).numpy()], 1)[0]
+        )
         assert quality.inception_score_deviation is None
         assert quality.copies_share == (copy_ratio(near) <= 1 / 3).mean() < 1
         low, high = quality.copies_interval
@@ -177,7 +182,8 @@ def test_images_are_judged_in_batches(digits: DataSet) -> None:
 def test_few_samples_bound_the_count(squares: DataSet) -> None:
     result = evaluate(squares.train[:12], squares, Pixels())
     assert result.count == 12
-    cut = frechet_distance(flat(squares.held_out[:12]), flat(squares.train))
+    rows = torch.randperm(30, generator=torch.Generator().manual_seed(0))[:12]
+    cut = frechet_distance(flat(squares.held_out[rows]), flat(squares.train))
     assert result.held_out.frechet_distance == pytest.approx(cut)
     with pytest.raises(ValueError, match="at least 4 samples and held-out images, got 3"):
         evaluate(squares.train[:3], squares, Pixels())
@@ -192,7 +198,8 @@ def test_scores_are_of_parts_that_are_large_enough(
     monkeypatch.setattr(judge, "SPLIT", size)
     quality = evaluate(squares.held_out, squares).sample
     p = Perceptron(squares).probabilities(squares.held_out)
-    score, deviation = inception_score(p, splits)
+    rows = torch.randperm(30, generator=torch.Generator().manual_seed(0)).numpy()
+    score, deviation = inception_score(p[rows], splits)
     assert quality.inception_score == pytest.approx(score)
     expected = None if splits == 1 else pytest.approx(deviation)
     assert quality.inception_score_deviation == expected

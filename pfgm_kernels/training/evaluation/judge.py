@@ -62,7 +62,7 @@ class Quality:
     inception_score_deviation: float | None
     """Over parts of at least 1,000 images, ten at most; None where there is but one."""
     copies_share: float
-    """Of all images of the set."""
+    """Of all samples, and of ``count`` held-out images."""
     copies_interval: tuple[float, float]
     top_probability: float | None
     """The mean over the set of the probability of the likeliest class."""
@@ -116,10 +116,11 @@ def evaluate(
 
     Every measure is taken of both in the same way, with the training images as what is to be
     matched: what the held-out images get is what perfect samples would get. Measures that depend on
-    the number of images are taken of the first ``count`` of each, the lesser of n and the number of
-    held-out images. Images are judged as a file holds them, in 8 bits. ``features``: by default
-    those of ``classifier``. Raises ValueError for samples that do not fit the data set, or that are
-    fewer than what the measures need.
+    the number of images are taken of ``count`` of each, drawn at random: the lesser of n and the
+    number of held-out images. Images are judged as a file holds them, in 8 bits.
+
+    features: by default those of ``classifier``. Raises ValueError for samples that do not fit the
+    data set, or that are fewer than what the measures need.
     """
     console = console or Console(quiet=True)
     samples, held_out, train = stored(samples, data), data.held_out.cpu(), data.train.cpu()
@@ -129,12 +130,13 @@ def evaluate(
         raise ValueError(f"expected at least {least} samples and held-out images, got {count}")
     judge = features or classifier(data, console)
     known, _ = _seen(judge, "training", train, console, classes=False)
-    # Some of the training images by themselves, in whatever order these are.
-    rows = torch.randperm(len(train), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    targets = _Targets(moments(known), known[rows[:count].numpy()])
-    real = _judged(judge, "held-out", held_out, train, console)
-    judged = _judged(judge, "sampled", samples, train, console)
-    labels, p, real_p = data.held_out_labels, judged.probabilities, real.probabilities
+    targets = _Targets(moments(known), known[_rows(len(known), count)])
+    found, p = _seen(judge, "sampled", samples, console)
+    real, real_p = _seen(judge, "held-out", held_out, console)
+    indices, ratios = _neighbours("sampled", samples, train, console)
+    some = held_out[_rows(len(held_out), count)]
+    _, real_ratios = _neighbours("held-out", some, train, console)
+    labels = data.held_out_labels
     accuracy = None
     if features is None and real_p is not None and labels is not None:
         accuracy = float((real_p.argmax(1) == labels.cpu().numpy()).mean())
@@ -144,15 +146,15 @@ def evaluate(
             feature_count=known.shape[1],
             samples=len(samples),
             count=count,
-            frechet_distance_of_all=frechet_distance(moments(judged.features), targets.all),
-            sample=_quality(judged, targets),
-            held_out=_quality(real, targets),
+            frechet_distance_of_all=frechet_distance(moments(found), targets.all),
+            sample=_quality(found, p, ratios, targets),
+            held_out=_quality(real, real_p, real_ratios, targets),
             classes=None if p is None else p.argmax(1).tolist(),
             class_shares=_shares(p),
             held_out_class_shares=_shares(real_p),
             held_out_accuracy=accuracy,
-            nearest=judged.nearest.tolist(),
-            nearest_ratio=judged.ratios.tolist(),
+            nearest=indices.tolist(),
+            nearest_ratio=ratios.tolist(),
         )
 
 
@@ -163,26 +165,19 @@ class _Targets(NamedTuple):
     some: np.ndarray
 
 
-class _Judged(NamedTuple):
-    """Features and probabilities of a set of images; which training images they are like."""
-
-    features: np.ndarray
-    probabilities: np.ndarray | None
-    nearest: np.ndarray
-    ratios: np.ndarray
-
-
-def _judged(judge: Features, name: str, images: Tensor, train: Tensor, console: Console) -> _Judged:
-    features, probabilities = _seen(judge, name, images, console, classes=True)
+def _neighbours(
+    name: str, images: Tensor, train: Tensor, console: Console
+) -> tuple[np.ndarray, np.ndarray]:
+    """The indices (n,) of the nearest training images, and by how much they are the nearest."""
     with progress_bar(console, f"Nearest neighbours, {name}", 1.0) as update:
         distances, indices = nearest(
             images.flatten(1).numpy(), train.flatten(1).numpy(), 2, lambda done: update(done, "")
         )
-    return _Judged(features, probabilities, indices[:, 0], copy_ratio(distances))
+    return indices[:, 0], copy_ratio(distances)
 
 
 def _seen(
-    judge: Features, name: str, images: Tensor, console: Console, classes: bool
+    judge: Features, name: str, images: Tensor, console: Console, classes: bool = True
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Features (n, f), and probabilities (n, classes) if wanted and there are any."""
     features: list[np.ndarray] = []
@@ -197,23 +192,30 @@ def _seen(
     return np.concatenate(features), np.concatenate(probabilities) if probabilities else None
 
 
-def _quality(judged: _Judged, targets: _Targets) -> Quality:
-    part, p = judged.features[: len(targets.some)], judged.probabilities
-    precision, recall = precision_recall(targets.some, part)
-    count = len(targets.some)
-    splits = min(max(count // SPLIT, 1), SPLITS)
-    score, deviation = (None, None) if p is None else inception_score(p[:count], splits)
-    share = float((judged.ratios <= COPY).mean())
+def _quality(
+    features: np.ndarray, p: np.ndarray | None, ratios: np.ndarray, targets: _Targets
+) -> Quality:
+    rows = _rows(len(features), len(targets.some))
+    precision, recall = precision_recall(targets.some, features[rows])
+    splits = min(max(len(rows) // SPLIT, 1), SPLITS)
+    score, deviation = (None, None) if p is None else inception_score(p[rows], splits)
+    share = float((ratios <= COPY).mean())
     return Quality(
-        frechet_distance=frechet_distance(moments(part), targets.all),
+        frechet_distance=frechet_distance(moments(features[rows]), targets.all),
         precision=precision,
         recall=recall,
         inception_score=score,
         inception_score_deviation=None if splits == 1 else deviation,
         copies_share=share,
-        copies_interval=interval(share, len(judged.ratios)),
+        copies_interval=interval(share, len(ratios)),
         top_probability=None if p is None else float(p.max(1).mean()),
     )
+
+
+def _rows(n: int, count: int) -> np.ndarray:
+    """``count`` of n rows, the same each time; at random, as files are sorted in some way."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randperm(n, generator=generator, device="cpu")[:count].numpy()
 
 
 def _shares(probabilities: np.ndarray | None) -> list[float] | None:

@@ -48,7 +48,7 @@ class TorchScriptFeatures:
         except (RuntimeError, torch.jit.Error, AttributeError) as error:
             raise ValueError(
                 f"{path} is no network: expected a TorchScript module with `forward`, "
-                f"got {_first_line(error)}"
+                f"got {_gist(error)}"
             ) from error
         self._classifies = "return_features" in arguments
         self._unbiased = {"no_output_bias": True} if "no_output_bias" in arguments else {}
@@ -71,7 +71,7 @@ class TorchScriptFeatures:
         except (RuntimeError, torch.jit.Error) as error:
             shape = tuple(images.shape)
             raise ValueError(
-                f"{self.path} does not take uint8 images of shape {shape}: {_first_line(error)}"
+                f"{self.path} does not take uint8 images of shape {shape}: {_gist(error)}"
             ) from error
         if not isinstance(result, Tensor) or result.ndim != 2 or len(result) != len(images):
             got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
@@ -81,7 +81,7 @@ class TorchScriptFeatures:
         return result.float().cpu().numpy()
 
 
-def _first_line(error: Exception) -> str:
-    """The last line of TorchScript's long messages says what it is about."""
+def _gist(error: Exception) -> str:
+    """What TorchScript's long messages are about: the first sentence of the last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1].partition(". ")[0] if lines else type(error).__name__
