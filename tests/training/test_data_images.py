@@ -252,7 +252,26 @@ def test_a_truncated_image_is_named(tmp_path: Path, name: str) -> None:
             data.load(tmp_path)
 
 
-def test_a_large_file_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_each_bit_of_a_png_counts(tmp_path: Path) -> None:
+    """Decoding alone does not see all that is flipped near the end of the compressed pixels."""
+    pixels = COLOUR[0] % 4
+    write(tmp_path / "a.png", pixels)
+    content = (tmp_path / "a.png").read_bytes()
+    refused = 0
+    for place in range(8, len(content)):
+        for bit in range(8):
+            changed = bytearray(content)
+            changed[place] ^= 1 << bit
+            try:
+                found = images.decode(bytes(changed), "a.png")
+            except ValueError:
+                refused += 1
+            else:
+                assert np.array_equal(found, pixels.transpose(2, 0, 1))
+    assert refused > 7 * (len(content) - 20)
+
+
+def test_a_large_file_is_not_read(tmp_path: Path) -> None:
     write_all(tmp_path, ["a.png", "b.png"])
     with open(tmp_path / "b.png", "r+b") as file:
         file.truncate(checks.MOST_BYTES + 1)  # a hole
