@@ -139,7 +139,7 @@ def test_precision_and_recall_by_all_distances(rng: np.random.Generator) -> None
 
 def test_crowds_of_equal_rows_cover_themselves(rng: np.random.Generator) -> None:
     """Their balls have no extent, and products do not give exactly 0 for their distance."""
-    crowd = np.repeat(rng.standard_normal((3, 50)), 5, axis=0)
+    crowd = np.repeat(rng.standard_normal((40, 50)), 5, axis=0)
     assert precision_recall(crowd, crowd.copy()) == (1, 1)
     assert precision_recall(crowd, crowd + 1e-3) == (0, 0)
 
