@@ -88,13 +88,14 @@ def real_images(name: str, count: int) -> Tensor:
     """The first training images (count, d) of "mnist" or "cifar10", uint8, from the folder that
     PFGM_DATA names; of CIFAR-10 only the batches that they take are read.
     """
-    from pfgm_kernels.training import data  # needs the extra `train`
+    from pfgm_kernels.training.data import load  # needs the extra `train`
+    from pfgm_kernels.training.data.idx_cifar import CIFAR_ROWS, read_cifar_batch
 
     if name != "cifar10":
-        return data.load(name).train[:count].flatten(1)
+        return load(name).train[:count].flatten(1)
     files = sorted(Path(os.environ["PFGM_DATA"]).glob("cifar*/data_batch_*"))
-    needed = files[: math.ceil(count / data.CIFAR_ROWS)]
-    return torch.cat([data.read_cifar_batch(file)[0] for file in needed])[:count].flatten(1)
+    needed = files[: math.ceil(count / CIFAR_ROWS)]
+    return torch.cat([read_cifar_batch(file)[0] for file in needed])[:count].flatten(1)
 
 
 def synthetic_images(count: int, d: int, generator: torch.Generator) -> Tensor:

@@ -270,18 +270,18 @@ def field_jvp(
             x_rows += flatten(x_tangent[queries])
         if t_tangent is not None:
             t_rows += t_tangent[queries]
-        anchor_tangent = torch.zeros_like(rows.v)
+        anchor_tangent = x_rows
         if values_tangent is not None:
-            anchor_tangent += flatten(values_tangent[saved.anchor[queries]])
+            anchor_tangent = x_rows - flatten(values_tangent[saved.anchor[queries]])
         count: int | Tensor = sum(part.stop - part.start for part in seen)
         if rows.ranges is not None:
             count = rows.ranges[:, 1] - rows.ranges[:, 0]
-        centre = _centre(rows, x_rows - anchor_tangent, t_rows, chunks.k, count)
+        centre = _centre(rows, anchor_tangent, t_rows, chunks.k, count)
         pull, slope = torch.zeros_like(rows.v), torch.zeros_like(rows.t)
         for references in seen:
             moving: tuple[Tensor, ...] = ()
             if values_tangent is not None:
-                moving = (flatten(values_tangent[references]).double(), anchor_tangent)
+                moving = (flatten(values_tangent[references]).double(),)
             stored = chunks.reference_rows(references)
             part = module.jvp(rows, *stored, x_rows, t_rows, centre, *moving)
             pull += part[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line `pfgm`: report, train, sample, figures and demo.
+"""The command line `pfgm`: report, train, sample, evaluate, figures and demo.
 
 Bad input ends with one sentence on the standard error and exit code 2; a run that was interrupted
 ends with exit code 130, and one whose output nobody reads any more as SIGPIPE ends it.
@@ -104,13 +104,15 @@ def train(
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     given |= known.overrides(TrainConfig, settings or [])
     if resume:
-        run_config = replace(TrainConfig.read(out), **given)
-        points = data_sets.load(run_config.data)
+        stored = TrainConfig.read(out)
+        points = data_sets.load(given.pop("data", stored.data))
+        run_config = replace(stored, data=points.name, **given)
     else:
         name = config or (given.get("data") if given.get("data") in known.PRESETS else None)
         given = (known.read(TrainConfig, name) if name else {}) | given
         if "data" not in given:
-            raise ValueError(f"expected --data with one of {', '.join(data_sets.NAMES)}")
+            names = ", ".join(data_sets.NAMES)
+            raise ValueError(f"expected --data with one of {names}, or {data_sets.PATHS}")
         points = data_sets.load(given.pop("data"))
         run_config = TrainConfig.for_data(points, conditional=conditional, **given)
     run = trainer.train(run_config, points, out, resume=resume)
@@ -145,13 +147,82 @@ def sample(
     typer.echo(f"{count} samples, {result.nfe} function evaluations: {out}")
 
 
+@app.command()
+def evaluate(
+    out: Annotated[Path, typer.Option(help="Folder of metrics.json and samples.png.")],
+    model: Annotated[Path | None, typer.Option(help="Folder of a finished run.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Samples instead of a model's: a folder or an .npz file.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data set that they are like; the run's if not given.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Samples; 1000 of a model, all images if not given.")
+    ] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(
+            help="A TorchScript file, as inception-2015-12-05.pt; a classifier trained on the "
+            "data set if not given. It is a program, and is run: name only what you trust."
+        ),
+    ] = None,
+    solver: Annotated[str, typer.Option(help="euler, heun, heun_euler or rk45.")] = "heun",
+    steps: Annotated[int, typer.Option(help="Steps of euler and heun.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the prior.")] = 0,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Overwrite an evaluation in --out.")
+    ] = False,
+) -> None:
+    """Judge samples beside held-out data: Fréchet distance, Inception Score, precision, copies.
+
+    Measures that depend on the number of images are taken of as many samples as held-out images.
+    """
+    from rich.console import Console
+
+    from pfgm_kernels import figures
+    from pfgm_kernels.training import data as data_sets
+    from pfgm_kernels.training import evaluation
+    from pfgm_kernels.training.generate import generate
+    from pfgm_kernels.training.trainer import load_model
+
+    if (model is None) == (images is None):
+        raise ValueError("expected either --model or --images")
+    metrics, picture = out / "metrics.json", out / "samples.png"
+    if not replace and (metrics.exists() or picture.exists()):
+        raise ValueError(
+            f"{out} already holds an evaluation: overwrite it with --replace or name another"
+        )
+    judge = None if features is None else evaluation.TorchScriptFeatures(features)
+    console = Console()
+    if model is not None:
+        network, config = load_model(model)
+        points = data_sets.load(data or config.data)
+        size = 1000 if count is None else count
+        options: dict[str, Any] = {"seed": seed, "solver": solver, "steps": steps}
+        result = generate(network, config, size, console=console, **options)
+        samples, source = result.x, {"model": str(model), "nfe": result.nfe, **options}
+    else:
+        assert images is not None  # one of them is given
+        if data is None:
+            raise ValueError(f"expected --data with one of {', '.join(data_sets.NAMES)}")
+        points = data_sets.load(data)
+        samples, source = evaluation.read_images(images, points, count), {"images": str(images)}
+    found = evaluation.evaluate(samples, points, judge, console=console)
+    source |= {"data": points.name, "features": None if judge is None else judge.digest}
+    evaluation.write_metrics(found, source, metrics)
+    figures.draw_evaluation(evaluation.stored(samples, points), points, found, picture)
+    console.print(evaluation.table(found))
+    typer.echo(f"{found.samples} samples judged: {out}")
+
+
 @app.command("figures")
 def draw_figures(
     out: Annotated[Path, typer.Option(help="Folder of the pictures.")],
     names: Annotated[list[str] | None, typer.Argument(help="Some of them; all by default.")] = None,
     format: Annotated[str, typer.Option(help="png or svg.")] = "png",
     data: Annotated[
-        str, typer.Option(help="Images for weights and bias: digits, mnist or cifar10.")
+        str, typer.Option(help="Images for weights and bias: digits, mnist, cifar10 or a path.")
     ] = "digits",
 ) -> None:
     """Draw the article's pictures with the op itself.
@@ -172,7 +243,7 @@ def draw_figures(
         raise ValueError(f"--format expects one of {', '.join(figures.FORMATS)}, got {format!r}")
     images = data_sets.load(data)
     if not images.is_image:
-        raise ValueError(f"--data expects images (digits, mnist or cifar10), got {data}")
+        raise ValueError(f"--data expects images (digits, mnist, cifar10 or a path), got {data}")
     with progress_bar(Console(), "Drawing", len(names)) as update:
         for done, name in enumerate(names):
             update(done, name)

@@ -27,6 +27,7 @@ from pfgm_kernels.training import data as data_sets
 from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.evaluation import Evaluation, evaluate
+from pfgm_kernels.training.evaluation.report import OF_EACH_SAMPLE
 from pfgm_kernels.training.generate import generate
 from pfgm_kernels.training.trainer import load_model, train
 
@@ -216,7 +217,8 @@ def _write_metrics(
     config: TrainConfig,
 ) -> None:
     values = asdict(evaluation)
-    del values["classes"]
+    for name in OF_EACH_SAMPLE:
+        del values[name]
     content = {
         **values,
         "nfe": nfe,
@@ -251,22 +253,24 @@ def _op_table(measurements: list[Measurement]) -> Table:
 
 
 def _summary(evaluation: Evaluation, nfe: int) -> Table:
-    shares = evaluation.class_shares
+    shares, sample, held_out = evaluation.class_shares, evaluation.sample, evaluation.held_out
+    assert shares is not None  # digits are judged by a classifier
     table = Table(
         "", "samples", "held-out digits", title=f"{evaluation.samples} samples, {nfe} NFE"
     )
     table.add_row(
         "mean top probability",
-        f"{evaluation.sample_top_probability:.3f}",
-        f"{evaluation.held_out_top_probability:.3f}",
+        f"{sample.top_probability:.3f}",
+        f"{held_out.top_probability:.3f}",
     )
     table.add_row(
         "Fréchet distance",
-        f"{evaluation.sample_frechet_distance:.2f}",
-        f"{evaluation.held_out_frechet_distance:.2f}",
+        f"{sample.frechet_distance:.2f}",
+        f"{held_out.frechet_distance:.2f}",
     )
     table.add_row("shares of the classes", f"{min(shares):.1%} … {max(shares):.1%}", "")
-    table.add_row("copies of training digits", f"{evaluation.copies_share:.1%}", "")
-    accuracy = f"{evaluation.classifier_held_out_accuracy:.1%}"
+    copies = [f"{quality.copies_share:.1%}" for quality in (sample, held_out)]
+    table.add_row("copies of training digits", *copies)
+    accuracy = f"{evaluation.held_out_accuracy:.1%}"
     table.add_row("accuracy of the classifier", "", accuracy)
     return table

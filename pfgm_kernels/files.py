@@ -41,6 +41,12 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.close(folder)
 
 
+def cache_folder() -> Path:
+    """The package's folder in the user's cache; it may not exist yet."""
+    parent = os.environ.get("XDG_CACHE_HOME") or ""
+    return (Path(parent) if os.path.isabs(parent) else Path.home() / ".cache") / "pfgm_kernels"
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Has the system's errors name ``path``: that of a full disk names no file by itself."""

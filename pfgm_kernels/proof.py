@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import threading
 import time
 import warnings
@@ -29,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from pfgm_kernels.backends import BACKENDS, _native, triton
 from pfgm_kernels.chunks import Chunks, Inputs, Saved, field_backward, field_forward
-from pfgm_kernels.files import write_bytes
+from pfgm_kernels.files import cache_folder, write_bytes
 from pfgm_kernels.problems import Family, Problem, allowed_errors, problems
 
 FRESH = (torch.empty, torch.empty_like, Tensor.new_empty)
@@ -212,10 +211,8 @@ def recall(backend: str, family: Family, device: torch.device) -> Verdict | None
 
 def _file(backend: str, family: Family, device: torch.device) -> Path:
     """One for each verdict: processes that prove at once take nothing from one another."""
-    parent = os.environ.get("XDG_CACHE_HOME") or ""
-    folder = Path(parent) if os.path.isabs(parent) else Path.home() / ".cache"
     digest = hashlib.sha256(json.dumps(environment(device)).encode()).hexdigest()
-    return folder / "pfgm_kernels" / digest[:16] / f"{backend}, {family}.json"
+    return cache_folder() / digest[:16] / f"{backend}, {family}.json"
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -106,21 +106,19 @@ def jvp(
     t_tangent: Tensor,
     centre: Tensor,
     values_tangent: Tensor | None = None,
-    anchor_tangent: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """This chunk's share of Σ_j w_j ((l̇_j − l̇)(x0_j − x) + ẋ0_j) and of Σ_j w_j (l̇_j − l̇).
 
-    With l̇ the centre, p_j = (x0_j − x)·(ẋ − ẋ0_j), u_j the relative excess of s_j over s_a and
-    κ = l̇ s_a/k (for the anchor's l̇_a it is p_a − t ṫ),
+    With l̇ the centre, p_j = (x0_j − x)·(ẋ − ẋ0_j), q = (x0_a − x)·ẋ, u_j the relative excess of
+    s_j over s_a and κ = l̇ s_a/k,
 
-        l̇_j − l̇ = (k/s_j) (p_j − p_a + (p_a − t ṫ − κ) − κ u_j)
+        l̇_j − l̇ = (k/s_j) (p_j − q + (q − t ṫ − κ) − κ u_j)
 
-    and for D = ∞ (p_j − p_a)/t² + (‖x − x0_j‖² − ‖x − x0_a‖²) ṫ/t³ + l̇_a − l̇.
+    and for D = ∞ (p_j − q)/t² + (‖x − x0_j‖² − ‖x − x0_a‖²) ṫ/t³ + (q + ‖x − x0_a‖² ṫ/t)/t² − l̇.
     """
     pairs, t, k = _Pairs(rows, values, table), rows.t, rows.k
-    pull = pairs.project(x_tangent, values_tangent, anchor_tangent)
-    relative = x_tangent if anchor_tangent is None else x_tangent - anchor_tangent
-    anchor_pull = (pairs.to_anchor * relative).sum(1)
+    pull = pairs.project(x_tangent, values_tangent)
+    anchor_pull = (pairs.to_anchor * x_tangent).sum(1)
     if math.isfinite(k):
         tilt = centre * (pairs.nearest + t * t) / k
         pull += (anchor_pull - t * t_tangent - tilt)[:, None]
@@ -201,10 +199,8 @@ class _Pairs:
         counted = self._apart(self.weights).sum(1)
         self.regions = list(_regions(self.anchor_x0, counted, self.weights, self.squares))
 
-    def project(
-        self, g: Tensor, moving: Tensor | None = None, anchor_moving: Tensor | None = None
-    ) -> Tensor:
-        """g·(x0_j − x0_a) (n, m), or (g − ẋ0_j)·(x0_j − x) less the anchor's where they move.
+    def project(self, g: Tensor, moving: Tensor | None = None) -> Tensor:
+        """g·(x0_j − x0_a) (n, m), where references move less ẋ0_j·(x0_j − x).
 
         What may be rounding alone is 0: then the anchor's is, whose s may be next to nothing.
         """
@@ -215,10 +211,9 @@ class _Pairs:
             projection = (directions @ rows.T).sub_((directions * anchors).sum(1)[:, None])
             noise = row_sizes + anchors.norm(dim=1)[:, None]
             noise *= directions.norm(dim=1)[:, None]
-            if moving is not None and anchor_moving is not None:
-                x, to_anchor = self.x[queries] - shift, self.to_anchor[queries]
+            if moving is not None:
+                x = self.x[queries] - shift
                 projection += x @ moving.T - (rows * moving).sum(1)
-                projection += (to_anchor * anchor_moving[queries]).sum(1)[:, None]
                 noise += (row_sizes + x.norm(dim=1)[:, None]) * moving.norm(dim=1)
             noise *= 8 * torch.finfo(noise.dtype).eps
             projections[queries] = projection.masked_fill_(projection.abs() <= noise, 0.0)

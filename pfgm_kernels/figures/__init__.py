@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from pfgm_kernels.figures.batches import bias
 from pfgm_kernels.figures.canvas import FORMATS, save, style
 from pfgm_kernels.figures.descent import trajectories
+from pfgm_kernels.figures.judged import draw_evaluation
 from pfgm_kernels.figures.neighbours import weights
 from pfgm_kernels.figures.plane import far_field, four_sources
 from pfgm_kernels.figures.prior import hemisphere
@@ -53,6 +54,7 @@ __all__ = [
     "OF_IMAGES",
     "PIXELS_PER_PIXEL",
     "draw_comparison",
+    "draw_evaluation",
     "draw_figure",
     "draw_loss",
     "draw_samples",

@@ -50,7 +50,7 @@ def bias(data: DataSet, detail: float = 1.0) -> Figure:
     axes.set_ylabel("angle to the exact target")
     axes.yaxis.set_major_formatter("{x:g}°")
     axes.legend(title="references")
-    axes.set_title(f"The bias of a small reference batch: {TITLES[data.name]}")
+    axes.set_title(f"The bias of a small reference batch: {TITLES.get(data.name, 'images')}")
     return figure
 
 

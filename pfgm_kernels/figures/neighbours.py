@@ -64,7 +64,9 @@ def _images(axes: Axes, data: DataSet, queries: Queries) -> None:
     axes.set_yticks([-place - 0.44 for place in PLACES], NAMES)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelbottom=False)
-    axes.set_title(f"The references of one query and their weights: {TITLES[data.name]}")
+    axes.set_title(
+        f"The references of one query and their weights: {TITLES.get(data.name, 'images')}"
+    )
 
 
 def _numbers(axes: Axes, queries: Queries, count: int) -> None:

@@ -79,16 +79,16 @@ def test_what_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_the_files_that_the_images_take_are_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from pfgm_kernels.training import data
+    from pfgm_kernels.training.data import idx_cifar
 
     folder = tmp_path / "cifar10"
     folder.mkdir()
     for number in (1, 2, 3):
         (folder / f"data_batch_{number}.xz").touch()
     monkeypatch.setenv("PFGM_DATA", str(tmp_path))
-    monkeypatch.setattr(data, "CIFAR_ROWS", 4)
+    monkeypatch.setattr(idx_cifar, "CIFAR_ROWS", 4)
     monkeypatch.setattr(
-        data,
+        idx_cifar,
         "read_cifar_batch",
         lambda file: (torch.full((4, 3, 2, 2), int(file.stem[-1])), torch.zeros(4)),
     )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -94,6 +95,16 @@ def test_a_picture_is_the_same_each_time(ending: str, digits: data.DataSet, tmp_
     assert contents[0] == contents[1]
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", figures.OF_IMAGES)
+def test_images_of_ones_own(
+    name: str, drawn: list[Figure], digits: data.DataSet, tmp_path: Path
+) -> None:
+    figures.draw_figure(name, tmp_path / "a.svg", replace(digits, name="/my/photos"), 0.02)
+    titles = [axes.get_title(side) for axes in drawn[0].axes for side in ("left", "center")]
+    assert any(title.endswith(": images") for title in titles)
+
+
 def pfgm(*arguments: object):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
@@ -120,7 +131,7 @@ def test_the_command_lists_all_and_refuses_others(tmp_path: Path) -> None:
         (("--format", "pdf"), "--format expects one of png, svg, got 'pdf'"),
         (
             ("--data", "two_moons"),
-            "--data expects images (digits, mnist or cifar10), got two_moons",
+            "--data expects images (digits, mnist, cifar10 or a path), got two_moons",
         ),
         (("--data", "cifar"), "unknown data set 'cifar'"),
     ):

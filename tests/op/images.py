@@ -41,7 +41,7 @@ def real_images(count: int) -> Tensor | None:
     """The first images of CIFAR-10, (count, 3, 32, 32) uint8; None without PFGM_DATA."""
     if not os.environ.get("PFGM_DATA"):
         return None
-    from pfgm_kernels.training.data import read_cifar_batch
+    from pfgm_kernels.training.data.idx_cifar import read_cifar_batch
 
     batch = next(Path(os.environ["PFGM_DATA"]).glob("cifar*/data_batch_1*"))
     return read_cifar_batch(batch)[0][:count]

@@ -16,7 +16,8 @@ from oracle import (
 from torch import Tensor
 
 from pfgm_kernels import ReferenceSet, poisson_displacement
-from pfgm_kernels.backends import eager
+from pfgm_kernels.backends import cpu, eager
+from pfgm_kernels.rows import begin
 
 CHUNK = 7  # references
 
@@ -76,6 +77,31 @@ def test_autocast_is_off_in_forward_mode(watched):
     with torch.autocast("cpu", torch.bfloat16):
         torch.func.jvp(lambda x: poisson_displacement(x, 1.0, x0, backend="eager"), (x,), (x,))
     assert "jvp" in watched
+
+
+def test_what_the_cpu_has_of_each_reference_is_cut():
+    """Its kernels would notice codes of other references, and compute in float64."""
+    x0 = torch.randint(256, (50, 40), generator=seeded()) / 127.5 - 1
+    norms, grid, codes = cpu.prepare(x0, x0.new_empty(0), x0.nbytes)
+    cut = cpu.operands_of([norms, grid, codes], slice(20, 27))
+    for found, expected in zip(cut, (norms[20:27], grid, codes[20:27]), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_cotangents_are_contiguous_for_the_backend_that_begins(monkeypatch):
+    """Kernels read them by their address."""
+    seen = []
+
+    def watch(rows, output, g, g_m):
+        seen.extend([g, g_m])
+        return begin(rows, output, g, g_m)
+
+    monkeypatch.setattr(eager, "begin", watch, raising=False)
+    x = torch.randn(8, 4, generator=seeded(), requires_grad=True)
+    v, log_mass = poisson_displacement(x, 1.0, torch.randn(9, 4), backend="eager")
+    g_v, g_m = torch.ones(1, 4).expand(8, 4), torch.ones((), dtype=torch.float64).expand(8)
+    torch.autograd.grad([v, log_mass], x, [g_v, g_m])
+    assert [each.is_contiguous() for each in seen] == [True, True]
 
 
 def test_codes_are_cut_with_the_references(backend):

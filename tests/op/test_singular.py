@@ -102,6 +102,18 @@ def test_t_0_with_infinite_d_is_refused_or_nan(backend):
     expected = solve(x[keep], t[keep], x0, math.inf)
     assert_displacement(v[keep], expected, 1e-6)
     assert_log_mass(log_mass[keep], expected)
+    # So are gradients: the singular point is one of a finite D.
+    leaf = x0[:1].clone().requires_grad_()
+    v, log_mass = backend.displacement(leaf, torch.zeros(1), x0, D=math.inf)
+    cotangents = [torch.ones_like(v), torch.ones_like(log_mass)]
+    (dx,) = torch.autograd.grad([v, log_mass], leaf, cotangents)
+    assert dx.isnan().all()
+    tangents = torch.func.jvp(
+        lambda x: backend.displacement(x, torch.zeros(1), x0, D=math.inf),
+        (x0[:1],),
+        (torch.ones(1, 3),),
+    )[1]
+    assert all(tangent.isnan().all() for tangent in tangents)
 
 
 def test_shards_share_the_singular_point_equally(backend):

@@ -127,6 +127,24 @@ def test_train_leaves_a_whole_run(digits: Path) -> None:
     assert list((digits / "tensorboard").iterdir())
 
 
+def test_train_on_a_folder_of_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A resumed run finds it again from any folder, and one given anew is the same by any path."""
+    (tmp_path / "photos").mkdir()
+    for index in range(20):
+        Image.new("RGB", (3, 2), (index, 10 * index, 255)).save(tmp_path / f"photos/{index}.png")
+    monkeypatch.chdir(tmp_path)
+    start = ("train", "--data", "photos", "--out", tmp_path / "run")
+    assert pfgm(*start, "--steps", 1).exit_code == 0
+    config = load(tmp_path / "run" / "config.yaml")
+    assert (config["data"], config["event_shape"]) == (str(tmp_path / "photos"), [3, 2, 3])
+    (tmp_path / "photos" / "20.png").write_bytes(b"hello")
+    assert_refused(pfgm(*start, "--steps", 2, "--resume"), "photos/20.png: expected an image")
+    (tmp_path / "photos" / "20.png").unlink()
+    assert pfgm(*start, "--steps", 2, "--resume").exit_code == 0
+    monkeypatch.chdir("/")
+    assert pfgm("train", "--out", tmp_path / "run", "--steps", 3, "--resume").exit_code == 0
+
+
 def test_resume_keeps_what_is_not_given(tmp_path: Path) -> None:
     start = ("train", "--data", "two_moons", "--out", tmp_path, "--seed", 5)
     assert pfgm(*start, "--steps", 2, "--checkpoint-every", 1).exit_code == 0

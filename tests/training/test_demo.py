@@ -19,7 +19,7 @@ from pfgm_kernels.files import locked
 from pfgm_kernels.flow import Trajectory, perturb, sample_prior
 from pfgm_kernels.training import data
 from pfgm_kernels.training.config import TrainConfig
-from pfgm_kernels.training.evaluation import Evaluation
+from pfgm_kernels.training.evaluation import Evaluation, Quality
 from pfgm_kernels.training.trainer import Run
 
 
@@ -148,8 +148,8 @@ def test_demo_leaves_what_it_promises(tmp_path: Path, monkeypatch: pytest.Monkey
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["samples"] == 400
     assert metrics["nfe"] == 17
-    assert metrics["classifier_held_out_accuracy"] >= 0.97
-    assert metrics["sample_frechet_distance"] > metrics["held_out_frechet_distance"]
+    assert metrics["held_out_accuracy"] >= 0.97
+    assert metrics["sample"]["frechet_distance"] > metrics["held_out"]["frechet_distance"]
     assert sum(metrics["class_shares"]) == pytest.approx(1)
     assert [item["name"] for item in metrics["op"]] == ["poisson_field", "published formula"]
     assert set(metrics["seconds"]) == {"check", "train", "sample", "evaluate", "draw"}
@@ -164,16 +164,33 @@ def test_an_interrupted_training_ends_the_demo(
     assert not demo.run(tmp_path)
 
 
+SAMPLE, HELD_OUT = (
+    Quality(
+        frechet_distance=distance,
+        precision=0.5,
+        recall=0.5,
+        inception_score=5.0,
+        inception_score_deviation=0.5,
+        copies_share=copies,
+        copies_interval=(0.0, 1.0),
+        top_probability=top,
+    )
+    for distance, copies, top in ((42.25, 0.25, 0.51), (3.5, 0.005, 0.96))
+)
 EVALUATION = Evaluation(
+    features="perceptron",
+    feature_count=128,
     samples=200,
+    count=180,
+    frechet_distance_of_all=40.0,
+    sample=SAMPLE,
+    held_out=HELD_OUT,
     classes=[0] * 30 + [2] * 170,
-    classifier_held_out_accuracy=0.97,
-    held_out_top_probability=0.96,
-    sample_top_probability=0.51,
     class_shares=[0.15, 0.0, 0.85],
-    copies_share=0.25,
-    held_out_frechet_distance=3.5,
-    sample_frechet_distance=42.25,
+    held_out_class_shares=[0.3, 0.3, 0.4],
+    held_out_accuracy=0.97,
+    nearest=[0] * 200,
+    nearest_ratio=[0.9] * 200,
 )
 
 
@@ -186,7 +203,7 @@ def test_each_figure_stands_in_its_column() -> None:
         "mean top probability 0.510 0.960",
         "Fréchet distance 42.25 3.50",
         "shares of the classes 0.0% … 85.0%",
-        "copies of training digits 25.0%",
+        "copies of training digits 25.0% 0.5%",
         "accuracy of the classifier 97.0%",
     ):
         assert line in lines
