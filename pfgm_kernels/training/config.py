@@ -128,28 +128,33 @@ class TrainConfig:
     @classmethod
     def for_data(cls, data: DataSet, **changes: Any) -> TrainConfig:
         """The defaults for a data set: M, gamma and T by `constants`, noise levels of pfgmpp by its
-        standard deviation, the small U-Net for images that it fits. ``conditional=True`` takes the
-        data's classes. Raises ValueError where it has none.
+        standard deviation; PFGM with a perceptron, and PFGM++ with the small U-Net for images that
+        it fits. ``conditional=True`` takes the data's classes. Raises ValueError where it has none.
         """
-        noise = {name: changes[name] for name in ("sigma", "tau", "D") if name in changes}
-        rule = constants(data.references(), **noise)
+        images = data.is_image and _suits_unet(data.event_shape)
+        network = changes.get("network", "unet" if images else "perceptron")
+        method = changes.get("method", "pfgm" if network == "perceptron" else "pfgmpp")
+        D = changes.get("D", 128.0 if method == "pfgmpp" else 1.0)
+        noise = {name: changes[name] for name in ("sigma", "tau") if name in changes}
+        rule = constants(data.references(), D=D, **noise)
         spread = changes.get("sigma_data") or data.moments().spread or 0.5
         known: dict[str, Any] = {
             "data": data.name,
             "event_shape": data.event_shape,
-            "network": "unet" if data.is_image and _suits_unet(data.event_shape) else "perceptron",
+            "network": network,
+            "predicts": _prediction(method, network),
+            "method": method,
+            "D": D,
             "sigma_data": spread,
             "log_sigma_mean": math.log(2 * spread) - 1.2,
         }
         known |= {name: getattr(rule, name) for name in ("M", "gamma", "T")}
         if changes.pop("conditional", False):
             known["classes"] = count_classes(data)
-        network = changes.get("network", known["network"])
         if network != "perceptron":
             known["threads"] = torch.get_num_threads()
-        if changes.get("method") == "unnormalized":
+        if method == "unnormalized":
             known["spike"] = math.inf  # its losses are spikes
-        known["predicts"] = _prediction(changes.get("method"), network)
         return cls(**known | changes)
 
     def model(
@@ -213,7 +218,7 @@ def _suits_unet(event_shape: tuple[int, ...]) -> bool:
     return min(event_shape[-2:]) > 8 and not any(side % 4 for side in event_shape[-2:])
 
 
-def _prediction(method: str | None, network: str) -> str:
-    if method == "unnormalized":
-        return "field"
-    return "mean" if network == "perceptron" else "denoiser"
+def _prediction(method: str, network: str) -> str:
+    if method != "unnormalized" and network == "perceptron":
+        return "mean"
+    return "denoiser" if method == "pfgmpp" else "field"

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from pfgm_kernels.flow import Preconditioned
+from pfgm_kernels.flow import Preconditioned, constants
 from pfgm_kernels.training import data, networks
 from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.generate import generate
@@ -211,8 +211,14 @@ def test_what_data_takes_by_default() -> None:
         (grey[:, :8, :8], "perceptron"),
         (grey[:, :15], "perceptron"),
     ):
-        found = TrainConfig.for_data(data.DataSet("grey", images, images, None, None))
+        found_data = data.DataSet("grey", images, images, None, None)
+        found = TrainConfig.for_data(found_data)
         assert found.network == name
+        expected = {"unet": ("pfgmpp", 128), "perceptron": ("pfgm", 1)}[name]
+        assert (found.method, found.D) == expected
+        assert found.T == constants(found_data.references(), D=expected[1]).T
         assert found.predicts == {"unet": "denoiser", "perceptron": "mean"}[name]
+        published = TrainConfig.for_data(found_data, method="pfgm")
+        assert published.predicts == {"unet": "field", "perceptron": "mean"}[name]
     points = TrainConfig.for_data(data.load("two_moons"))
     assert (points.network, points.predicts, points.method) == ("perceptron", "mean", "pfgm")
