@@ -59,9 +59,20 @@ def test_a_step_is_of_the_seed_and_its_number_alone(moons: DataSet) -> None:
         assert torch.equal(torch.get_rng_state(), before)
         found.append(gradients(training))
     assert torch.equal(*found)
-    training.step = 7
-    training._loss(1).backward()
-    assert not torch.equal(gradients(training), found[0])
+
+
+def test_each_part_of_each_step_draws_its_own(moons: DataSet) -> None:
+    drawn = []
+    for seed in (0, 1):
+        training = training_of(moons, seed=seed)
+        training.loss = lambda network, batch, generator: drawn.append(
+            (batch, torch.rand(4, generator=generator), torch.rand(4))
+        )
+        for training.step, part in ((0, 0), (0, 1), (1, 0)):
+            training._loss(part)
+    for i, first in enumerate(drawn):
+        for second in drawn[:i]:
+            assert not any(torch.equal(*each) for each in zip(first, second, strict=True))
 
 
 def test_parts_make_one_batch(moons: DataSet) -> None:
