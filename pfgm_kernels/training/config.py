@@ -98,10 +98,7 @@ class TrainConfig:
             "spike": positive("spike", self.spike, finite=False),
         }
         for check, names in (
-            (
-                integer,
-                "steps checkpoint_every batch_size warmup width depth threads M accumulation",
-            ),
+            (integer, "steps checkpoint_every batch_size warmup width depth threads M"),
             (integer, "accumulation"),
             (_count, "references classes"),
             (positive, "T sigma tau sigma_data log_sigma_std learning_rate clip_norm ema_halflife"),
