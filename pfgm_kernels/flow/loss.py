@@ -159,7 +159,7 @@ class PosteriorMeanLoss:
         if self.D <= 2:
             warnings.warn(
                 f"PosteriorMeanLoss expects D > 2 for a loss that has a mean (D ≥ 8 trains well), "
-                f"got {D:g}: draws lie too far out; FieldLoss is for D = 1",
+                f"got {self.D:g}: draws lie too far out; FieldLoss is for D = 1",
                 stacklevel=2,
             )
         self.sigma_data = positive("sigma_data", sigma_data)

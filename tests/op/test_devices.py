@@ -103,7 +103,7 @@ def flow_functions(x0: Tensor) -> dict[str, object]:
         "prior by seeds": sample_prior(count, 3, T=2.0, seeds=range(count), device="cpu"),
         "denoiser": as_denoiser(as_field(Preconditioned(lambda x, c: x, D=2)))(x0, 0.3),
         "flow matching": query_of_flow_matching(x0, 0.3)[1],
-        "mean's loss": PosteriorMeanLoss(x0, D=2)(lambda x, t: x, x0, generator),
+        "mean's loss": PosteriorMeanLoss(x0, D=8)(lambda x, t: x, x0, generator),
         "loss": FieldLoss(x0)(network, x0, generator),
         "eq_10": UnnormalizedLoss(sigma=1.0)(network, x0, generator),
         "merge": merge([poisson_displacement(x0, 1.0, x0[i::2]) for i in (0, 1)])[0],
