@@ -70,6 +70,7 @@ class Use:
     output: str = "displacement"
     B: int = 512
     N: int = 50_000
+    by_class: bool = False
 
 
 USES = {
@@ -88,6 +89,8 @@ USES = {
     "d = 128": Use(128),
     "d = 256": Use(256),
     "d = 256, Gaussian": Use(256, gaussian=True),
+    "by class": Use(3072, by_class=True),
+    "by class, 8-bit": Use(20, torch.uint8, by_class=True),
     "a tail": Use(3072, B=96, N=848),
     "a tail, 8-bit": Use(3072, torch.uint8, B=96, N=848),
 }
@@ -98,7 +101,7 @@ USES |= {
     for d in (16, 64, 333)
 }
 # Together these launch every kernel.
-REPRESENTATIVES = ("float32", "d = 16", "d = 64")
+REPRESENTATIVES = ("float32", "d = 16", "d = 64", "by class")
 ONES = ("one of each, d = 16", "one of each, d = 64", "one of each, d = 333")
 
 
@@ -170,7 +173,9 @@ def run(use: Use) -> None:
     table = meta(256 if use.dtype == torch.uint8 else 0)
     k = math.inf if use.gaussian else use.d + 1.0
     operands = backend.prepare(values, table, values.nbytes)
-    inputs, output = Inputs(x, t, values, table, operands, k), Output(use.output, 5.0, 1.0)
+    ranges = meta(use.B, 2, dtype=torch.int64) if use.by_class else None
+    inputs = Inputs(x, t, values, table, operands, k, ranges)
+    output = Output(use.output, 5.0, 1.0)
     workspace = default_workspace(torch.device("cuda"))
     result, log_mass, *saved = field_forward(inputs, output, True, workspace, "triton")
     for values_grad in {False, use.values_grad}:
