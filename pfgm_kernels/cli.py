@@ -104,6 +104,10 @@ def train(
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     given |= known.overrides(TrainConfig, settings or [])
     if resume:
+        if config or conditional:  # they would be ignored
+            raise ValueError(
+                "--resume expects the run's own settings, got --config or --conditional"
+            )
         stored = TrainConfig.read(out)
         points = data_sets.load(given.pop("data", stored.data))
         run_config = replace(stored, data=points.name, **given)

@@ -134,7 +134,7 @@ def check_op(data: DataSet, config: TrainConfig) -> list[Measurement]:
     Raises RuntimeError where the op misses float64 by more than 1e-6 of a row's norm.
     """
     generator = torch.Generator("cpu").manual_seed(SEED)
-    x0, references = data.decode(data.train), data.references()
+    x0, references = data.decode(data.train), data.references
     rows = torch.randint(len(x0), (QUERIES,), generator=generator, device=generator.device)
     x, t = perturb(x0[rows], sigma=config.sigma, tau=config.tau, M=config.M, generator=generator)
     exact = exact_field(x, t, x0, config.gamma)
@@ -185,7 +185,7 @@ def _draw(
     figures.draw_comparison(samples, real, out / "samples.png")
     figures.draw_loss(losses, out / "loss.png")
     points = data_sets.load("swiss_roll")
-    references, T = points.references(), 8.0
+    references, T = points.references, 8.0
     lines = sample(
         lambda x, t: pfgm_kernels.poisson_field(x, t, references),
         sample_prior(450, (2,), T=T, generator=torch.Generator("cpu").manual_seed(SEED)),

@@ -30,7 +30,7 @@ def bias(data: DataSet, detail: float = 1.0) -> Figure:
     """
     generator = torch.Generator().manual_seed(2)
     order = torch.randperm(len(data.train), generator=generator)
-    references = data.references()
+    references = data.references
     around = data.train[order[: max(16, round(QUERIES * detail))]]
     queries = Queries(data.decode(around), references, generator)
     exponents = queries.exponents(max(12, round(48 * detail)))

@@ -30,7 +30,7 @@ def weights(data: DataSet, detail: float = 1.0) -> Figure:
     many queries, the median and the middle 80 %.
     """
     generator = torch.Generator().manual_seed(3)
-    references = data.references()
+    references = data.references
     rows = torch.randperm(len(data.train), generator=generator)[: max(8, round(96 * detail))]
     queries = Queries(data.decode(data.train[rows]), references, generator)
     figure = sheet(11.5, 8.2)

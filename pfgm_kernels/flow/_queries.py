@@ -50,6 +50,11 @@ def columns(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.dim() - 1))
 
 
+def root_of(D: float) -> float:
+    """√D of t = σ √D; 1 for D = ∞, where t is σ."""
+    return 1.0 if math.isinf(D) else math.sqrt(D)
+
+
 def sigma_to_t(sigma: Tensor, D: float) -> Tensor:
     """t = σ √D; σ itself for D = ∞."""
     return sigma * (sigma.new_zeros(()) + D).sqrt() if holds(math.inf > D) else sigma

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels._checks import non_negative, number, positive
+from pfgm_kernels.flow._queries import root_of
 from pfgm_kernels.flow._seeds import generators
 
 
@@ -47,7 +48,7 @@ class Churn:
 
     def raised(self, t: float, steps: int) -> tuple[float, float]:
         """t̂, from which the step of `steps` at t starts, and the noise's standard deviation."""
-        root_D = 1.0 if math.inf == self.D else math.sqrt(self.D)
+        root_D = root_of(self.D)
         if not self.S_min <= t / root_D <= self.S_max:
             return t, 0.0
         t_hat = t + min(self.S_churn / steps, math.sqrt(2) - 1) * t

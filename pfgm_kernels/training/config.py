@@ -133,8 +133,8 @@ class TrainConfig:
         method = changes.get("method", "pfgm" if network == "perceptron" else "pfgmpp")
         D = changes.get("D", 128.0 if method == "pfgmpp" else 1.0)
         noise = {name: changes[name] for name in ("sigma", "tau") if name in changes}
-        rule = constants(data.references(), D=D, **noise)
-        spread = changes.get("sigma_data") or data.moments().spread or 0.5
+        rule = constants(data.references, D=D, **noise)
+        spread = changes.get("sigma_data") or data.moments.spread or 0.5
         known: dict[str, Any] = {
             "data": data.name,
             "event_shape": data.event_shape,
@@ -162,7 +162,7 @@ class TrainConfig:
         """
         known: dict[str, Any] = {}
         if data is not None:
-            moments = data.moments()
+            moments = data.moments
             known = {"center": moments.center, "spread": moments.spread}
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(self.seed)

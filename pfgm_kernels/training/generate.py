@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,14 +13,13 @@ from torch import Tensor
 
 from pfgm_kernels._checks import integer
 from pfgm_kernels.flow import Trajectory, sample, sample_prior
+from pfgm_kernels.flow._queries import root_of
+from pfgm_kernels.flow.grid import T_MIN
 from pfgm_kernels.training import methods
 from pfgm_kernels.training.config import LEAST_SEED, TrainConfig
 from pfgm_kernels.training.progress import progress_bar
 from pfgm_kernels.training.ranks import Ranks
 from pfgm_kernels.training.trainer import threads
-
-T_MIN = 1e-3
-"""Where the solver ends: this noise level, in the units of x."""
 
 
 def generate(
@@ -36,7 +34,7 @@ def generate(
     keep_path: bool = False,
 ) -> Trajectory:
     """``count`` draws of the prior on t = T, taken along the model's field to t = 0 (Eq. 4); of a
-    class-conditional run one of each class in turn.
+    class-conditional run one of each class in turn. The solver ends at the noise level `T_MIN`.
 
     Shows the progress on ``console``. Raises ValueError for a count, solver or steps out of range.
     """
@@ -54,7 +52,7 @@ def generate(
             methods.field_of(config, model),
             x,
             T=config.T,
-            t_min=T_MIN * (1 if math.isinf(config.D) else math.sqrt(config.D)),
+            t_min=T_MIN * root_of(config.D),
             solver=solver,
             steps=steps,
             keep_path=keep_path,

@@ -72,13 +72,10 @@ def count_classes(data: DataSet) -> int:
 def references_of(config: TrainConfig, data: DataSet) -> ReferenceSet:
     """The whole training part, with its labels where the run is class-conditional."""
     if not config.classes:
-        return data.references()
-    labels = data.train_labels
+        return data.references
     if count_classes(data) > config.classes:
         raise ValueError(f"classes expects at least {count_classes(data)}, got {config.classes}")
-    if data.is_image:
-        return ReferenceSet.from_images(data.train, low=data.low, high=data.high, labels=labels)
-    return ReferenceSet(data.train, labels=labels)
+    return data.references_by_class()
 
 
 def make_loss(

@@ -78,7 +78,7 @@ def test_the_script_runs_what_it_reads(
     images = torch.randint(256, (50, 28, 28), dtype=torch.uint8)
     readme, out = tmp_path / "README.md", tmp_path / "samples.png"
     readme.write_text(f"## {readme_loop.HEADING}\n```python{CODE}```\n")
-    monkeypatch.setattr(readme_loop, "Network", Tiny)
+    monkeypatch.setattr(readme_loop, "UNet", lambda *_: Tiny())
     monkeypatch.setattr(readme_loop.data, "load", lambda name: type("D", (), {"train": images}))
     monkeypatch.setattr(losses, "posterior_mean", losses.posterior_mean)  # put back afterwards
     options = ["--readme", str(readme), "--out", str(out), "--steps", "3"]

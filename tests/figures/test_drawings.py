@@ -162,7 +162,7 @@ def digits() -> data.DataSet:
 
 
 def some(digits: data.DataSet, count: int) -> queries.Queries:
-    x0, references = digits.decode(digits.train[:count]), digits.references()
+    x0, references = digits.decode(digits.train[:count]), digits.references
     return queries.Queries(x0, references, torch.Generator().manual_seed(0))
 
 
@@ -173,9 +173,9 @@ def test_the_effective_number_is_that_of_the_weights(digits: data.DataSet) -> No
         x0 = digits.decode(digits.train).double().flatten(1)
         s = (x.double().flatten(1)[:, None] - x0).square().sum(2) + t.double().square()[:, None]
         w = (-65 / 2 * s.log()).softmax(dim=1)
-        number = queries.effective_number(x, t, digits.references())
+        number = queries.effective_number(x, t, digits.references)
         torch.testing.assert_close(number, 1 / w.square().sum(1), rtol=1e-5, atol=0)
-        one = neighbours._weights(x[:1], t[:1], digits.references(), digits)
+        one = neighbours._weights(x[:1], t[:1], digits.references, digits)
         torch.testing.assert_close(one, w[0], rtol=1e-5, atol=1e-12)
 
 

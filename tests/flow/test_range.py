@@ -95,7 +95,7 @@ def test_another_range_is_one_warning(name, of_references, of_batch):
 @pytest.mark.parametrize("scale", [unit, bytes_])
 def test_references_of_8_bits(scale, count):
     digits = data.load("digits")
-    (message,) = warnings_of(digits.references(), scale(parts("digits")[1])[:count])
+    (message,) = warnings_of(digits.references, scale(parts("digits")[1])[:count])
     assert "expected points in their range, [-1, 1]" in message
 
 
@@ -142,7 +142,7 @@ def test_a_part_of_the_data_is_of_its_range():
     for found in (digits, groups):
         for label in found.train_labels.unique():
             part = found.decode(found.held_out[found.held_out_labels == label])
-            assert not warnings_of(found.references(), part)
+            assert not warnings_of(found.references, part)
 
 
 @pytest.mark.parametrize("batch", [same, unit, bytes_])

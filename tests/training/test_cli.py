@@ -258,3 +258,10 @@ def test_wrong_usage_is_explained() -> None:
     assert "--out" in pfgm("train").stderr
     assert "report" in pfgm("--help").stdout
     assert pfgm("trian").exit_code == 2
+
+
+@pytest.mark.parametrize("option", [("--conditional",), ("--config", "digits")])
+def test_what_a_resumed_run_does_not_take(tmp_path: Path, option: tuple[str, ...]) -> None:
+    result = pfgm("train", "--out", tmp_path, "--resume", *option)
+    assert result.exit_code == 2
+    assert "--resume expects the run's own settings" in " ".join(result.output.split())

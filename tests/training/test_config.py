@@ -61,7 +61,7 @@ def test_the_loss_is_that_of_the_config(moons: DataSet, options: dict) -> None:
 
 def test_the_network_is_that_of_the_config(moons: DataSet) -> None:
     training = training_of(moons, width=24, depth=3, gamma=0.3)
-    network, moments = training.network, moons.moments()
+    network, moments = training.network, moons.moments
     assert (network.gamma, network.scale) == (0.3, math.sqrt(2))
     assert (network.first.out_features, len(network.blocks)) == (24, 3)
     assert torch.equal(network.center, moments.center)

@@ -73,7 +73,7 @@ def test_digits_are_split_once_and_for_all() -> None:
     )
     assert digits.held_out_labels is not None
     assert digits.held_out_labels.bincount().min() >= 34
-    assert len(digits.references()) == 1437
+    assert len(digits.references) == 1437
 
 
 def test_each_digit_keeps_its_label() -> None:
@@ -102,11 +102,11 @@ def test_each_digit_keeps_its_label() -> None:
 def test_a_range_is_that_of_the_references() -> None:
     images = torch.arange(12, dtype=torch.uint8).view(3, 2, 2)
     stored = DataSet("grey", images, images, None, None, low=-3.0, high=7.0)
-    references = stored.references()
+    references = stored.references
     assert torch.equal(references.table[images.long()], stored.decode(images))
     assert stored.decode(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-3, 7]
     points = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
-    assert len(DataSet("points", points, points, None, None).references()) == 5
+    assert len(DataSet("points", points, points, None, None).references) == 5
 
 
 def test_decoding_is_that_of_the_references() -> None:
@@ -114,7 +114,7 @@ def test_decoding_is_that_of_the_references() -> None:
     levels = digits.decode(torch.arange(256, dtype=torch.uint8))
     expected = torch.tensor([-1 + 2 * u / 255 for u in range(256)], dtype=torch.float64).float()
     assert torch.equal(levels, expected)
-    assert digits.references().event_shape == (8, 8)
+    assert digits.references.event_shape == (8, 8)
 
 
 @pytest.mark.parametrize("name", ["two_moons", "swiss_roll", "eight_gaussians"])
@@ -127,7 +127,7 @@ def test_toy_sets(name: str) -> None:
     assert both.abs().max() == pytest.approx(1)
     assert both.mean(dim=0).abs().max() < 1e-5
     assert torch.equal(toy.train, data.load(name).train)
-    assert toy.references().event_shape == (2,)
+    assert toy.references.event_shape == (2,)
 
 
 @pytest.mark.parametrize(("name", "classes"), [("two_moons", 2), ("eight_gaussians", 8)])
@@ -163,7 +163,7 @@ def test_moments() -> None:
     """Of more points than are decoded at a time, against those of all at once."""
     digits = data.load("digits")
     points = digits.decode(digits.train).double()
-    center, spread = digits.moments()
+    center, spread = digits.moments
     torch.testing.assert_close(center, points.mean(dim=0).float())
     assert spread == pytest.approx((points - points.mean(dim=0)).square().mean().sqrt().item())
 

@@ -163,7 +163,7 @@ def test_flips(shape: tuple[int, ...], labels: torch.Tensor | None) -> None:
         assert flipped.train_labels is not None
         assert flipped.train_labels.tolist() == [1, 0, 2, 1, 0, 2]
     assert (flipped.name, flipped.low, flipped.high) == ("mine", 0.0, 2.0)
-    assert len(flipped.references()) == 6
+    assert len(flipped.references) == 6
 
 
 def test_points_have_no_mirror_image() -> None:

@@ -51,13 +51,13 @@ def test_data_and_evaluation() -> None:
     with torch.device("meta"):
         again = data.load("digits")
         judged = evaluate(again.decode(again.held_out[:50]), again).sample
-        moments = again.moments()
+        moments = again.moments
         center = torch.zeros(2, device="cpu")
         network = FieldNetwork((2,), width=8, depth=1, gamma=1.0, center=center)
     assert torch.equal(again.train, digits.train)
     assert judged.top_probability is not None
     assert judged.top_probability > 0.9
-    assert torch.equal(moments.center, digits.moments().center)
+    assert torch.equal(moments.center, digits.moments.center)
     assert {p.device.type for p in (*network.parameters(), *network.buffers())} == {"cpu"}
 
 

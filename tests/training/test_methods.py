@@ -91,18 +91,18 @@ def test_the_losses_are_given_the_configs_numbers(moons: DataSet) -> None:
     options = {"D": 9.0, "sigma_data": 0.3, "log_sigma_mean": -2.0, "log_sigma_std": 0.7}
     for targets in ("exact", "clean"):
         config = config_of(moons, method="pfgmpp", targets=targets, **options)
-        loss = methods.make_loss(config, moons.references())
+        loss = methods.make_loss(config, moons.references)
         assert isinstance(loss, PosteriorMeanLoss)
         assert (loss.D, loss.sigma_data) == (9, 0.3)
         assert loss.heights.keywords == {"D": 9, "mean": -2.0, "std": 0.7}
         assert (loss.references is None) == (targets == "clean")
     config = config_of(moons, D=9.0, sigma=0.02, tau=0.05, M=77, restrict_M=False, gamma=0.4)
-    loss = methods.make_loss(config, moons.references())
+    loss = methods.make_loss(config, moons.references)
     noise = {"sigma": 0.02, "tau": 0.05, "M": 77, "restrict_M": False, "D": 9}
     assert isinstance(loss, FieldLoss)
     assert (loss.perturb.keywords, loss.gamma) == (noise, 0.4)
     raw = methods.make_loss(
-        replace(config, method="unnormalized", predicts="field"), moons.references()
+        replace(config, method="unnormalized", predicts="field"), moons.references
     )
     assert isinstance(raw, UnnormalizedLoss)
     assert raw.perturb.keywords == noise

@@ -216,7 +216,7 @@ def test_what_data_takes_by_default() -> None:
         assert found.network == name
         expected = {"unet": ("pfgmpp", 128), "perceptron": ("pfgm", 1)}[name]
         assert (found.method, found.D) == expected
-        assert found.T == constants(found_data.references(), D=expected[1]).T
+        assert found.T == constants(found_data.references, D=expected[1]).T
         assert found.predicts == {"unet": "denoiser", "perceptron": "mean"}[name]
         published = TrainConfig.for_data(found_data, method="pfgm")
         assert published.predicts == {"unet": "field", "perceptron": "mean"}[name]

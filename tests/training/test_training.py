@@ -93,7 +93,7 @@ def test_training_learns_the_field(moons: DataSet, tmp_path: Path) -> None:
     for noise in (0.05, 0.3, 1.0):
         x = moons.held_out + noise * torch.randn(500, 2, generator=generator)
         t = noise * torch.randn(500, generator=generator).abs()
-        v, _ = poisson_displacement(x, t, moons.references())
+        v, _ = poisson_displacement(x, t, moons.references)
         with torch.no_grad():
             field = network(x, t)
         predicted = -field[:, :-1] / field[:, -1:] * t[:, None]

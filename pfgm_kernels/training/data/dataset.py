@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +58,7 @@ class DataSet:
             return values
         return (self.low + (self.high - self.low) * values.double() / 255).float()
 
+    @cached_property
     def moments(self) -> Moments:
         """Of the training part, 1,000 points at a time: decoded, CIFAR-10 takes over 600 MB."""
         total = torch.zeros(self.event_shape, dtype=torch.float64, device=self.train.device)
@@ -69,11 +71,19 @@ class DataSet:
         variance = square / (count * center.numel()) - center.square().mean().item()
         return Moments(center.float(), math.sqrt(variance))
 
+    @cached_property
     def references(self) -> ReferenceSet:
-        """The whole training part as the references of the field."""
+        """The whole training part as the references of the field, prepared once."""
+        return self._references(None)
+
+    def references_by_class(self) -> ReferenceSet:
+        """The same with its labels."""
+        return self._references(self.train_labels)
+
+    def _references(self, labels: Tensor | None) -> ReferenceSet:
         if self.is_image:
-            return ReferenceSet.from_images(self.train, low=self.low, high=self.high)
-        return ReferenceSet(self.train)
+            return ReferenceSet.from_images(self.train, self.low, self.high, labels=labels)
+        return ReferenceSet(self.train, labels=labels)
 
     def with_flips(self) -> DataSet:
         """The same with the mirror image of each training image appended to ``train``.
