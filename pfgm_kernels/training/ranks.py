@@ -75,22 +75,37 @@ class Ranks(NamedTuple):
 
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
-    """The ranks that `torchrun` started, or that this process joined itself; else it is alone."""
-    if dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size(), _local())
-        return
-    if not dist.is_torchelastic_launched():
+    """The ranks that `torchrun` started, or that this process joined itself; else it is alone.
+
+    Raises ConnectionError where another rank is lost: it was killed, ended with an error of its
+    own, or was silent for `TIMEOUT`.
+    """
+    ours = not dist.is_initialized()
+    if ours and not dist.is_torchelastic_launched():
         yield Ranks()
         return
     on_gpu = Ranks(local=_local()).device(device).type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(_local())
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     try:
+        if ours:
+            if on_gpu:
+                torch.cuda.set_device(_local())
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
         yield Ranks(dist.get_rank(), dist.get_world_size(), _local())
-        dist.barrier()  # the first, which the others talk through, is not to leave before them
+        if ours:
+            dist.barrier()  # the first, which the others talk through, is not to leave before them
+    except RuntimeError as error:
+        gloo = "/gloo/" in str(error)  # its errors have no type of their own, but name its sources
+        if not gloo and not isinstance(error, dist.DistError):
+            raise
+        reason = "" if gloo else f" ({str(error).splitlines()[0]})"
+        raise ConnectionError(
+            "another rank is lost: it was killed, ended with an error, which it tells itself, or "
+            f"was silent for {TIMEOUT.total_seconds():g} s{reason}; start all ranks again, with "
+            "--resume to go on from the last checkpoint"
+        ) from error
     finally:
-        dist.destroy_process_group()
+        if ours and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _local() -> int:

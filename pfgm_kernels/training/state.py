@@ -27,7 +27,7 @@ from pfgm_kernels.training.ranks import Ranks
 REPORT_EVERY = 10
 RECENT = 50
 """How many losses say what a spike is."""
-KEYS = {"step", "groups", "skipped", "in_a_row", "recent", "scaler"}
+KEYS = {"step", "parts", "groups", "skipped", "in_a_row", "recent", "scaler"}
 
 
 class Step(NamedTuple):
@@ -189,6 +189,7 @@ class Training:
         return tensors, {
             "version": checkpoint.VERSION,
             "step": self.step,
+            "parts": self.parts,
             "groups": groups,
             "skipped": self.skipped,
             "in_a_row": self.in_a_row,
@@ -197,9 +198,16 @@ class Training:
         }
 
     def restore(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Puts back what ``state`` gave, read from ``path``."""
+        """Puts back what ``state`` gave, read from ``path``. Raises ValueError where that is of
+        another network, or of batches in other parts.
+        """
         version = state.pop("version", None)
         checkpoint.match_keys(path, KEYS, state.keys(), version)
+        if state["parts"] != self.parts:  # each draws its own: with others it is another run
+            raise ValueError(
+                f"{path} is of batches in {state['parts']} parts: expected as many ranks times "
+                f"accumulation, got {self.ranks.world} * {self.config.accumulation}"
+            )
         optimizer = _without_prefix("optimizer.", tensors)
         weights = {name: tensors[name] for name in tensors if not name.startswith("optimizer.")}
         checkpoint.match(path, self._weights(), weights, version)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from pfgm_kernels.files import LOCK, locked
+from pfgm_kernels.files import LOCK, TEMPORARY, locked
 from pfgm_kernels.training import checkpoint
 from pfgm_kernels.training.config import CONFIG, TrainConfig
 from pfgm_kernels.training.data import DataSet
@@ -31,8 +31,9 @@ from pfgm_kernels.training.state import REPORT_EVERY, Step, Training
 MODEL = "model.safetensors"
 MOST_SKIPPED = 20
 """Steps in a row; so many mean that training does not come back by itself."""
-# A resumed run may go further or save at other steps; in all else it is the run that it continues.
-MAY_CHANGE = ("steps", "checkpoint_every", "device", "compile")
+# A resumed run may go further, save at other steps or compute the parts of a batch elsewhere, which
+# its checkpoints count; in all else it is the run that it continues.
+MAY_CHANGE = ("steps", "checkpoint_every", "device", "compile", "accumulation")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def train(
     writes, and a signal to any stops all. ``network`` is what to train where the config says
     ``network="own"``, called as `pfgm_kernels.training.networks` says. Raises ValueError where the
     folder holds another run or, without either, any run, and where another process trains there;
-    FloatingPointError where training diverged.
+    FloatingPointError where training diverged; ConnectionError where another rank is lost.
     """
     with joined(config.device) as ranks:
         first = ranks.rank == 0
@@ -91,6 +92,8 @@ def _train(training: Training, folder: Path, resume: bool, console: Console) -> 
     training.ranks.same(first, training.device)
     writes = training.ranks.rank == 0
     if writes:
+        for left in folder.glob(f"*{TEMPORARY}"):  # by a process that was killed
+            left.unlink(missing_ok=True)
         config.write(folder)
     told = reports(folder, first) if writes else nullcontext(lambda values, step: None)
     with threads(config.threads), _stop_on_signal() as stopped, told as report:
@@ -237,7 +240,7 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def _stop_on_signal() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; a second one acts as it did before."""
+    """An event that the first Ctrl-C or SIGTERM sets; a second one, of either, acts as before."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped  # signals reach the main thread only
@@ -247,12 +250,15 @@ def _stop_on_signal() -> Iterator[threading.Event]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         stopped.set()
-        signal.signal(number, before[number])
+        release()
+
+    def release() -> None:
+        for number in signals:
+            signal.signal(number, before[number])
 
     for number in signals:
         signal.signal(number, stop)
     try:
         yield stopped
     finally:
-        for number in signals:
-            signal.signal(number, before[number])
+        release()

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a run that is killed again and again come to the end of one that never was?
+
+Each life of a run is `pfgm train` in a process of its own, forked from one that has imported all
+and computed nothing, so that it starts at once. It dies at a moment that a seed draws: one of its
+calls, counted, or one in the middle of writing a file.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from pfgm_kernels import files
+from pfgm_kernels.cli import app
+from pfgm_kernels.training import ranks
+from pfgm_kernels.training.reports import read_stats
+from pfgm_kernels.training.state import Training
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        "pytest",
+        "pfgm_kernels.cli",
+        "pfgm_kernels.training.trainer",
+        "sklearn.datasets",
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+    ]
+)
+START = "--data two_moons --steps 12 --checkpoint-every 1 width=8 depth=1 batch_size=32 warmup=4"
+LOST = "pfgm: another rank is lost: "
+
+
+@dataclass(frozen=True)
+class AtCall:
+    """Sends the process ``number`` when it makes or leaves its ``count``-th call."""
+
+    count: int
+    number: signal.Signals = signal.SIGKILL
+
+    def __call__(self) -> Callable[[], int]:
+        calls = 0
+
+        def follow(frame: FrameType, event: str, argument: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == self.count:
+                os.kill(os.getpid(), self.number)
+
+        sys.setprofile(follow)
+        return lambda: calls
+
+
+@dataclass(frozen=True)
+class InWrite:
+    """Kills the process before or after a ``call`` that puts a file named ``name``… in its place,
+    ``count`` times through; in the middle of ``write``, with half of the bytes on the disk.
+    """
+
+    call: str
+    after: bool
+    name: str
+    count: int = 1
+
+    def __call__(self) -> Callable[[], int]:
+        calls = 0
+
+        def follow(frame: FrameType, event: str, argument: Any) -> None:
+            nonlocal calls
+            if event != ("c_return" if self.after else "c_call"):
+                return
+            if argument.__name__ != self.call or self.name not in self.written(frame):
+                return
+            calls += 1
+            if calls < self.count:
+                return
+            if self.call == "write":
+                content = frame.f_locals["content"]
+                argument(content[: len(content) // 2])
+                argument.__self__.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.setprofile(follow)
+        return lambda: calls
+
+    def written(self, frame: FrameType) -> str:
+        """The name of the file that ``frame`` writes, or of what it removes."""
+        if self.call == "unlink":
+            return str(frame.f_locals.get("self", ""))
+        writes = frame.f_globals["__name__"] == files.__name__
+        return str(frame.f_locals.get("path", "")) if writes else ""
+
+
+def broken() -> Callable[[], int]:
+    """An error of one process alone."""
+    raise ValueError("bad data")
+
+
+Death = Callable[[], Callable[[], int]]
+LIVES: Death = AtCall(0)
+MOMENTS = (
+    ("open", False),
+    ("write", False),
+    ("fsync", False),
+    ("replace", False),
+    ("replace", True),
+)
+
+
+def live(arguments: list[str], rank: dict[str, str], death: Death, out: Path, wait: float) -> None:
+    """What a process does: `pfgm train`, until ``death``, which begins once all ranks are there, or
+    its end. Leaves what it says in ``out``, and beside it how many calls it made.
+    """
+    os.environ |= rank
+    ranks.TIMEOUT = timedelta(seconds=wait)
+    with open(out, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    build, counts = Training.__init__, []
+
+    def begin(*arguments: Any) -> None:
+        counts.append(death())
+        build(*arguments)
+
+    Training.__init__ = begin
+    try:
+        app(arguments)
+    finally:
+        sys.setprofile(None)
+        out.with_name(out.name + ".calls").write_text(str(sum(count() for count in counts)))
+
+
+def start(folder: Path, deaths: Sequence[Death], wait: float = 60) -> list[BaseProcess]:
+    """Starts a run, or goes on with it, with as many ranks as there are deaths."""
+    arguments = ["train", "--out", str(folder)]
+    arguments += ["--resume"] if (folder / "config.yaml").exists() else START.split()
+    shared = {"OMP_NUM_THREADS": "1"}
+    if len(deaths) > 1:
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            port = server.getsockname()[1]
+        shared |= {"WORLD_SIZE": str(len(deaths)), "TORCHELASTIC_RUN_ID": "tests"}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = []
+    for rank, death in enumerate(deaths):
+        of = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        given = (arguments, of, death, folder.with_suffix(f".{rank}"), wait)
+        processes.append(FORKS.Process(target=live, args=given))
+        processes[-1].start()
+    return processes
+
+
+def ends(processes: list[BaseProcess]) -> list[int | None]:
+    """Waits for all; their exit codes, negative those of signals."""
+    for process in processes:
+        process.join(120)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def said(folder: Path, rank: int) -> str:
+    return folder.with_suffix(f".{rank}").read_text()
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """The checkpoints and the model of a finished run, as they lie on the disk."""
+    assert not list(folder.rglob("*.partial"))
+    steps = [line["step"] for line in read_stats(folder / "stats.jsonl")]
+    assert steps == sorted(set(steps))
+    return {path.name: path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The folder of a run that was never killed, by its number of ranks."""
+    parent = tmp_path_factory.mktemp("whole")
+
+    def of(count: int) -> Path:
+        folder = parent / str(count)
+        if not folder.exists():
+            assert ends(start(folder, [LIVES] * count)) == [0] * count, said(folder, 0)
+        return folder
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("count", "kills"),
+    [
+        pytest.param(1, 3, id="alone"),
+        pytest.param(2, 2, id="ranks"),
+        pytest.param(1, 35, id="alone often", marks=pytest.mark.exhaustive),
+        pytest.param(2, 15, id="ranks often", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_killed_at_random_moments(
+    whole: Callable[[int], Path], tmp_path: Path, count: int, kills: int
+) -> None:
+    """One of the ranks at a time; the others end with a sentence. Every run that comes to its end
+    between the kills, and the last one, has the bits of the one that was never killed.
+    """
+    draw = random.Random(count)
+    calls = [int(whole(count).with_suffix(f".{rank}.calls").read_text()) for rank in range(count)]
+    killed, finished = 0, False
+    folders = (tmp_path / f"run{number}" for number in range(999))
+    folder = next(folders)
+    while killed < kills or not finished:
+        victim, deaths = draw.randrange(count), [LIVES] * count
+        if killed < kills:
+            deaths[victim] = moment(draw, calls[victim], first=victim == 0)
+        codes = ends(start(folder, deaths))
+        if died := codes[victim] == -signal.SIGKILL:
+            killed += 1
+        for rank in {*range(count)} - {victim}:
+            told = said(folder, rank).splitlines()
+            assert codes[rank] == 0 or (died and codes[rank] == 2 and told[-1].startswith(LOST))
+            assert not any("Traceback" in line for line in told)
+        finished = not died
+        if finished:
+            assert codes == [0] * count, said(folder, victim)
+            assert results(folder) == results(whole(count))
+            folder = next(folders)
+
+
+def moment(draw: random.Random, calls: int, first: bool) -> Death:
+    """Any call of a run, or, of the rank that writes, one in the middle of writing a file."""
+    if first and draw.random() < 0.4:
+        name = draw.choice(["/step_", "/step_", "/model.", "/config.", "/stats."])
+        return InWrite(*draw.choice(MOMENTS), name, draw.randint(1, 3))
+    return AtCall(draw.randint(1, calls))
+
+
+@pytest.mark.parametrize("name", ["/step_", "/model.", "/config."])
+def test_killed_while_a_file_is_written(
+    whole: Callable[[int], Path], tmp_path: Path, name: str
+) -> None:
+    """A checkpoint, the model or the settings, before, amid and after each of its calls."""
+    folder = tmp_path / "run"
+    moments = [InWrite(*each, name) for each in MOMENTS]
+    if name == "/step_":
+        moments += [InWrite("unlink", after, name) for after in (False, True)]
+    for death in moments:
+        assert ends(start(folder, [death])) == [-signal.SIGKILL], (death, said(folder, 0))
+    assert ends(start(folder, [LIVES])) == [0], said(folder, 0)
+    assert results(folder) == results(whole(1))
