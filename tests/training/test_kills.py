@@ -13,7 +13,9 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,10 +25,11 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 
 from pfgm_kernels import files
 from pfgm_kernels.cli import app
-from pfgm_kernels.training import ranks
+from pfgm_kernels.training import checkpoint, ranks
 from pfgm_kernels.training.reports import read_stats
 from pfgm_kernels.training.state import Training
 
@@ -105,6 +108,31 @@ class InWrite:
         return str(frame.f_locals.get("path", "")) if writes else ""
 
 
+@dataclass(frozen=True)
+class AtFunction:
+    """Sends the process ``numbers``, one after the other, when it calls ``name`` the ``count``-th
+    time.
+    """
+
+    name: str
+    count: int
+    numbers: tuple[signal.Signals, ...]
+
+    def __call__(self) -> Callable[[], int]:
+        calls = 0
+
+        def follow(frame: FrameType, event: str, argument: Any) -> None:
+            nonlocal calls
+            if event == "call" and frame.f_code.co_name == self.name:
+                calls += 1
+                if calls == self.count:
+                    for number in self.numbers:
+                        signal.raise_signal(number)
+
+        sys.setprofile(follow)
+        return lambda: calls
+
+
 def broken() -> Callable[[], int]:
     """An error of one process alone."""
     raise ValueError("bad data")
@@ -144,10 +172,13 @@ def live(arguments: list[str], rank: dict[str, str], death: Death, out: Path, wa
         out.with_name(out.name + ".calls").write_text(str(sum(count() for count in counts)))
 
 
-def start(folder: Path, deaths: Sequence[Death], wait: float = 60) -> list[BaseProcess]:
+def start(
+    folder: Path, deaths: Sequence[Death], *settings: str, wait: float = 60
+) -> list[BaseProcess]:
     """Starts a run, or goes on with it, with as many ranks as there are deaths."""
     arguments = ["train", "--out", str(folder)]
     arguments += ["--resume"] if (folder / "config.yaml").exists() else START.split()
+    arguments += settings
     shared = {"OMP_NUM_THREADS": "1"}
     if len(deaths) > 1:
         with socket.socket() as server:
@@ -176,6 +207,11 @@ def ends(processes: list[BaseProcess]) -> list[int | None]:
 
 def said(folder: Path, rank: int) -> str:
     return folder.with_suffix(f".{rank}").read_text()
+
+
+def newest(folder: Path) -> int:
+    """The step of the newest checkpoint."""
+    return int(max((folder / "checkpoints").iterdir()).stem.removeprefix("step_"))
 
 
 def results(folder: Path) -> dict[str, bytes]:
@@ -240,9 +276,9 @@ def test_killed_at_random_moments(
 
 def moment(draw: random.Random, calls: int, first: bool) -> Death:
     """Any call of a run, or, of the rank that writes, one in the middle of writing a file."""
-    if first and draw.random() < 0.4:
-        name = draw.choice(["/step_", "/step_", "/model.", "/config.", "/stats."])
-        return InWrite(*draw.choice(MOMENTS), name, draw.randint(1, 3))
+    if first and draw.random() < 0.3:
+        name = draw.choice(["/step_", "/step_", "/model.", "/config."])
+        return InWrite(*draw.choice(MOMENTS), name, draw.randint(1, 3) if name == "/step_" else 1)
     return AtCall(draw.randint(1, calls))
 
 
@@ -259,3 +295,113 @@ def test_killed_while_a_file_is_written(
         assert ends(start(folder, [death])) == [-signal.SIGKILL], (death, said(folder, 0))
     assert ends(start(folder, [LIVES])) == [0], said(folder, 0)
     assert results(folder) == results(whole(1))
+
+
+INT, TERM = signal.SIGINT, signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("death", "code", "step"),
+    [
+        pytest.param(AtFunction("advance", 1, (TERM,)), 130, 1, id="first step"),
+        pytest.param(AtFunction("advance", 4, (INT, INT)), 130, 3, id="twice"),
+        pytest.param(AtFunction("advance", 4, (INT, TERM)), -TERM, 3, id="another"),
+        pytest.param(AtFunction("write_bytes", 3, (TERM,)), 130, 3, id="saving"),
+        pytest.param(AtFunction("add_scalar", 1, (INT,)), 130, 11, id="reporting"),
+    ],
+)
+def test_signals(
+    whole: Callable[[int], Path], tmp_path: Path, death: Death, code: int, step: int
+) -> None:
+    """The first one ends the step, saves and says so; a second one of any kind ends at once."""
+    folder = tmp_path / "run"
+    assert ends(start(folder, [death])) == [code], said(folder, 0)
+    assert newest(folder) == step
+    assert (f"Stopped after step {step} of 12" in said(folder, 0)) == (len(death.numbers) == 1)
+    assert "Traceback" not in said(folder, 0)
+    assert ends(start(folder, [LIVES])) == [0], said(folder, 0)
+    assert results(folder) == results(whole(1))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_rank_ends_all(tmp_path: Path, rank: int) -> None:
+    folder, deaths = tmp_path / "run", [LIVES, LIVES]
+    deaths[rank] = broken
+    assert ends(start(folder, deaths)) == [2, 2]
+    assert said(folder, rank) == "pfgm: bad data\n"
+    assert said(folder, 1 - rank).startswith(LOST)
+    assert said(folder, 1 - rank).count("\n") == 1
+
+
+@pytest.mark.exhaustive
+def test_a_silent_rank_ends_all(whole: Callable[[int], Path], tmp_path: Path) -> None:
+    """Within the timeout; a run goes on from there, too."""
+    folder = tmp_path / "run"
+    first, second = start(folder, [LIVES, AtFunction("advance", 6, (signal.SIGSTOP,))], wait=5)
+    first.join(120)
+    second.kill()
+    assert ends([first, second]) == [2, -signal.SIGKILL]
+    assert said(folder, 0).startswith(LOST)
+    assert "was silent for 5 s;" in said(folder, 0)
+    assert newest(folder) == 5
+    assert ends(start(folder, [LIVES, LIVES])) == [0, 0], said(folder, 0)
+    assert results(folder) == results(whole(2))
+
+
+def test_a_run_goes_on_with_as_many_parts(whole: Callable[[int], Path], tmp_path: Path) -> None:
+    """Two ranks are two parts of one process, to rounding; another number is another run."""
+    folder = tmp_path / "run"
+    assert ends(start(folder, [AtFunction("advance", 6, (TERM,)), LIVES])) == [130, 130]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for settings in ([], ["accumulation=4"]):
+        assert ends(start(folder, [LIVES], *settings)) == [2]
+        assert "is of batches in 2 parts: expected as many ranks times" in said(folder, 0)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert ends(start(folder, [LIVES], "accumulation=2")) == [0], said(folder, 0)
+    together, alone = (
+        checkpoint.read(each / "model.safetensors")[0] for each in (whole(2), folder)
+    )
+    for name, value in together.items():
+        torch.testing.assert_close(alone[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("number", "told"), [(signal.SIGKILL, "exitcode  : -9"), (TERM, "exitcode  : 130")]
+)
+def test_a_rank_under_torchrun(tmp_path: Path, number: signal.Signals, told: str) -> None:
+    """Its agent ends the others of one that is dead; one that is told to stop has all save."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "pfgm_kernels.cli", "train", "--out", str(folder), *START.split()]
+    with subprocess.Popen(
+        [*command, "--steps=100000"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as agent:
+        try:
+            os.kill(second_rank(agent, folder), number)
+            errors = agent.communicate(timeout=120)[1]
+        finally:
+            agent.kill()
+    assert agent.returncode == 1
+    assert told in errors
+    assert errors.count("Traceback (most recent call last)") == 1, errors  # the agent's
+    steps = newest(folder) + 2
+    for each in (folder, tmp_path / "whole"):
+        assert ends(start(each, [LIVES, LIVES], "--steps", str(steps))) == [0, 0], said(each, 0)
+    assert results(folder) == results(tmp_path / "whole")
+
+
+def second_rank(agent: subprocess.Popen[str], folder: Path) -> int:
+    """The process of the second rank of a run that has saved."""
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "step_00000004.safetensors").exists():
+        assert agent.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    of = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
+    return next(int(pid) for pid, values in of.items() if b"RANK=1" in values)
