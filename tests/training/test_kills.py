@@ -1,145 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does a run that is killed again and again come to the end of one that never was?
 
-Each life of a run is `pfgm train` in a process of its own, forked from one that has imported all
-and computed nothing, so that it starts at once. It dies at a moment that a seed draws: one of its
-calls, counted, or one in the middle of writing a file.
+The moments are drawn by a seed: one of the calls that a process makes, counted, or one in the
+middle of writing a file.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pytest
 import torch
-
-from pfgm_kernels import files
-from pfgm_kernels.cli import app
-from pfgm_kernels.training import checkpoint, ranks
-from pfgm_kernels.training.reports import read_stats
-from pfgm_kernels.training.state import Training
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        "pytest",
-        "pfgm_kernels.cli",
-        "pfgm_kernels.training.trainer",
-        "sklearn.datasets",
-        "torch._dynamo",
-        "torch.utils.tensorboard",
-    ]
+from lives import (
+    LIVES,
+    LOST,
+    START,
+    AtCall,
+    AtFunction,
+    Death,
+    InWrite,
+    broken,
+    ends,
+    newest,
+    results,
+    said,
+    start,
 )
-START = "--data two_moons --steps 12 --checkpoint-every 1 width=8 depth=1 batch_size=32 warmup=4"
-LOST = "pfgm: another rank is lost: "
 
+from pfgm_kernels.training import checkpoint
 
-@dataclass(frozen=True)
-class AtCall:
-    """Sends the process ``number`` when it makes or leaves its ``count``-th call."""
-
-    count: int
-    number: signal.Signals = signal.SIGKILL
-
-    def __call__(self) -> Callable[[], int]:
-        calls = 0
-
-        def follow(frame: FrameType, event: str, argument: Any) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == self.count:
-                os.kill(os.getpid(), self.number)
-
-        sys.setprofile(follow)
-        return lambda: calls
-
-
-@dataclass(frozen=True)
-class InWrite:
-    """Kills the process before or after a ``call`` that puts a file named ``name``… in its place,
-    ``count`` times through; in the middle of ``write``, with half of the bytes on the disk.
-    """
-
-    call: str
-    after: bool
-    name: str
-    count: int = 1
-
-    def __call__(self) -> Callable[[], int]:
-        calls = 0
-
-        def follow(frame: FrameType, event: str, argument: Any) -> None:
-            nonlocal calls
-            if event != ("c_return" if self.after else "c_call"):
-                return
-            if argument.__name__ != self.call or self.name not in self.written(frame):
-                return
-            calls += 1
-            if calls < self.count:
-                return
-            if self.call == "write":
-                content = frame.f_locals["content"]
-                argument(content[: len(content) // 2])
-                argument.__self__.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.setprofile(follow)
-        return lambda: calls
-
-    def written(self, frame: FrameType) -> str:
-        """The name of the file that ``frame`` writes, or of what it removes."""
-        if self.call == "unlink":
-            return str(frame.f_locals.get("self", ""))
-        writes = frame.f_globals["__name__"] == files.__name__
-        return str(frame.f_locals.get("path", "")) if writes else ""
-
-
-@dataclass(frozen=True)
-class AtFunction:
-    """Sends the process ``numbers``, one after the other, when it calls ``name`` the ``count``-th
-    time.
-    """
-
-    name: str
-    count: int
-    numbers: tuple[signal.Signals, ...]
-
-    def __call__(self) -> Callable[[], int]:
-        calls = 0
-
-        def follow(frame: FrameType, event: str, argument: Any) -> None:
-            nonlocal calls
-            if event == "call" and frame.f_code.co_name == self.name:
-                calls += 1
-                if calls == self.count:
-                    for number in self.numbers:
-                        signal.raise_signal(number)
-
-        sys.setprofile(follow)
-        return lambda: calls
-
-
-def broken() -> Callable[[], int]:
-    """An error of one process alone."""
-    raise ValueError("bad data")
-
-
-Death = Callable[[], Callable[[], int]]
-LIVES: Death = AtCall(0)
+INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 MOMENTS = (
     ("open", False),
     ("write", False),
@@ -147,79 +44,6 @@ MOMENTS = (
     ("replace", False),
     ("replace", True),
 )
-
-
-def live(arguments: list[str], rank: dict[str, str], death: Death, out: Path, wait: float) -> None:
-    """What a process does: `pfgm train`, until ``death``, which begins once all ranks are there, or
-    its end. Leaves what it says in ``out``, and beside it how many calls it made.
-    """
-    os.environ |= rank
-    ranks.TIMEOUT = timedelta(seconds=wait)
-    with open(out, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    build, counts = Training.__init__, []
-
-    def begin(*arguments: Any) -> None:
-        counts.append(death())
-        build(*arguments)
-
-    Training.__init__ = begin
-    try:
-        app(arguments)
-    finally:
-        sys.setprofile(None)
-        out.with_name(out.name + ".calls").write_text(str(sum(count() for count in counts)))
-
-
-def start(
-    folder: Path, deaths: Sequence[Death], *settings: str, wait: float = 60
-) -> list[BaseProcess]:
-    """Starts a run, or goes on with it, with as many ranks as there are deaths."""
-    arguments = ["train", "--out", str(folder)]
-    arguments += ["--resume"] if (folder / "config.yaml").exists() else START.split()
-    arguments += settings
-    shared = {"OMP_NUM_THREADS": "1"}
-    if len(deaths) > 1:
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            port = server.getsockname()[1]
-        shared |= {"WORLD_SIZE": str(len(deaths)), "TORCHELASTIC_RUN_ID": "tests"}
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = []
-    for rank, death in enumerate(deaths):
-        of = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        given = (arguments, of, death, folder.with_suffix(f".{rank}"), wait)
-        processes.append(FORKS.Process(target=live, args=given))
-        processes[-1].start()
-    return processes
-
-
-def ends(processes: list[BaseProcess]) -> list[int | None]:
-    """Waits for all; their exit codes, negative those of signals."""
-    for process in processes:
-        process.join(120)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    return codes
-
-
-def said(folder: Path, rank: int) -> str:
-    return folder.with_suffix(f".{rank}").read_text()
-
-
-def newest(folder: Path) -> int:
-    """The step of the newest checkpoint."""
-    return int(max((folder / "checkpoints").iterdir()).stem.removeprefix("step_"))
-
-
-def results(folder: Path) -> dict[str, bytes]:
-    """The checkpoints and the model of a finished run, as they lie on the disk."""
-    assert not list(folder.rglob("*.partial"))
-    steps = [line["step"] for line in read_stats(folder / "stats.jsonl")]
-    assert steps == sorted(set(steps))
-    return {path.name: path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +85,7 @@ def test_killed_at_random_moments(
         if killed < kills:
             deaths[victim] = moment(draw, calls[victim], first=victim == 0)
         codes = ends(start(folder, deaths))
-        if died := codes[victim] == -signal.SIGKILL:
+        if died := codes[victim] == -KILL:
             killed += 1
         for rank in {*range(count)} - {victim}:
             told = said(folder, rank).splitlines()
@@ -292,12 +116,9 @@ def test_killed_while_a_file_is_written(
     if name == "/step_":
         moments += [InWrite("unlink", after, name) for after in (False, True)]
     for death in moments:
-        assert ends(start(folder, [death])) == [-signal.SIGKILL], (death, said(folder, 0))
+        assert ends(start(folder, [death])) == [-KILL], (death, said(folder, 0))
     assert ends(start(folder, [LIVES])) == [0], said(folder, 0)
     assert results(folder) == results(whole(1))
-
-
-INT, TERM = signal.SIGINT, signal.SIGTERM
 
 
 @pytest.mark.parametrize(
@@ -340,7 +161,7 @@ def test_a_silent_rank_ends_all(whole: Callable[[int], Path], tmp_path: Path) ->
     first, second = start(folder, [LIVES, AtFunction("advance", 6, (signal.SIGSTOP,))], wait=5)
     first.join(120)
     second.kill()
-    assert ends([first, second]) == [2, -signal.SIGKILL]
+    assert ends([first, second]) == [2, -KILL]
     assert said(folder, 0).startswith(LOST)
     assert "was silent for 5 s;" in said(folder, 0)
     assert newest(folder) == 5
@@ -366,9 +187,7 @@ def test_a_run_goes_on_with_as_many_parts(whole: Callable[[int], Path], tmp_path
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    ("number", "told"), [(signal.SIGKILL, "exitcode  : -9"), (TERM, "exitcode  : 130")]
-)
+@pytest.mark.parametrize(("number", "told"), [(KILL, "exitcode  : -9"), (TERM, "exitcode  : 130")])
 def test_a_rank_under_torchrun(tmp_path: Path, number: signal.Signals, told: str) -> None:
     """Its agent ends the others of one that is dead; one that is told to stop has all save."""
     folder = tmp_path / "run"

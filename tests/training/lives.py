@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lives of a run: `pfgm train` in a process of its own, and the ways in which it dies.
+
+A process is forked from one that has imported all and computed nothing, so that it starts at once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pfgm_kernels import files
+from pfgm_kernels.cli import app
+from pfgm_kernels.training import ranks
+from pfgm_kernels.training.reports import read_stats
+from pfgm_kernels.training.state import Training
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        "pytest",
+        "pfgm_kernels.cli",
+        "pfgm_kernels.training.trainer",
+        "sklearn.datasets",
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+    ]
+)
+START = "--data two_moons --steps 12 --checkpoint-every 1 width=8 depth=1 batch_size=32 warmup=4"
+LOST = "pfgm: another rank is lost: "
+
+
+@dataclass(frozen=True)
+class AtCall:
+    """Sends the process ``number`` when it makes or leaves its ``count``-th call."""
+
+    count: int
+    number: signal.Signals = signal.SIGKILL
+
+    def __call__(self) -> Callable[[], int]:
+        calls = 0
+
+        def follow(frame: FrameType, event: str, argument: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == self.count:
+                os.kill(os.getpid(), self.number)
+
+        sys.setprofile(follow)
+        return lambda: calls
+
+
+@dataclass(frozen=True)
+class InWrite:
+    """Kills the process before or after a ``call`` that puts a file named ``name``… in its place,
+    ``count`` times through; in the middle of ``write``, with half of the bytes on the disk.
+    """
+
+    call: str
+    after: bool
+    name: str
+    count: int = 1
+
+    def __call__(self) -> Callable[[], int]:
+        calls = 0
+
+        def follow(frame: FrameType, event: str, argument: Any) -> None:
+            nonlocal calls
+            if event != ("c_return" if self.after else "c_call"):
+                return
+            if argument.__name__ != self.call or self.name not in self.written(frame):
+                return
+            calls += 1
+            if calls < self.count:
+                return
+            if self.call == "write":
+                content = frame.f_locals["content"]
+                argument(content[: len(content) // 2])
+                argument.__self__.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.setprofile(follow)
+        return lambda: calls
+
+    def written(self, frame: FrameType) -> str:
+        """The name of the file that ``frame`` writes, or of what it removes."""
+        if self.call == "unlink":
+            return str(frame.f_locals.get("self", ""))
+        writes = frame.f_globals["__name__"] == files.__name__
+        return str(frame.f_locals.get("path", "")) if writes else ""
+
+
+@dataclass(frozen=True)
+class AtFunction:
+    """Sends the process ``numbers``, one after the other, when it calls ``name`` the ``count``-th
+    time.
+    """
+
+    name: str
+    count: int
+    numbers: tuple[signal.Signals, ...]
+
+    def __call__(self) -> Callable[[], int]:
+        calls = 0
+
+        def follow(frame: FrameType, event: str, argument: Any) -> None:
+            nonlocal calls
+            if event == "call" and frame.f_code.co_name == self.name:
+                calls += 1
+                if calls == self.count:
+                    for number in self.numbers:
+                        signal.raise_signal(number)
+
+        sys.setprofile(follow)
+        return lambda: calls
+
+
+def broken() -> Callable[[], int]:
+    """An error of one process alone."""
+    raise ValueError("bad data")
+
+
+Death = Callable[[], Callable[[], int]]
+LIVES: Death = AtCall(0)
+
+
+def live(arguments: list[str], rank: dict[str, str], death: Death, out: Path, wait: float) -> None:
+    """What a process does: `pfgm train`, until ``death``, which begins once all ranks are there, or
+    its end. Leaves what it says in ``out``, and beside it how many calls it made.
+    """
+    os.environ |= rank
+    ranks.TIMEOUT = timedelta(seconds=wait)
+    with open(out, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    build, counts = Training.__init__, []
+
+    def begin(*arguments: Any) -> None:
+        counts.append(death())
+        build(*arguments)
+
+    Training.__init__ = begin
+    try:
+        app(arguments)
+    finally:
+        sys.setprofile(None)
+        out.with_name(out.name + ".calls").write_text(str(sum(count() for count in counts)))
+
+
+def start(
+    folder: Path, deaths: Sequence[Death], *settings: str, wait: float = 60
+) -> list[BaseProcess]:
+    """Starts a run, or goes on with it, with as many ranks as there are deaths."""
+    arguments = ["train", "--out", str(folder)]
+    arguments += ["--resume"] if (folder / "config.yaml").exists() else START.split()
+    arguments += settings
+    shared = {"OMP_NUM_THREADS": "1"}
+    if len(deaths) > 1:
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            port = server.getsockname()[1]
+        shared |= {"WORLD_SIZE": str(len(deaths)), "TORCHELASTIC_RUN_ID": "tests"}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = []
+    for rank, death in enumerate(deaths):
+        of = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        given = (arguments, of, death, folder.with_suffix(f".{rank}"), wait)
+        processes.append(FORKS.Process(target=live, args=given))
+        processes[-1].start()
+    return processes
+
+
+def ends(processes: list[BaseProcess]) -> list[int | None]:
+    """Waits for all; their exit codes, negative those of signals."""
+    for process in processes:
+        process.join(120)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def said(folder: Path, rank: int) -> str:
+    return folder.with_suffix(f".{rank}").read_text()
+
+
+def newest(folder: Path) -> int:
+    """The step of the newest checkpoint."""
+    return int(max((folder / "checkpoints").iterdir()).stem.removeprefix("step_"))
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """The checkpoints and the model of a finished run, as they lie on the disk."""
+    assert not list(folder.rglob("*.partial"))
+    steps = [line["step"] for line in read_stats(folder / "stats.jsonl")]
+    assert steps == sorted(set(steps))
+    return {path.name: path.read_bytes() for path in folder.rglob("*.safetensors")}
