@@ -60,7 +60,7 @@ def warn_of_another_range(points: Tensor, references: ReferenceSet) -> None:
     warnings.warn(
         "the batch lies far from all references: expected points in their range, "
         f"[{known_low:.4g}, {known_high:.4g}], got values in [{low:.4g}, {high:.4g}]",
-        stacklevel=4,  # whoever called the loss
+        stacklevel=5,  # whoever called the loss
     )
 
 

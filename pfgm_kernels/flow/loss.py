@@ -102,6 +102,16 @@ class FieldLoss:
         is in another range than the references, as [0, 1] beside [-1, 1]; within a compiled or
         captured call, which cannot look at values, nothing does.
         """
+        return self.per_query(network, x0_batch, generator, labels)[1].mean()
+
+    def per_query(
+        self,
+        network: Network,
+        x0_batch: Tensor,
+        generator: torch.Generator | None = None,
+        labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The heights t (B,) of the queries and the loss of each (B,), whose mean is the loss."""
         x, t = self.perturb(x0_batch, generator=generator)
         options = _keywords(labels)
         with torch.no_grad():
@@ -109,7 +119,7 @@ class FieldLoss:
                 x, t, self.references, D=self.D, gamma=self.gamma, scale=self.scale, **options
             )
         self._watch(x0_batch, self.references)
-        return _squared_error(network(x, t, **options), target, "(B, d + 1)").mean()
+        return t, _squared_error(network(x, t, **options), target, "(B, d + 1)").mean(1)
 
 
 class PosteriorMeanLoss:
@@ -180,6 +190,16 @@ class PosteriorMeanLoss:
         over the references of each query's class. Returns, raises and warns as
         `FieldLoss.__call__`.
         """
+        return self.per_query(denoiser, x0_batch, generator, labels)[1].mean()
+
+    def per_query(
+        self,
+        denoiser: Network,
+        x0_batch: Tensor,
+        generator: torch.Generator | None = None,
+        labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The heights t (B,) of the queries and the loss of each (B,), whose mean is the loss."""
         x0 = points(x0_batch, "x0_batch")
         t = self.heights(len(x0), generator=generator, dtype=x0.dtype, device=x0.device)
         x = perturb_at(x0, t, D=self.D, generator=generator)
@@ -191,7 +211,7 @@ class PosteriorMeanLoss:
         sigma = t_to_sigma(t.double(), self.D)
         weight = (sigma.square() + self.sigma_data**2) / (sigma * self.sigma_data).square()
         error = _squared_error(denoiser(x, t, **options), target, "(B, *event)").flatten(1).mean(1)
-        return (weight.to(error.dtype) * error).mean()
+        return t, weight.to(error.dtype) * error
 
 
 class UnnormalizedLoss:
@@ -235,6 +255,16 @@ class UnnormalizedLoss:
         labels: Tensor | None = None,
     ) -> Tensor:
         """As `FieldLoss.__call__`; labels are for the network alone."""
+        return self.per_query(network, x0_batch, generator, labels)[1].mean()
+
+    def per_query(
+        self,
+        network: Network,
+        x0_batch: Tensor,
+        generator: torch.Generator | None = None,
+        labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The heights t (B,) of the queries and the loss of each (B,), whose mean is the loss."""
         x0 = points(x0_batch, "x0_batch")
         x, t = self.perturb(x0, generator=generator)
         difference = torch.cat([(x.double() - x0.double()).flatten(1), t.double()[:, None]], 1)
@@ -243,7 +273,7 @@ class UnnormalizedLoss:
         log_squared = difference.square().sum(1, keepdim=True).log()
         k = difference.shape[1] - 1 + self.D
         target = (-difference * (-k / 2 * log_squared).exp()).to(x.dtype)
-        return _squared_error(network(x, t, **_keywords(labels)), target, "(B, d + 1)").mean()
+        return t, _squared_error(network(x, t, **_keywords(labels)), target, "(B, d + 1)").mean(1)
 
 
 def _keywords(labels: Tensor | None) -> dict[str, Any]:

@@ -4,37 +4,53 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from pfgm_kernels.files import naming, write_bytes
 
-STATS = "stats.jsonl"
-Report = Callable[[dict[str, float], int], None]
+CURVES, STATS = "tensorboard", "stats.jsonl"
 
 
-@contextmanager
-def reports(folder: Path, step: int) -> Iterator[Report]:
-    """Yields a function (values by name, step) that adds to both. What a killed run reported of
-    steps after ``step`` is dropped.
-    """
-    from torch.utils.tensorboard import SummaryWriter
+class Reports:
+    """Both, of one run."""
 
-    curves, stats = folder / "tensorboard", folder / STATS
-    _forget(stats, step)
-    with naming(curves):
-        writer = SummaryWriter(curves, purge_step=step + 1)
+    def __init__(self, curves: Any, folder: Path) -> None:
+        self._curves, self._folder = curves, folder
 
-    def report(values: dict[str, float], step: int) -> None:
-        with naming(curves):
+    def numbers(self, values: dict[str, float], step: int) -> None:
+        with naming(self._folder / CURVES):
             for name, value in values.items():
-                writer.add_scalar(name, value, step)
+                self._curves.add_scalar(name, value, step)
+        stats = self._folder / STATS
         with naming(stats), open(stats, "a") as file:
             file.write(json.dumps({"step": step} | values) + "\n")
 
+    def pictures(self, images: Tensor | None, step: int) -> None:
+        """A grid of images (n, channels, h, w) in [0, 1], if there are any."""
+        if images is None:
+            return
+        with naming(self._folder / CURVES):
+            self._curves.add_images("samples", images.cpu(), step)
+
+
+@contextmanager
+def reports(folder: Path, step: int) -> Iterator[Reports]:
+    """Yields what adds to the reports of the run in ``folder``. What a killed run reported of steps
+    after ``step`` is dropped.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    curves = folder / CURVES
+    _forget(folder / STATS, step)
+    with naming(curves):
+        writer = SummaryWriter(curves, purge_step=step + 1)
     try:
-        yield report
+        yield Reports(writer, folder)
     finally:
         with naming(curves):
             writer.close()

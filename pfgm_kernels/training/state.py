@@ -22,6 +22,7 @@ from pfgm_kernels.flow import UnnormalizedLoss
 from pfgm_kernels.training import checkpoint, methods
 from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.data import DataSet
+from pfgm_kernels.training.monitor import by_level, peak_mib
 from pfgm_kernels.training.ranks import Ranks
 
 REPORT_EVERY = 10
@@ -77,6 +78,7 @@ class Training:
         self.parallel = ranks.parallel(self.network, self.device)
         self.function = torch.compile(self.parallel) if config.compile else self.parallel
         self.average = AveragedModel(self.network, self.device, multi_avg_fn=self._average)
+        self.average.module.eval()
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=config.learning_rate, fused=True
         )
@@ -84,6 +86,8 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.step = self.skipped = self.in_a_row = 0
         self.recent: list[float] = []
+        self.losses: list[tuple[Tensor, Tensor]] = []
+        """Heights and losses of this rank's queries since they were last taken away."""
 
     def advance(self, stop: Callable[[], bool] = lambda: False) -> Step:
         """One step. ``stop`` says whether this rank is asked to stop, which all are told of."""
@@ -110,9 +114,24 @@ class Training:
         self.scaler.update()
         self.step += 1
         self.skipped += skipped
+        if skipped:
+            del self.losses[-accumulation:]
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         share = self._targets / (time.perf_counter() - began)
         return Step(value, norm, skipped, stopped, share, rate, decay)
+
+    def numbers(self, done: Step) -> dict[str, float]:
+        """What to report of the step that is just ``done``; takes the losses so far away."""
+        seen, self.losses = self.losses, []
+        return by_level("loss", seen, self.config.D) | {
+            "gradient_norm": done.norm,
+            "learning_rate": done.rate,
+            "average_decay": done.decay,
+            "skipped": self.skipped,
+            "images": self.step * self.config.batch_size,
+            "targets_share": done.targets,
+            "memory_mib": peak_mib(self.device),
+        }
 
     @property
     def rate(self) -> float:
@@ -146,7 +165,9 @@ class Training:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):  # what a network draws itself, as for dropout
             torch.manual_seed(seed)
-            return self.loss(predicted, batch, **options)
+            heights, losses = self.loss.per_query(predicted, batch, **options)
+        self.losses.append((heights, losses.detach()))
+        return losses.mean()
 
     def _call(self, x: Tensor, t: Tensor, **labels: Tensor) -> Tensor:
         """The model, in the precision asked for. Losses call it when they have their targets."""

@@ -23,9 +23,10 @@ from pfgm_kernels.files import LOCK, TEMPORARY, locked
 from pfgm_kernels.training import checkpoint
 from pfgm_kernels.training.config import CONFIG, TrainConfig
 from pfgm_kernels.training.data import DataSet
+from pfgm_kernels.training.monitor import Monitor
 from pfgm_kernels.training.progress import progress_bar
 from pfgm_kernels.training.ranks import joined
-from pfgm_kernels.training.reports import Report, reports
+from pfgm_kernels.training.reports import Reports, reports
 from pfgm_kernels.training.state import REPORT_EVERY, Step, Training
 
 MODEL = "model.safetensors"
@@ -95,7 +96,7 @@ def _train(training: Training, folder: Path, resume: bool, console: Console) -> 
         for left in folder.glob(f"*{TEMPORARY}"):  # by a process that was killed
             left.unlink(missing_ok=True)
         config.write(folder)
-    told = reports(folder, first) if writes else nullcontext(lambda values, step: None)
+    told = reports(folder, first) if writes else nullcontext()
     with threads(config.threads), _stop_on_signal() as stopped, told as report:
         losses = _advance(training, checkpoints, stopped, report, console)
     finished = training.step == config.steps
@@ -116,13 +117,14 @@ def _advance(
     training: Training,
     checkpoints: checkpoint.Checkpoints,
     stopped: threading.Event,
-    report: Report,
+    report: Reports | None,
     console: Console,
 ) -> list[float]:
-    """Trains to the last step or until ``stopped``, saving as it goes; the losses of the steps that
-    were not skipped.
+    """Trains to the last step or until ``stopped``, saving, looking at what it has and reporting as
+    it goes; the losses of the steps that were not skipped.
     """
     config, first, began = training.config, training.step, time.monotonic()
+    monitor = Monitor(config, training.data, training.references, training.device)
     losses: list[float] = []
     with progress_bar(console, "Training", config.steps, first) as update:
         while training.step < config.steps:
@@ -137,23 +139,18 @@ def _advance(
             due = last or (step % config.checkpoint_every == 0 and not training.in_a_row)
             if due and training.ranks.rank == 0:
                 checkpoints.save(step, *training.state())
-            if (step % REPORT_EVERY == 0 or last) and losses:
-                speed = (step - first) / (time.monotonic() - began)
+            if losses and (step % REPORT_EVERY == 0 or due):
                 mean = sum(losses[-REPORT_EVERY:]) / len(losses[-REPORT_EVERY:])
-                images = speed * config.batch_size
-                text = f"loss {mean:.3g}  {images:.0f} images/s  targets {done.targets:.0%}"
+                speed = (step - first) / (time.monotonic() - began)
+                values = training.numbers(done) | {"loss": mean, "steps_per_second": speed}
+                if report and due and not done.stopped:
+                    values |= monitor.losses(training.average.module)
+                    report.pictures(monitor.samples(training.average.module), step)
+                if report:
+                    report.numbers(values, step)
+                images = f"{speed * config.batch_size:.0f} images/s"
+                text = f"loss {mean:.3g}  {images}  targets {done.targets:.0%}"
                 update(step, f"step {step}/{config.steps}  {text}")
-                values = {
-                    "loss": mean,
-                    "gradient_norm": done.norm,
-                    "learning_rate": done.rate,
-                    "average_decay": done.decay,
-                    "skipped": training.skipped,
-                    "images": step * config.batch_size,
-                    "steps_per_second": speed,
-                    "targets_share": done.targets,
-                }
-                report(values, step)
             if last:
                 break
     return losses

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from pfgm_kernels.training.trainer import Step, TrainConfig, Training, load_mode
 
 TINY = {"width": 8, "depth": 1, "batch_size": 16, "warmup": 4, "checkpoint_every": 5}
 QUIET = Console(quiet=True)
+Losses = tuple[Tensor, Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +102,11 @@ def test_the_rate_rises_over_the_warm_up(moons: DataSet) -> None:
 def constant_gradient(training: Training, value: float) -> None:
     """Puts a loss in place whose gradient has the same value in each parameter."""
 
-    def loss(network: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
-        return value * sum(parameter.sum() for parameter in training.network.parameters())
+    def losses(network: nn.Module, batch: Tensor, generator: torch.Generator) -> Losses:
+        loss = value * sum(parameter.sum() for parameter in training.network.parameters())
+        return torch.ones(1), loss[None]
 
-    training.loss = loss
+    training.loss = SimpleNamespace(per_query=losses)
 
 
 def test_gradients_are_clipped_and_begin_at_zero(moons: DataSet) -> None:
@@ -135,11 +138,12 @@ def test_every_row_is_drawn(moons: DataSet) -> None:
     training = Training(TrainConfig.for_data(few, **(TINY | {"batch_size": 100})), few)
     batches = []
 
-    def loss(network: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
+    def losses(network: nn.Module, batch: Tensor, generator: torch.Generator) -> Losses:
         batches.append(batch)
-        return sum(parameter.sum() for parameter in training.network.parameters())
+        loss = sum(parameter.sum() for parameter in training.network.parameters())
+        return torch.ones(1), loss[None]
 
-    training.loss = loss
+    training.loss = SimpleNamespace(per_query=losses)
     training.advance()
     assert batches[0].shape == (100, 2)
     assert {tuple(row) for row in batches[0].tolist()} == {tuple(row) for row in few.train.tolist()}
@@ -158,7 +162,10 @@ def test_threads_checkpoints_and_curves(
     @contextmanager
     def curves(folder: Path, step: int):
         first_steps.append(step)
-        yield lambda values, step: points.append((step, values))
+        yield SimpleNamespace(
+            numbers=lambda values, step: points.append((step, values)),
+            pictures=lambda images, step: None,
+        )
 
     monkeypatch.setattr(Training, "advance", watched)
     monkeypatch.setattr(trainer, "reports", curves)
@@ -169,11 +176,11 @@ def test_threads_checkpoints_and_curves(
     assert torch.get_num_threads() == before
     names = [path.name for path in checkpoint.Checkpoints(tmp_path / "checkpoints").paths()]
     assert names == [f"step_{step:08d}.safetensors" for step in (13, 10, 5)]
-    assert [step for step, _ in points] == [10, 13]
-    means = [sum(run.losses[:10]) / 10, sum(run.losses[3:]) / 10]
+    assert [step for step, _ in points] == [5, 10, 13]
+    means = [sum(each) / len(each) for each in (run.losses[:5], run.losses[:10], run.losses[3:])]
     assert [values["loss"] for _, values in points] == pytest.approx(means)
-    assert [values["images"] for _, values in points] == [160, 208]
-    assert [values["learning_rate"] for _, values in points] == [1e-3, 1e-3]
+    assert [values["images"] for _, values in points] == [80, 160, 208]
+    assert [values["learning_rate"] for _, values in points] == [1e-3, 1e-3, 1e-3]
     assert all(0 < values["targets_share"] < 1 for _, values in points)
     train(replace(config, steps=14), moons, tmp_path, resume=True, console=QUIET)
     assert first_steps == [0, 13]
@@ -193,7 +200,7 @@ def test_a_curve_goes_on_after_the_last_step(
 
     monkeypatch.setattr(tensorboard, "SummaryWriter", writer)
     with reports(tmp_path, 7) as curve:
-        curve({"loss": 1.0}, 8)
+        curve.numbers({"loss": 1.0}, 8)
     assert options == [{"purge_step": 8}]
 
 

@@ -124,10 +124,10 @@ def test_random_references_hold_the_batch(moons: DataSet, conditional: bool) -> 
             assert options["labels"].tolist() == moons.train_labels[places].tolist()
             assert loss.references.labels is not None
         seen.append(rows)
-        return FieldLoss.__call__(loss, network, batch, **options)
+        return loss.per_query(network, batch, **options)
 
     class Watch:
-        __call__ = staticmethod(watched)
+        per_query = staticmethod(watched)
 
         def __setattr__(self, name, value):
             setattr(loss, name, value)

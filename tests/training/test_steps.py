@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,9 +66,12 @@ def test_each_part_of_each_step_draws_its_own(moons: DataSet) -> None:
     drawn = []
     for seed in (0, 1):
         training = training_of(moons, seed=seed)
-        training.loss = lambda network, batch, generator: drawn.append(
-            (batch, torch.rand(4, generator=generator), torch.rand(4))
-        )
+
+        def losses(network: Any, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+            drawn.append((batch, torch.rand(4, generator=generator), torch.rand(4)))
+            return torch.ones(1), torch.ones(1)
+
+        training.loss = SimpleNamespace(per_query=losses)
         for training.step, part in ((0, 0), (0, 1), (1, 0)):
             training._loss(part)
     for i, first in enumerate(drawn):
@@ -156,7 +160,8 @@ def test_skipped_steps_are_told_and_end_a_run(
 
     def now_and_then(training: Training, *arguments: Any) -> Step:
         if training.step in (3, 4) or training.step >= 12:
-            training.loss = lambda *a, **k: training.network.first.weight.sum() * math.nan
+            nan = training.network.first.weight.sum()[None] * math.nan
+            training.loss = SimpleNamespace(per_query=lambda *a, **k: (torch.ones(1), nan))
         else:
             training.loss = loss
         return advance(training, *arguments)
@@ -172,7 +177,8 @@ def test_skipped_steps_are_told_and_end_a_run(
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step_00000008.safetensors", "step_00000012.safetensors"]
     stats = read_stats(tmp_path / "stats.jsonl")
-    assert [(line["step"], line["skipped"]) for line in stats] == [(10, 2), (20, 10), (30, 20)]
+    told = [(8, 2), (10, 2), (12, 2), (20, 10), (30, 20)]
+    assert [(line["step"], line["skipped"]) for line in stats] == told
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
