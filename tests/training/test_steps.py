@@ -222,6 +222,18 @@ def test_the_scale_of_float16_comes_back(moons: DataSet) -> None:
     assert (other.step, other.skipped, other.in_a_row) == (2, 1, 1)
 
 
+def test_batches_in_other_parts_are_another_run(moons: DataSet) -> None:
+    """Each part draws its own: with more of them, or fewer, the steps to come would be others."""
+    tensors, values = training_of(moons, accumulation=2).state()
+    for accumulation in (1, 4):
+        other = training_of(moons, accumulation=accumulation)
+        weights = {name: value.clone() for name, value in other.state()[0].items()}
+        message = rf"^file is of batches in 2 parts: .* accumulation, got 1 \* {accumulation}$"
+        with pytest.raises(ValueError, match=message):
+            other.restore(Path("file"), tensors, dict(values))
+        assert all(torch.equal(value, weights[name]) for name, value in other.state()[0].items())
+
+
 def test_stats_are_a_line_a_report(moons: DataSet, tmp_path: Path) -> None:
     """A resumed run drops what a killed one reported of later steps, also half a line."""
     config = TrainConfig.for_data(moons, steps=20, **TINY)

@@ -7,9 +7,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -267,57 +264,6 @@ def test_damaged_checkpoint_is_passed_over(moons: DataSet, tmp_path: Path) -> No
         run = train(config, moons, tmp_path / "damaged", resume=True)
     assert run.first_step == 5
     assert_same_state(tmp_path / "whole", tmp_path / "damaged")
-
-
-ENDLESS = """
-import sys
-from pathlib import Path
-from pfgm_kernels.training import data
-from pfgm_kernels.training.config import TrainConfig
-from pfgm_kernels.training.trainer import train
-moons = data.load("two_moons")
-options = {options} | {{"checkpoint_every": 1}}
-run = train(TrainConfig.for_data(moons, steps=10**6, **options), moons, Path({folder!r}))
-sys.exit(0 if run.finished else 130)
-"""
-
-
-def start_endless(folder: Path) -> subprocess.Popen[str]:
-    """Training in a process of its own that saves at every step; returns once it has done some."""
-    script = ENDLESS.format(options=TINY, folder=str(folder))
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoints" / "step_00000004.safetensors").exists():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            pytest.fail(f"training did not start: {process.communicate()[0]}")
-        time.sleep(0.01)
-    return process
-
-
-@pytest.mark.exhaustive
-def test_killed_at_any_moment(moons: DataSet, tmp_path: Path) -> None:
-    """Killed while it does little but save: the newest checkpoint is whole and goes on exactly."""
-    process = start_endless(tmp_path / "killed")
-    config = TrainConfig.read(tmp_path / "killed")
-    with pytest.raises(ValueError, match="killed is in use: "):
-        train(config, moons, tmp_path / "killed", resume=True)
-    time.sleep(0.05)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    step = newest(tmp_path / "killed")[1]["step"]
-    config = TrainConfig.for_data(moons, steps=step + 3, **TINY)
-    run = train(config, moons, tmp_path / "killed", resume=True)
-    assert run.first_step == step
-    train(config, moons, tmp_path / "whole")
-    assert_same_state(tmp_path / "whole", tmp_path / "killed")
-    assert not list((tmp_path / "killed").rglob("*.partial"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
