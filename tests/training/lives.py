@@ -125,9 +125,14 @@ class AtFunction:
         return lambda: calls
 
 
-def broken() -> Callable[[], int]:
-    """An error of one process alone."""
-    raise ValueError("bad data")
+@dataclass(frozen=True)
+class Breaks:
+    """The process has an error of its own."""
+
+    error: Exception
+
+    def __call__(self) -> Callable[[], int]:
+        raise self.error
 
 
 Death = Callable[[], Callable[[], int]]

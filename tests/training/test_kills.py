@@ -24,9 +24,9 @@ from lives import (
     START,
     AtCall,
     AtFunction,
+    Breaks,
     Death,
     InWrite,
-    broken,
     ends,
     newest,
     results,
@@ -144,12 +144,22 @@ def test_signals(
     assert results(folder) == results(whole(1))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_of_one_rank_ends_all(tmp_path: Path, rank: int) -> None:
-    folder, deaths = tmp_path / "run", [LIVES, LIVES]
-    deaths[rank] = broken
-    assert ends(start(folder, deaths)) == [2, 2]
-    assert said(folder, rank) == "pfgm: bad data\n"
+@pytest.mark.parametrize(
+    ("rank", "error", "code", "told"),
+    [
+        (0, ValueError("bad data"), 2, "pfgm: bad data"),
+        (1, ValueError("bad data"), 2, "pfgm: bad data"),
+        (1, RuntimeError("a fault of ours"), 1, "a fault of ours"),
+    ],
+)
+def test_an_error_of_one_rank_ends_all(
+    tmp_path: Path, rank: int, error: Exception, code: int, told: str
+) -> None:
+    folder, deaths, codes = tmp_path / "run", [LIVES, LIVES], [2, 2]
+    deaths[rank], codes[rank] = Breaks(error), code
+    assert ends(start(folder, deaths)) == codes
+    assert told in said(folder, rank)
+    assert LOST not in said(folder, rank)
     assert said(folder, 1 - rank).startswith(LOST)
     assert said(folder, 1 - rank).count("\n") == 1
 
