@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lives of a run: `pfgm train` in a process of its own, and the ways in which it dies.
+"""Processes that start at once, also as ranks; a run's lives in them, and ways in which they end.
 
-A process is forked from one that has imported all and computed nothing, so that it starts at once.
+They are forked from one that has imported all and computed nothing.
 """
 
 from __future__ import annotations
@@ -139,15 +139,37 @@ Death = Callable[[], Callable[[], int]]
 LIVES: Death = AtCall(0)
 
 
-def live(arguments: list[str], rank: dict[str, str], death: Death, out: Path, wait: float) -> None:
-    """What a process does: `pfgm train`, until ``death``, which begins once all ranks are there, or
-    its end. Leaves what it says in ``out``, and beside it how many calls it made.
-    """
+def fork(folder: Path, target: Callable[..., None], given: Sequence[tuple]) -> list[BaseProcess]:
+    """Starts as many ranks as are ``given`` arguments; what each says lies beside ``folder``."""
+    shared = {"OMP_NUM_THREADS": "1"}
+    if len(given) > 1:
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            port = server.getsockname()[1]
+        shared |= {"WORLD_SIZE": str(len(given)), "TORCHELASTIC_RUN_ID": "tests"}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = []
+    for rank, arguments in enumerate(given):
+        of = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        out = folder.with_name(f"{folder.name}.{rank}")
+        processes.append(FORKS.Process(target=_begin, args=(out, of, target, *arguments)))
+        processes[-1].start()
+    return processes
+
+
+def _begin(out: Path, rank: dict[str, str], target: Callable[..., None], *arguments: Any) -> None:
     os.environ |= rank
-    ranks.TIMEOUT = timedelta(seconds=wait)
     with open(out, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    target(*arguments)
+
+
+def live(arguments: list[str], death: Death, calls: Path, wait: float) -> None:
+    """`pfgm train`, until ``death``, which begins once all ranks are there, or its end. Writes how
+    many ``calls`` it made.
+    """
+    ranks.TIMEOUT = timedelta(seconds=wait)
     build, counts = Training.__init__, []
 
     def begin(*arguments: Any) -> None:
@@ -159,7 +181,7 @@ def live(arguments: list[str], rank: dict[str, str], death: Death, out: Path, wa
         app(arguments)
     finally:
         sys.setprofile(None)
-        out.with_name(out.name + ".calls").write_text(str(sum(count() for count in counts)))
+        calls.write_text(str(sum(count() for count in counts)))
 
 
 def start(
@@ -169,20 +191,8 @@ def start(
     arguments = ["train", "--out", str(folder)]
     arguments += ["--resume"] if (folder / "config.yaml").exists() else START.split()
     arguments += settings
-    shared = {"OMP_NUM_THREADS": "1"}
-    if len(deaths) > 1:
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            port = server.getsockname()[1]
-        shared |= {"WORLD_SIZE": str(len(deaths)), "TORCHELASTIC_RUN_ID": "tests"}
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = []
-    for rank, death in enumerate(deaths):
-        of = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        given = (arguments, of, death, folder.with_suffix(f".{rank}"), wait)
-        processes.append(FORKS.Process(target=live, args=given))
-        processes[-1].start()
-    return processes
+    given = [(arguments, death, _calls(folder, i), wait) for i, death in enumerate(deaths)]
+    return fork(folder, live, given)
 
 
 def ends(processes: list[BaseProcess]) -> list[int | None]:
@@ -195,8 +205,17 @@ def ends(processes: list[BaseProcess]) -> list[int | None]:
     return codes
 
 
+def calls_of(folder: Path, rank: int) -> int:
+    """How many calls a process made in its life."""
+    return int(_calls(folder, rank).read_text())
+
+
+def _calls(folder: Path, rank: int) -> Path:
+    return folder.with_name(f"{folder.name}.{rank}.calls")
+
+
 def said(folder: Path, rank: int) -> str:
-    return folder.with_suffix(f".{rank}").read_text()
+    return folder.with_name(f"{folder.name}.{rank}").read_text()
 
 
 def newest(folder: Path) -> int:

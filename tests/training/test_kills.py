@@ -27,6 +27,7 @@ from lives import (
     Breaks,
     Death,
     InWrite,
+    calls_of,
     ends,
     newest,
     results,
@@ -76,7 +77,7 @@ def test_killed_at_random_moments(
     between the kills, and the last one, has the bits of the one that was never killed.
     """
     draw = random.Random(count)
-    calls = [int(whole(count).with_suffix(f".{rank}.calls").read_text()) for rank in range(count)]
+    calls = [calls_of(whole(count), rank) for rank in range(count)]
     killed, finished = 0, False
     folders = (tmp_path / f"run{number}" for number in range(999))
     folder = next(folders)

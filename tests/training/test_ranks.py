@@ -3,99 +3,75 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lives import ends, fork, said
 from rich.console import Console
+from torch import Tensor
 
 from pfgm_kernels.training import checkpoint, data
 from pfgm_kernels.training.checkpoint import Checkpoints
 from pfgm_kernels.training.config import TrainConfig
-from pfgm_kernels.training.state import Training
+from pfgm_kernels.training.data import DataSet
+from pfgm_kernels.training.ranks import joined
+from pfgm_kernels.training.state import Step, Training
 from pfgm_kernels.training.trainer import load_model, train
 
 TINY: dict[str, Any] = {"width": 8, "depth": 1, "batch_size": 32, "warmup": 4, "threads": 1}
 
-# What each of two processes does, as torchrun starts them: gradients of two steps, accumulated and
-# not; a run that the second is told to stop; the rest of it; a folder that is not the same.
-WORKER = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from rich.console import Console
-from pfgm_kernels.training import data
-from pfgm_kernels.training.config import TrainConfig
-from pfgm_kernels.training.ranks import joined
-from pfgm_kernels.training.state import Training
-from pfgm_kernels.training.trainer import train
 
-out, options = Path(sys.argv[1]), {options}
-moons = data.load("two_moons")
-config = lambda **more: TrainConfig.for_data(moons, **(options | more))
-with joined("cpu") as ranks:
-    for accumulation in (1, 2):
-        training = Training(config(accumulation=accumulation, clip_norm=1e9), moons, None, ranks)
-        found = []
-        for step in range(2):
-            done = training.advance()
-            found += [torch.tensor([done.loss])]
-            found += [p.grad.flatten().clone() for p in training.network.parameters()]
-        torch.save(torch.cat(found), out / f"{{ranks.rank}}-{{accumulation}}.pt")
-    advance = Training.advance
-    def stopped(training, stop):
-        if training.step == 3 and ranks.rank == 1:
-            signal.raise_signal(signal.SIGTERM)
-        return advance(training, stop)
-    Training.advance = stopped
-    run = train(config(steps=9), moons, out / "run", console=Console(quiet=True))
-    assert not run.finished and len(run.losses) == 4, run
-    Training.advance = advance
-    run = train(config(steps=9), moons, out / "run", resume=True, console=Console(quiet=True))
-    assert run.finished and run.first_step == 4, run
-    try:
-        ranks.same(ranks.rank, torch.device("cpu"))
-    except ValueError as error:
-        assert "expected one step, got 0 to 1" in str(error)
-    else:
-        raise AssertionError
-"""
+def work(out: Path) -> None:
+    """What each of two ranks does: gradients of two steps, accumulated and not; a run that the
+    second is told to stop; the rest of it; a folder that is not the same.
+    """
+    moons, quiet = data.load("two_moons"), Console(quiet=True)
+    with joined("cpu") as ranks:
+        for accumulation in (1, 2):
+            config = config_of(moons, accumulation=accumulation, clip_norm=1e9)
+            found = gradients_of(Training(config, moons, None, ranks))
+            torch.save(found, out / f"{ranks.rank}-{accumulation}.pt")
+        config, advance = config_of(moons, steps=9), Training.advance
+
+        def stopped(training: Training, stop: Callable[[], bool]) -> Step:
+            if training.step == 3 and ranks.rank == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return advance(training, stop)
+
+        Training.advance = stopped
+        run = train(config, moons, out / "run", console=quiet)
+        assert not run.finished
+        assert len(run.losses) == 4
+        Training.advance = advance
+        run = train(config, moons, out / "run", resume=True, console=quiet)
+        assert run.finished
+        assert run.first_step == 4
+        with pytest.raises(ValueError, match="expected one step, got 0 to 1"):
+            ranks.same(ranks.rank, torch.device("cpu"))
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+def config_of(moons: DataSet, **options: Any) -> TrainConfig:
+    return TrainConfig.for_data(moons, **(TINY | options))
+
+
+def gradients_of(training: Training) -> Tensor:
+    """Of two steps, after the loss of each."""
+    found = []
+    for _ in range(2):
+        found += [torch.tensor([training.advance().loss])]
+        found += [p.grad.flatten().clone() for p in training.network.parameters()]
+    return torch.cat(found)
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks left."""
     folder = tmp_path_factory.mktemp("ranks")
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared |= {"TORCHELASTIC_RUN_ID": "tests", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", WORKER.format(options=TINY), str(folder)]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert ends(fork(folder, work, [(folder,)] * 2)) == [0, 0], said(folder, 0) + said(folder, 1)
     return folder
 
 
@@ -103,13 +79,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ranks_make_one_batch(out: Path, accumulation: int) -> None:
     """Two ranks of half the batch have the gradients of one process with all of it."""
     first, second = (torch.load(out / f"{rank}-{accumulation}.pt") for rank in (0, 1))
-    moons, found = data.load("two_moons"), []
-    options = TINY | {"accumulation": 2 * accumulation, "clip_norm": 1e9}
-    training = Training(TrainConfig.for_data(moons, **options), moons)
-    for _ in range(2):
-        found += [torch.tensor([training.advance().loss])]
-        found += [p.grad.flatten().clone() for p in training.network.parameters()]
-    alone = torch.cat(found)
+    moons = data.load("two_moons")
+    config = config_of(moons, accumulation=2 * accumulation, clip_norm=1e9)
+    alone = gradients_of(Training(config, moons))
     assert torch.equal(first, second)
     assert (first - alone).norm() < 1e-6 * alone.norm()
 
@@ -119,7 +91,7 @@ def test_a_signal_to_one_stops_all_and_all_go_on(out: Path, tmp_path: Path) -> N
     names = [path.name for path in Checkpoints(out / "run" / "checkpoints").paths()]
     assert names == ["step_00000009.safetensors", "step_00000004.safetensors"]
     moons = data.load("two_moons")
-    config = TrainConfig.for_data(moons, steps=9, accumulation=2, **TINY)
+    config = config_of(moons, steps=9, accumulation=2)
     train(config, moons, tmp_path, console=Console(quiet=True))
     load_model(out / "run")
     alone, _ = checkpoint.read(tmp_path / "model.safetensors")
