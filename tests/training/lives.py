@@ -102,8 +102,8 @@ class InWrite:
 
 @dataclass(frozen=True)
 class AtFunction:
-    """Sends the process ``numbers``, one after the other, when it calls ``name`` the ``count``-th
-    time.
+    """Sends the process ``numbers``, one after the other, when it calls ``name`` of the package the
+    ``count``-th time.
     """
 
     name: str
@@ -115,11 +115,14 @@ class AtFunction:
 
         def follow(frame: FrameType, event: str, argument: Any) -> None:
             nonlocal calls
-            if event == "call" and frame.f_code.co_name == self.name:
-                calls += 1
-                if calls == self.count:
-                    for number in self.numbers:
-                        signal.raise_signal(number)
+            if event != "call" or frame.f_code.co_name != self.name:
+                return
+            if not frame.f_globals.get("__name__", "").startswith("pfgm_kernels."):
+                return
+            calls += 1
+            if calls == self.count:
+                for number in self.numbers:
+                    signal.raise_signal(number)
 
         sys.setprofile(follow)
         return lambda: calls
@@ -159,6 +162,7 @@ def fork(folder: Path, target: Callable[..., None], given: Sequence[tuple]) -> l
 
 def _begin(out: Path, rank: dict[str, str], target: Callable[..., None], *arguments: Any) -> None:
     os.environ |= rank
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
     with open(out, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
