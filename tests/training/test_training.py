@@ -292,6 +292,7 @@ def test_interrupted(
     with pytest.raises(FileNotFoundError, match=message):
         load_model(tmp_path)
     assert CliRunner().invoke(app, [*arguments, "--resume"]).exit_code == 0
+    assert signal.getsignal(number) is before
     assert newest(tmp_path)[1]["step"] == 9
     load_model(tmp_path)
 
