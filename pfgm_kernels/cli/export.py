@@ -21,7 +21,7 @@ def export_model(
     ] = None,
 ) -> None:
     """Save a trained model as a pipeline of diffusers, which its from_pretrained reads."""
-    from pfgm_kernels.training.pipeline import export
+    from pfgm_kernels.training.pipeline.export import export
 
     pipeline = export(model, out, network)
     typer.echo(f"{type(pipeline).__name__}, {pipeline.unet.num_parameters()} parameters: {out}")
