@@ -186,8 +186,7 @@ def test_a_loop_of_ones_own(folders: dict[str, Path]) -> None:
             slope = unet(scheduler.scale_model_input(x, t), t.expand(4)).sample
             (x,) = scheduler.step(slope, t, x, return_dict=False)
     assert torch.equal(x, drawn(folders["field"], steps=3))
-    # From the middle on, as the editing of images does: after the first whole step.
-    scheduler.set_timesteps(3)
+    # Once more, from the middle on, as the editing of images does: after the first whole step.
     y = states[2]
     with torch.no_grad():
         for t in scheduler.timesteps[2:]:
@@ -261,6 +260,18 @@ def test_the_callback_may_change_what_goes_on(folders: dict[str, Path]) -> None:
     ).images
     assert seen == list(enumerate(pipeline.scheduler.timesteps.tolist()))
     assert (images == 0.25).all()
+
+
+def test_pictures_have_the_bits_that_are_stored(folders: dict[str, Path]) -> None:
+    """Also of what lies on the edge between two of the 256 values, or beyond the first or last."""
+    edges = ((2 * torch.arange(256, dtype=torch.float64) + 1) / 255 - 1).float()
+    x = torch.cat([edges, edges.nextafter(edges + 1), edges.nextafter(edges - 1), 9 * edges])
+    x = x.view(-1, 8, 8)
+    images = loaded(folders["mean"])(
+        len(x), num_inference_steps=1, callback_on_step_end=lambda *_: {"latents": x}
+    ).images
+    stored = ((x.double() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    assert np.array_equal(np.stack([np.asarray(image) for image in images]), stored.numpy())
 
 
 def test_samples_that_are_not_finite(folders: dict[str, Path]) -> None:

@@ -92,7 +92,10 @@ class PoissonFlowPipeline(Safetensors, DiffusionPipeline):
         )
         self.scheduler.set_timesteps(num_inference_steps)
         for index, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            slope = self.unet(self.scheduler.scale_model_input(x, t), t, class_labels=labels).sample
+            # Filled in on the device: a copy to it would be waited for.
+            height = torch.full((len(x),), float(t), dtype=torch.float64, device=device)
+            sample = self.scheduler.scale_model_input(x, t)
+            slope = self.unet(sample, height, class_labels=labels).sample
             x = self.scheduler.step(slope, t, x).prev_sample
             if callback_on_step_end is not None:
                 x = callback_on_step_end(self, index, t, {"latents": x}).get("latents", x)

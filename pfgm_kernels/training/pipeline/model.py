@@ -110,8 +110,6 @@ class PoissonFlowModel(Safetensors, ModelMixin, ConfigMixin):
         ``timestep`` > 0, a number, 0-dim or (B,); class_labels (B,) int64.
         """
         x = points(sample, "sample")
-        if isinstance(timestep, Tensor) and timestep.dim() == 0 and timestep.device.type == "cpu":
-            timestep = timestep.item()  # a number needs no copy that a GPU would be waited for
         t = each_height("timestep", timestep, len(x), x.device)
         labels = {} if class_labels is None else {"labels": class_labels}
         slope = Slope(self.field, x, self.substitution, labels)(x, t)
