@@ -306,6 +306,18 @@ def test_no_pickle_is_read(
     assert not Path("unpickled").exists()
 
 
+def test_no_code_in_the_folder_is_run(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipeline_of(*load_model(folders["mean"])).save_pretrained(tmp_path / "diffusers")
+    code = tmp_path / f"diffusers/unet/{PoissonFlowModel.__module__}.py"  # where diffusers looks
+    code.write_text("open('executed', 'w')")
+    with pytest.raises(ValueError, match="expects JSON and safetensors files, got code: "):
+        loaded(tmp_path)
+    assert not Path("executed").exists()
+
+
 OWN = """
 import torch
 

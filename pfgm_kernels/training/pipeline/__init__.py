@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model as a pipeline of diffusers: `export` writes the folder, `from_pretrained` reads
-it.
+"""A trained model as a pipeline of diffusers: `pfgm export` writes it, `from_pretrained` reads it.
 
     from pfgm_kernels.training.pipeline import PoissonFlowPipeline
     pipeline = PoissonFlowPipeline.from_pretrained("exported")

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,15 +26,21 @@ from pfgm_kernels.training import methods, networks
 
 
 class Safetensors:
-    """Reads weights from safetensors files alone: where there are none, no pickle instead."""
+    """Reads weights from safetensors files alone: where there are none, no pickle instead. Nor is
+    code that lies in the folder run, which diffusers 0.35 does unasked.
+    """
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> Any:
-        """As diffusers' own, whose options these are. Raises ValueError for use_safetensors=False,
-        and OSError where there are no safetensors files.
+        """As diffusers' own, whose options these are. Raises ValueError for use_safetensors=False
+        and, without trust_remote_code=True, for a folder with code; OSError where there are no
+        safetensors files.
         """
         if options.get("use_safetensors") is False:
             raise ValueError("use_safetensors expects True: no pickle is read here, got False")
+        code = next(Path(folder).rglob("*.py"), None)
+        if code is not None and not options.get("trust_remote_code"):
+            raise ValueError(f"{folder} expects JSON and safetensors files, got code: {code}")
         options["use_safetensors"] = True
         # Its own default is a warning where accelerate, which it does without, is not installed.
         options.setdefault("low_cpu_mem_usage", is_accelerate_available())

@@ -109,7 +109,7 @@ class PoissonFlowScheduler(SchedulerMixin, ConfigMixin):
         self._heights = [*grid(config.T, t_min, steps + 1, config.rho).tolist(), 0.0]
         first, *later = self._heights[:-1]
         times = [first, *(t for t in later for _ in range(self.order))]
-        self.timesteps = torch.tensor(times, dtype=torch.float64, device=device)
+        self.timesteps = torch.tensor(times, dtype=torch.float64, device=device or "cpu")
         self.num_inference_steps = steps
         self._begun: tuple[float, Tensor, Tensor] | None = None
 
