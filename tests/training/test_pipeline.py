@@ -274,6 +274,16 @@ def test_pictures_have_the_bits_that_are_stored(folders: dict[str, Path]) -> Non
     assert np.array_equal(np.stack([np.asarray(image) for image in images]), stored.numpy())
 
 
+def test_pictures_of_data_in_another_range() -> None:
+    unet = PoissonFlowModel((1, 2), "perceptron", "mean", low=0.0, high=4.0)
+    pipeline = PoissonFlowPipeline(unet.eval(), PoissonFlowScheduler(T=9.0))
+    x = torch.tensor([[[1.0, 5.0]]])
+    images = pipeline(
+        num_inference_steps=1, output_type="pt", callback_on_step_end=lambda *_: {"latents": x}
+    ).images
+    assert images.tolist() == [[[[0.25, 1.0]]]]
+
+
 def test_samples_that_are_not_finite(folders: dict[str, Path]) -> None:
     pipeline = loaded(folders["mean"])
     with torch.no_grad():

@@ -124,7 +124,8 @@ class PoissonFlowPipeline(Safetensors, DiffusionPipeline):
 
     def _pictures(self, x: Tensor, output_type: str) -> Any:
         # In float64, so that rounding gives the 8 bits that `pfgm sample` saves.
-        images = (x.double() / 2 + 0.5).clamp(0, 1)
+        low, high = self.unet.config.low, self.unet.config.high
+        images = ((x.double() - low) / (high - low)).clamp(0, 1)
         images = images[:, None] if images.dim() == 3 else images
         if output_type == "pt":
             return images.to(x.dtype)

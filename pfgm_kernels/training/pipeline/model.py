@@ -55,6 +55,7 @@ class PoissonFlowModel(Safetensors, ModelMixin, ConfigMixin):
         num_classes: of a class-conditional network; 0 is one without classes.
         substitute_below: the t below which the t-component of a network that predicts the field is
             substituted (`Substitution`); None for never.
+        low, high: of images, what black and white are.
 
     With weights of 16 bits the network computes in these; all around it stays float32. Raises
     ValueError for a network that cannot be had. One of the user's own, package.module:factory, has
@@ -74,6 +75,8 @@ class PoissonFlowModel(Safetensors, ModelMixin, ConfigMixin):
         width: int = 256,
         depth: int = 4,
         substitute_below: float | None = None,
+        low: float = -1.0,
+        high: float = 1.0,
     ) -> None:
         super().__init__()
         self.register_to_config(D=as_json(D))
