@@ -166,8 +166,8 @@ def test_forms_of_images(folders: dict[str, Path]) -> None:
     assert array.dtype == np.float32
     assert np.array_equal(array, pt.movedim(1, -1).numpy())
     assert [(image.mode, image.size) for image in images("pil")] == [("RGB", (4, 8))] * 2
-    (tuple_of,) = pipeline(2, generators()[:2], output_type="pt", return_dict=False, **options)
-    assert torch.equal(tuple_of, pt)
+    (alone,) = pipeline(2, generators()[:2], output_type="pt", return_dict=False, **options)
+    assert torch.equal(alone, pt)
     with pytest.raises(ValueError, match="output_type expects pil, np, pt, latent, got 'jpeg'"):
         images("jpeg")
     with pytest.raises(ValueError, match=r"output_type expects latent for events \(2,\), got 'pt'"):
@@ -242,8 +242,8 @@ def test_weights_of_sixteen_bits(folders: dict[str, Path], name: str) -> None:
     want = drawn(folders[name], steps=3)
     error = torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want)
     assert 0 < error < 20 * 2**-11  # units of float16
-    slope = pipeline.unet(torch.ones(1, 8, 8, dtype=torch.float16), 1.0) if name == "mean" else None
-    assert slope is None or slope.sample.dtype == torch.float32
+    half = torch.ones(1, *want.shape[1:], dtype=torch.float16)
+    assert pipeline.unet(half, 1.0).sample.dtype == torch.float32
 
 
 def test_the_callback_may_change_what_goes_on(folders: dict[str, Path]) -> None:
@@ -255,9 +255,8 @@ def test_the_callback_may_change_what_goes_on(folders: dict[str, Path]) -> None:
         assert who is pipeline
         return {"latents": torch.full_like(more["latents"], 0.25)} if index == 4 else {}
 
-    images = pipeline(
-        2, num_inference_steps=2, output_type="latent", callback_on_step_end=callback
-    ).images
+    options: dict[str, Any] = {"output_type": "latent", "callback_on_step_end": callback}
+    images = pipeline(2, num_inference_steps=2, **options).images
     assert seen == list(enumerate(pipeline.scheduler.timesteps.tolist()))
     assert (images == 0.25).all()
 
@@ -278,9 +277,8 @@ def test_pictures_of_data_in_another_range() -> None:
     unet = PoissonFlowModel((1, 2), "perceptron", "mean", low=0.0, high=4.0)
     pipeline = PoissonFlowPipeline(unet.eval(), PoissonFlowScheduler(T=9.0))
     x = torch.tensor([[[1.0, 5.0]]])
-    images = pipeline(
-        num_inference_steps=1, output_type="pt", callback_on_step_end=lambda *_: {"latents": x}
-    ).images
+    options: dict[str, Any] = {"callback_on_step_end": lambda *_: {"latents": x}}
+    images = pipeline(num_inference_steps=1, output_type="pt", **options).images
     assert images.tolist() == [[[[0.25, 1.0]]]]
 
 
