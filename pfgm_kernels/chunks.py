@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from pfgm_kernels.backends import BACKENDS, eager
 from pfgm_kernels.cuts import Part, by_range, slices
+from pfgm_kernels.merge import Partial, join
 from pfgm_kernels.on_disk import OnDisk, Reader
 from pfgm_kernels.outputs import Output
 from pfgm_kernels.rows import Rows, Stored, begin, finish
@@ -38,7 +38,6 @@ REFERENCE_ROWS = 3
 FEWEST_READ = 256
 """References from files that a chunk has, if need be at the cost of reading them more often."""
 
-Partial = tuple[Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -151,7 +150,7 @@ class Chunks:
             if total is None:
                 total, to_nearest = part, to_anchor
             else:
-                total, to_nearest = _merge(total, part, t, self.k, (to_nearest, to_anchor))
+                total, to_nearest = join(total, part, t, self.k, (to_nearest, to_anchor))
         assert total is not None
         return total
 
@@ -387,30 +386,3 @@ def flatten(rows: Tensor) -> Tensor:
 def _write(rows: Tensor, out: Tensor) -> None:
     """rows (n, d) to out (n, *event) of any floating dtype, of which `flatten` may be a copy."""
     out.copy_(rows.view(out.shape))
-
-
-def _merge(
-    a: Partial, b: Partial, t: Tensor, k: float, to_anchors: tuple[Tensor, Tensor]
-) -> tuple[Partial, Tensor]:
-    """Two partial results over disjoint references, by the rule of `merge`, and what leads to the
-    anchor of both (n, d), from what leads to each's.
-
-    Masses are compared by way of the anchors: where k is large their logarithms have lost the
-    digits of the difference.
-    """
-    u_a, u_b = to_anchors
-    gap = ((u_b - u_a) * (u_b + u_a)).sum(1)  # s_b − s_a
-    if math.isinf(k):
-        nearer = -gap / (2 * t * t)  # by how much the logit of b's anchor is the greater
-    else:
-        square = torch.where(gap > 0, u_a.square().sum(1), u_b.square().sum(1)) + t * t
-        nearer = -(k / 2) * gap.sign() * (gap.abs() / square).log1p()
-        nearer.masked_fill_(gap == 0, 0.0)
-    more = nearer + a[3] - b[3]
-    share = more.sigmoid()[:, None]
-    displacement = torch.lerp(a[0], b[0], share)
-    log_mass = torch.where(more > 0, b[1], a[1]) - logsigmoid(more.abs())
-    closer = nearer > 0
-    anchor = torch.where(closer, b[2], a[2])
-    log_weight = torch.where(closer, b[3] + logsigmoid(more), a[3] + logsigmoid(-more))
-    return (displacement, log_mass, anchor, log_weight), torch.where(closer[:, None], u_b, u_a)
