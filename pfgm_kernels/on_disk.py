@@ -121,7 +121,7 @@ class OnDisk:
             rows = self.empty(max(0, stop - start))
             self.read(start, rows)
         else:
-            places = torch.arange(len(self)) if self._order is None else self._order
+            places = torch.arange(len(self), device="cpu") if self._order is None else self._order
             rows = self._gathered(places[index if isinstance(index, slice) else index.cpu()])
         return rows.to(self.device)
 
@@ -132,7 +132,9 @@ class OnDisk:
     def empty(self, count: int) -> Tensor:
         """(count, d) to read into, on the CPU."""
         pinned = self.device.type == "cuda"
-        return torch.empty((count, self.shape[1]), dtype=self.dtype, pin_memory=pinned)
+        return torch.empty(
+            (count, self.shape[1]), dtype=self.dtype, device="cpu", pin_memory=pinned
+        )
 
     def read(self, start: int, out: Tensor) -> None:
         """Rows from `start` on, as they lie in the files, into out (n, d) on the CPU."""
