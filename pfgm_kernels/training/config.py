@@ -97,7 +97,6 @@ class TrainConfig:
             "event_shape": shape_of_event(self.event_shape),
             "seed": integer("seed", self.seed, LEAST_SEED),
             "D": positive("D", self.D, finite=False),
-            **{name: finite(name, getattr(self, name)) for name in ("log_sigma_mean", "low", "high")},
             "network": networks.check_name(self.network),
             "spike": positive("spike", self.spike, finite=False),
         }
@@ -105,6 +104,7 @@ class TrainConfig:
             (integer, "steps checkpoint_every batch_size warmup width depth threads M"),
             (integer, "accumulation"),
             (_count, "references classes"),
+            (finite, "log_sigma_mean low high"),
             (positive, "T sigma tau sigma_data log_sigma_std learning_rate clip_norm ema_halflife"),
             (non_negative, "gamma ema_rampup"),
         ):

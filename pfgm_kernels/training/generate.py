@@ -65,7 +65,7 @@ class Sampling:
                 f"got {len(self.churn)} numbers"
             )
         if self.churn:
-            Churn(*self.churn)
+            self._churn(1)
         if self.rtol is not None and self.solver != "rk45":
             raise ValueError(f"rtol expects the solver rk45, got {self.solver}")
         for name, given in (("rho", self.rho is not None), ("churn", self.churn)):
@@ -96,8 +96,12 @@ class Sampling:
             tolerance = {"rtol": self.rtol or 1e-4, "per_sample": True}
             return {"solver": "rk45", "T": config.T, "t_min": t_min, **tolerance}
         times = grid(config.T, t_min, self.steps + 1, rho=self.rho)
-        churn = Churn(*self.churn, D=config.D) if self.churn else None
+        churn = self._churn(config.D) if self.churn else None
         return {"solver": self.solver, "times": times, "churn": churn}
+
+    def _churn(self, D: float) -> Churn:
+        names = ("S_churn", "S_min", "S_max", "S_noise")
+        return Churn(D=D, **dict(zip(names, self.churn, strict=False)))
 
 
 class Part(NamedTuple):
@@ -133,7 +137,7 @@ class Sampler:
         self,
         model: Callable[..., Tensor],
         config: TrainConfig,
-        how: Sampling = Sampling(),  # noqa: B008  (it is frozen)
+        how: Sampling = Sampling(),
         ranks: Ranks = Ranks(),  # noqa: B008  (a tuple)
     ) -> None:
         self.config, self.device = config, ranks.device(config.device)
@@ -168,8 +172,11 @@ class Sampler:
         config, device = self.config, self.device
         prior: dict[str, Any] = {"T": config.T, "D": config.D, "seeds": seeds, "device": device}
         x = sample_prior(len(seeds), config.event_shape, **prior)
-        rows = torch.tensor([seed % self.batch for seed in seeds], device=device)
-        labels = {"labels": self.how.labels_of(seeds).to(device)} if config.classes else {}
+        of_each: dict[str, Any] = {
+            "rows": torch.tensor([seed % self.batch for seed in seeds], device=device)
+        }
+        if config.classes:
+            of_each["labels"] = self.how.labels_of(seeds).to(device)
         with threads(config.threads):
             result = sample(
                 self._field,
@@ -178,8 +185,7 @@ class Sampler:
                 substitution=methods.substitution(config),
                 keep_path=keep_path,
                 progress=progress,
-                rows=rows,
-                **labels,
+                **of_each,
                 **self._options,
             )
         return replace(
