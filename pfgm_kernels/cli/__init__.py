@@ -12,7 +12,7 @@ import signal
 from pfgm_kernels.cli.app import app
 
 # In the order in which `pfgm --help` lists them.
-from pfgm_kernels.cli import report, train, sample, evaluate, pictures  # isort: skip  # noqa: F401
+from pfgm_kernels.cli import report, train, sample, evaluate, likelihood, interpolate, pictures  # isort: skip  # noqa: F401
 
 __all__ = ["app", "main"]
 

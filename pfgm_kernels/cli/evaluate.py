@@ -54,6 +54,7 @@ def evaluate(
     from pfgm_kernels.training import data as data_sets
     from pfgm_kernels.training import evaluation
     from pfgm_kernels.training.generate import Sampler, Sampling
+    from pfgm_kernels.training.likelihood import check_data
     from pfgm_kernels.training.samples import collect
     from pfgm_kernels.training.trainer import load_model
 
@@ -72,11 +73,7 @@ def evaluate(
         wanted = options.seeds_of(seeds or "0-999")
         network, config = load_model(model, step=step)
         points = data_sets.load(data or config.data)
-        if points.event_shape != config.event_shape:
-            raise ValueError(
-                f"--data expects events of the run's shape, {config.event_shape}, "
-                f"got {points.event_shape} of {points.name}"
-            )
+        check_data(config, points)
         sampler = Sampler(network, config, Sampling(solver, steps, batch=batch))
         samples, evaluations = collect(sampler, wanted, console)
         source: dict[str, Any] = {"model": str(model), "step": step, "seeds": seeds or "0-999"}
