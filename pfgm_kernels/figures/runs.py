@@ -31,13 +31,16 @@ def check_drawable(event_shape: tuple[int, ...]) -> None:
 
 def draw_samples(samples: Tensor, path: Path, columns: int | None = None) -> None:
     """A grid of images (n, h, w) or (n, 3, h, w) in [-1, 1], or a scatter plot of points (n, 2)."""
-    figure = sheet(6, 6)
-    axes = figure.add_subplot()
     if samples.ndim == 2 and samples.shape[1] == 2:
+        figure = sheet(6, 6)
+        axes = figure.add_subplot()
         axes.scatter(samples[:, 0], samples[:, 1], s=4, c="#3b528b", alpha=0.6, linewidths=0)
         axes.set_aspect("equal")
     else:
-        _show(axes, tile(samples, columns or max(1, round(len(samples) ** 0.5))))
+        picture = tile(samples, columns or max(1, round(len(samples) ** 0.5)))
+        width = max(6, columns or 0)
+        figure = sheet(width, width * picture.shape[0] / picture.shape[1])
+        _show(figure.add_subplot(), picture)
     save(figure, path)
 
 
