@@ -81,7 +81,7 @@ def likelihood(
     rows = torch.randperm(len(data.held_out), generator=generator, device="cpu")
     rows = rows[: integer("count", count)]
     if isinstance(model, torch.nn.Module):
-        model.to(device).requires_grad_(False)
+        model.to(device)
     field, d = methods.field_of(config, model), math.prod(config.event_shape)
     found: list[Tensor] = []
     nfe, done = 0, 0

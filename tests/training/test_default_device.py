@@ -40,7 +40,9 @@ def run(folder: Path) -> Tensor:
     figures.draw_trajectories(result, moons.train[:50], image, folder / "trajectories.png")
     found = likelihood(network, config, moons, 3, sigma_min=0.1, rtol=0.1, console=quiet)
     way = paths(network, config, moons, (0, 1), 2, sigma_min=0.1, rtol=0.1, console=quiet)
-    return torch.cat([result.x, rough.result.x, way.flatten(0, 1), found.log_p[:2, None].expand(2, 2)])
+    return torch.cat(
+        [result.x, rough.result.x, way.flatten(0, 1), found.log_p[:2, None].expand(2, 2)]
+    )
 
 
 def test_a_run(tmp_path: Path) -> None:
