@@ -28,7 +28,7 @@ from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.evaluation import Evaluation, evaluate
 from pfgm_kernels.training.evaluation.report import OF_EACH_SAMPLE
-from pfgm_kernels.training.generate import generate
+from pfgm_kernels.training.generate import Sampler, Sampling
 from pfgm_kernels.training.trainer import load_model, train
 
 SAMPLES = 1000
@@ -76,16 +76,10 @@ def _run(out: Path) -> bool:
         console, seconds, "sample", f"Sampling by the ODE, from the prior at T = {config.T:.1f}"
     ):
         network, _ = load_model(folder)
-        result = generate(
-            network,
-            config,
-            SAMPLES,
-            seed=SEED,
-            solver=SOLVER,
-            steps=SOLVER_STEPS,
-            console=console,
-            keep_path=True,
-        )
+        how = Sampling(SOLVER, SOLVER_STEPS, batch=SAMPLES)
+        sampler = Sampler(network, config, how)
+        (part,) = sampler.generate(range(SAMPLES), console, keep_path=True)
+        result = part.result
     with _phase(console, seconds, "evaluate", "Judging the samples by a classifier of real digits"):
         evaluation = evaluate(result.x.clamp(data.low, data.high), data)
     with _phase(console, seconds, "draw", "Drawing"):

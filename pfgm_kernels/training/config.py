@@ -35,6 +35,10 @@ class TrainConfig:
     """Added to the norm in the target of Eq. (12), in the units of x."""
     T: float
     """Where sampling starts, in the units of x."""
+    images: bool = False
+    """Whether the data are 8-bit images, whose values 0 ... 255 stand for low ... high."""
+    low: float = -1.0
+    high: float = 1.0
     network: str = "perceptron"
     """perceptron, unet, ddpmpp, package.module:factory, or own for one given from Python."""
     predicts: str = "mean"
@@ -93,7 +97,6 @@ class TrainConfig:
             "event_shape": shape_of_event(self.event_shape),
             "seed": integer("seed", self.seed, LEAST_SEED),
             "D": positive("D", self.D, finite=False),
-            "log_sigma_mean": finite("log_sigma_mean", self.log_sigma_mean),
             "network": networks.check_name(self.network),
             "spike": positive("spike", self.spike, finite=False),
         }
@@ -101,6 +104,7 @@ class TrainConfig:
             (integer, "steps checkpoint_every batch_size warmup width depth threads M"),
             (integer, "accumulation"),
             (_count, "references classes"),
+            (finite, "log_sigma_mean low high"),
             (positive, "T sigma tau sigma_data log_sigma_std learning_rate clip_norm ema_halflife"),
             (non_negative, "gamma ema_rampup"),
         ):
@@ -138,6 +142,9 @@ class TrainConfig:
         known: dict[str, Any] = {
             "data": data.name,
             "event_shape": data.event_shape,
+            "images": data.is_image,
+            "low": data.low,
+            "high": data.high,
             "network": network,
             "predicts": _prediction(method, network),
             "method": method,

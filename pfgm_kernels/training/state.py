@@ -221,11 +221,11 @@ class Training:
         """Puts back what ``state`` gave, read from ``path``."""
         version = state.pop("version", None)
         checkpoint.match_keys(path, KEYS, state.keys(), version)
-        optimizer = _without_prefix("optimizer.", tensors)
+        optimizer = checkpoint.without_prefix("optimizer.", tensors)
         weights = {name: tensors[name] for name in tensors if not name.startswith("optimizer.")}
         checkpoint.match(path, self._weights(), weights, version)
-        self.network.load_state_dict(_without_prefix("network.", weights))
-        self.average.load_state_dict(_without_prefix("average.", weights))
+        self.network.load_state_dict(checkpoint.without_prefix("network.", weights))
+        self.average.load_state_dict(checkpoint.without_prefix("average.", weights))
         checkpoint.load_optimizer(self.optimizer, optimizer, state["groups"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -247,11 +247,3 @@ def seed_of(seed: int, part: int, step: int) -> int:
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in tensors.items()}
-
-
-def _without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }

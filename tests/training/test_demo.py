@@ -160,7 +160,7 @@ def test_an_interrupted_training_ends_the_demo(
 ) -> None:
     monkeypatch.setattr(demo, "QUERIES", 4)
     monkeypatch.setattr(demo, "train", lambda *a, **k: Run([], 0, finished=False, seconds=1.0))
-    monkeypatch.setattr(demo, "generate", None)
+    monkeypatch.setattr(demo, "Sampler", None)
     assert not demo.run(tmp_path)
 
 

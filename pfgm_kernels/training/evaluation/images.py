@@ -39,15 +39,26 @@ def stored(samples: Tensor, data: DataSet) -> Tensor:
             f"{data.name}, got {tuple(samples.shape)}"
         )
     samples = samples.detach().cpu()
-    if samples.dtype == torch.uint8 and data.is_image:
-        return samples
+    if not data.is_image:
+        _finite(samples)
+        return samples.float()
+    return samples if samples.dtype == torch.uint8 else eight_bits(samples, data.low, data.high)
+
+
+def eight_bits(samples: Tensor, low: float, high: float) -> Tensor:
+    """Images (n, *event), of which low ... high become 0 ... 255, uint8.
+
+    What is beyond goes to the nearer end. Raises ValueError for what is not finite.
+    """
+    _finite(samples)
+    values = (samples.double() - low) * (255 / (high - low))
+    return values.round().clamp(0, 255).to(torch.uint8)
+
+
+def _finite(samples: Tensor) -> None:
     broken = int((~samples.flatten(1).isfinite().all(dim=1)).sum())
     if broken:
         raise ValueError(f"samples expects finite values, got {broken} samples with others")
-    if not data.is_image:
-        return samples.float()
-    values = (samples.double() - data.low) * (255 / (data.high - data.low))
-    return values.round().clamp(0, 255).to(torch.uint8)
 
 
 def read_images(path: Path, data: DataSet, count: int | None = None) -> Tensor:

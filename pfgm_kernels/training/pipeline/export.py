@@ -72,6 +72,8 @@ def pipeline_of(model: torch.nn.Module, config: TrainConfig) -> PoissonFlowPipel
         num_classes=config.classes,
         width=config.width,
         depth=config.depth,
+        low=config.low,
+        high=config.high,
         substitute_below=None if substitution is None else substitution.below,
     )
     unet.model.load_state_dict(model.state_dict())
