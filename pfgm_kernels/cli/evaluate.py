@@ -61,7 +61,7 @@ def evaluate(
     console = Console()
     if model is not None:
         network, config = load_model(model)
-        points = data_sets.load(data or config.data)
+        points = config.load_data() if data is None else data_sets.load(data)
         size = 1000 if count is None else count
         options: dict[str, Any] = {"seed": seed, "solver": solver, "steps": steps}
         result = generate(network, config, size, console=console, **options)
