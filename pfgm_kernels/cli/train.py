@@ -65,15 +65,14 @@ def train(
     }
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     given |= known.overrides(TrainConfig, settings or [])
-    # Of several ranks the first alone tells what it reads.
-    told = reading(Console(quiet=os.environ.get("RANK", "0") != "0"))
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several ranks the first talks
     if resume:
         if config or conditional:  # they would be ignored
             raise ValueError(
                 "--resume expects the run's own settings, got --config or --conditional"
             )
         wanted = replace(TrainConfig.read(out), **given)
-        with told as progress:
+        with reading(console) as progress:
             points = wanted.load_data(progress)
         run_config = replace(wanted, data=points.name)
     else:
@@ -85,7 +84,7 @@ def train(
             names = ", ".join(data_sets.NAMES)
             raise ValueError(f"expected --data with one of {names}, or {data_sets.PATHS}")
         kept = {key: given.pop(key) for key in ("held_out", "flips") if key in given}
-        with told as progress:
+        with reading(console) as progress:
             points = data_sets.load(given.pop("data"), progress=progress, **kept)
         if not name and points.is_image:
             given = known.read(TrainConfig, "folder") | given
@@ -93,4 +92,5 @@ def train(
     run = trainer.train(run_config, points, out, resume=resume)
     if not run.finished:
         raise typer.Exit(INTERRUPTED)
-    typer.echo(f"Trained for {run_config.steps} steps: {out / 'model.safetensors'}")
+    done = f"Trained for {run_config.steps} steps: {out / 'model.safetensors'}"
+    console.print(done, highlight=False, soft_wrap=True)
