@@ -65,7 +65,9 @@ def train(
     }
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     given |= known.overrides(TrainConfig, settings or [])
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several ranks the first talks
+    console = Console(
+        quiet=int(os.environ.get("RANK") or 0) > 0
+    )  # of several ranks the first talks
     if resume:
         if config or conditional:  # they would be ignored
             raise ValueError(
