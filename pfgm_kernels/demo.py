@@ -29,6 +29,7 @@ from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.evaluation import Evaluation, evaluate
 from pfgm_kernels.training.evaluation.report import OF_EACH_SAMPLE
 from pfgm_kernels.training.generate import Sampler, Sampling
+from pfgm_kernels.training.reports import STATS, read_stats
 from pfgm_kernels.training.trainer import load_model, train
 
 SAMPLES = 1000
@@ -84,8 +85,15 @@ def _run(out: Path) -> bool:
         evaluation = evaluate(result.x.clamp(data.low, data.high), data)
     with _phase(console, seconds, "draw", "Drawing"):
         _draw(out, data, result, evaluation, training.losses)
-    _write_metrics(out, evaluation, result.nfe, measurements, seconds, config)
+    reports = read_stats(folder / STATS)
+    share = statistics.median(report["targets_share"] for report in reports)
+    _write_metrics(out, evaluation, result.nfe, share, measurements, seconds, config)
     console.print(_summary(evaluation, result.nfe))
+    console.print(
+        f"The exact field of all {len(data.train)} digits took {share:.1%} of a training step.",
+        highlight=False,
+        soft_wrap=True,
+    )
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     console.print(f"{spent}; in {out}:", highlight=False, soft_wrap=True)
     for path in sorted(path for path in out.glob("[!.]*") if path.is_file()):
@@ -206,6 +214,7 @@ def _write_metrics(
     out: Path,
     evaluation: Evaluation,
     nfe: int,
+    share: float,
     measurements: list[Measurement],
     seconds: dict[str, float],
     config: TrainConfig,
@@ -217,6 +226,7 @@ def _write_metrics(
         **values,
         "nfe": nfe,
         "solver": SOLVER,
+        "targets_share": share,
         "op": [asdict(measurement) for measurement in measurements],
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "config": asdict(config),

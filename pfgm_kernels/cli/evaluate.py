@@ -72,7 +72,7 @@ def evaluate(
     if model is not None:
         wanted = options.seeds_of(seeds or "0-999")
         network, config = load_model(model, step=step)
-        points = data_sets.load(data or config.data)
+        points = config.load_data() if data is None else data_sets.load(data)
         check_data(config, points)
         sampler = Sampler(network, config, Sampling(solver, steps, batch=batch))
         samples, evaluations = collect(sampler, wanted, console)

@@ -41,7 +41,7 @@ def interpolate(
     network, config = load_model(model, step=step)
     if not config.images:
         raise ValueError(f"interpolate expects a run of images, got one of {config.data}")
-    points = data_sets.load(data or config.data)
+    points = config.load_data() if data is None else data_sets.load(data)
     how = {"sigma_min": sigma_min, "rtol": rtol}
     drawn = interpolation.paths(network, config, points, rows, columns, console=Console(), **how)
     shown = samples.points(samples.stored(drawn.flatten(0, 1), config), config)

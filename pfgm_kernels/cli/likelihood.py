@@ -40,7 +40,7 @@ def likelihood(
     from pfgm_kernels.training.trainer import load_model
 
     network, config = load_model(model, step=step)
-    points = data_sets.load(data or config.data)
+    points = config.load_data() if data is None else data_sets.load(data)
     how: dict[str, Any] = {
         "sigma_min": sigma_min,
         "rtol": rtol,

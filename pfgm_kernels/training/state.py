@@ -61,11 +61,13 @@ class Training:
     ) -> None:
         self.config, self.data, self.ranks = config, data, ranks
         self.device = ranks.device(config.device)
-        if config.event_shape != data.event_shape:
-            raise ValueError(
-                f"event_shape expects that of the data, {data.event_shape}, "
-                f"got {config.event_shape}"
-            )
+        for name, of_data in (
+            ("event_shape", data.event_shape),
+            ("held_out", data.share),
+            ("flips", data.flips),
+        ):
+            if (value := getattr(config, name)) != of_data:
+                raise ValueError(f"{name} expects that of the data, {of_data}, got {value}")
         self.parts = ranks.world * config.accumulation
         if config.batch_size % self.parts:
             raise ValueError(
