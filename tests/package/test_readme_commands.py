@@ -40,8 +40,11 @@ NOT_RUN = {
 SMALL = {
     "pfgm report": [],
     "pfgm train": ["steps=2", "batch_size=8"],
-    "pfgm sample": ["--count", "3", "--steps", "2"],
-    "pfgm evaluate": ["--count", "20", "--steps", "2"],
+    "pfgm sample": ["--seeds", "0-2", "--steps", "2"],
+    "pfgm likelihood": ["--count", "2"],
+    "pfgm interpolate": [],
+    "pfgm export": [],
+    "pfgm evaluate": ["--seeds", "0-19", "--steps", "2"],
     "pfgm figures": ["trajectories"],
     "torchrun": ["--data", "digits", "--out", "runs/ranks", "steps=2", "batch_size=8"],
     "python -m benchmarks.readme_loop": ["--steps", "2", "--out", "loop.png"],

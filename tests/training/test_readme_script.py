@@ -109,6 +109,16 @@ def test_it_refuses_to_go_on_with_another_network(
     assert {path: path.read_bytes() for path in kept} == kept
 
 
+def test_the_lines_for_diffusers(folder: Path) -> None:
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "Pipeline" in b)
+    start = ("train", "--data", "digits", "--out", "run", "steps=1", "batch_size=4")
+    for words in (start, ("export", "--model", "run", "--out", "exported")):
+        assert CliRunner().invoke(app, words).exit_code == 0
+    scope: dict[str, object] = {}
+    exec(compile(block, "README.md", "exec"), scope)
+    assert [image.size for image in scope["images"]] == [(8, 8)] * 16
+
+
 def test_a_network_by_name_is_told_from_another(folder: Path) -> None:
     """On the command line: the same weights under another name are another network, too."""
     (folder / "my_nets.py").write_text(MODULE + "\n\n" + FACTORIES)
