@@ -29,8 +29,9 @@ from pfgm_kernels.training.config import CONFIG, TrainConfig
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.evaluation import evaluate
 from pfgm_kernels.training.evaluation.judge import Features, classifier
-from pfgm_kernels.training.generate import generate
+from pfgm_kernels.training.generate import Sampler, Sampling
 from pfgm_kernels.training.reports import STATS, read_stats
+from pfgm_kernels.training.samples import collect
 from pfgm_kernels.training.trainer import load_model, train
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -103,8 +104,8 @@ def distance(folder: Path, data: DataSet, judge: Features) -> float:
     path = folder / "judged.json"
     if not path.exists():
         network, config = load_model(folder)
-        options: dict[str, Any] = {"seed": 0, "solver": "heun", "steps": SOLVER_STEPS}
-        samples = generate(network, config, SAMPLES, console=Console(), **options).x
+        sampler = Sampler(network, config, Sampling(steps=SOLVER_STEPS, batch=100))
+        samples, _ = collect(sampler, range(SAMPLES), Console())
         judged = evaluate(samples, data, judge, console=Console())
         values = {
             "samples": judged.sample.frechet_distance,

@@ -7,6 +7,7 @@ only where a level of forward mode is entered.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pfgm_kernels import ops
+from pfgm_kernels.on_disk import OnDisk
 
 SECOND = (
     "the Poisson field is differentiable once, got a request for second derivatives: take "
@@ -32,7 +34,7 @@ def apply(*args: Any) -> tuple[Tensor, Tensor]:
     elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs[:3]):
         run = _Field.apply
     else:
-        return torch.ops.pfgm.field_forward(*inputs, False, workspace, backend)[:2]
+        return ops.call("field_forward", *inputs, False, workspace, backend)[:2]
     return run(*inputs, True, workspace, backend)[:2]
 
 
@@ -42,7 +44,7 @@ def apply_trace(*args: Any) -> Tensor:
         return _DualTrace.apply(*args)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in args[:3]):
         return _Trace.apply(*args)
-    return torch.ops.pfgm.field_trace(*args)
+    return ops.call("field_trace", *args)
 
 
 def forward_mode() -> bool:
@@ -55,20 +57,21 @@ class _Field(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return torch.ops.pfgm.field_forward(*args)
+        return ops.call("field_forward", *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, t, values, table, operands, k, ranges, *scalars = inputs
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, t, values, table, ranges, *output[2:], *operands)
+        ctx.save_for_backward(x, t, _tensor(values), table, ranges, *output[2:], *operands)
         ctx.constants = k, scalars[:3], scalars[4:]
+        ctx.values = None if isinstance(values, Tensor) else values
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_log_mass: Tensor | None, *_: Any) -> Any:
         # Where a second derivative is prepared for, the detour makes asking for it an error.
-        run: Any = torch.ops.pfgm.field_backward
+        run: Any = partial(ops.call, "field_backward")
         if forward_mode():
             run = _DualGradient.apply
         elif torch.is_grad_enabled():
@@ -88,7 +91,7 @@ class _DualField(_Field):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _Field.setup_context(ctx, inputs, output)
         x, t, values, table, operands, _, ranges, *_ = inputs
-        ctx.save_for_forward(x, t, values, table, ranges, *output[2:], *operands)
+        ctx.save_for_forward(x, t, _tensor(values), table, ranges, *output[2:], *operands)
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor | None, t: Tensor | None, values: Tensor | None, *_: Any) -> Any:
@@ -97,9 +100,15 @@ class _DualField(_Field):
         return *tangents, None, None, None
 
 
+def _tensor(values: Tensor | OnDisk) -> Tensor | None:
+    """What autograd keeps of references; those in files are kept by themselves."""
+    return values if isinstance(values, Tensor) else None
+
+
 def _saved(ctx: Any) -> tuple[Any, Any, Any]:
     x, t, values, table, ranges, *rest = ctx.saved_tensors
     k, output, ending = ctx.constants
+    values = ctx.values if values is None else values
     return (x, t, values, table, rest[3:], k, ranges, *output), rest[:3], ending
 
 
@@ -118,7 +127,7 @@ class _Once(torch.autograd.Function):
 class _Gradient(_Once):
     @staticmethod
     def forward(*args: Any) -> Any:
-        return torch.ops.pfgm.field_backward(*args)
+        return ops.call("field_backward", *args)
 
     vmap = staticmethod(ops.no_vmap)
 
@@ -134,7 +143,7 @@ class _Tangent(_Once):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return torch.ops.pfgm.field_jvp(*args)
+        return ops.call("field_jvp", *args)
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
@@ -146,25 +155,27 @@ class _Trace(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return torch.ops.pfgm.field_trace(*args)
+        return ops.call("field_trace", *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, t, values, table, _, k, ranges, workspace, _ = inputs
-        ctx.save_for_backward(x, t, values, table, ranges)
+        ctx.save_for_backward(x, t, _tensor(values), table, ranges)
         ctx.constants = k, workspace
+        ctx.values = None if isinstance(values, Tensor) else values
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        run: Any = torch.ops.pfgm.field_trace_backward
+        run: Any = partial(ops.call, "field_trace_backward")
         if forward_mode():
             run = _DualTraceGradient.apply
         elif torch.is_grad_enabled():
             run = _TraceGradient.apply
         k, workspace = ctx.constants
         values_grad = ctx.needs_input_grad[2]
-        *inputs, ranges = ctx.saved_tensors
-        dx, dt, dvalues = run(*inputs, [], k, ranges, g, values_grad, workspace)
+        x, t, values, table, ranges = ctx.saved_tensors
+        values = ctx.values if values is None else values
+        dx, dt, dvalues = run(x, t, values, table, [], k, ranges, g, values_grad, workspace)
         return dx, dt, dvalues if values_grad else None, *[None] * 6
 
     vmap = staticmethod(ops.no_vmap)
@@ -181,7 +192,7 @@ class _DualTrace(_Trace):
 class _TraceGradient(_Once):
     @staticmethod
     def forward(*args: Any) -> Any:
-        return torch.ops.pfgm.field_trace_backward(*args)
+        return ops.call("field_trace_backward", *args)
 
     vmap = staticmethod(ops.no_vmap)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pfgm_kernels.backends import BACKENDS, eager
 from pfgm_kernels.cuts import Part, by_range, slices
-from pfgm_kernels.merge import combine
+from pfgm_kernels.merge import Partial, join
+from pfgm_kernels.on_disk import OnDisk, Reader
 from pfgm_kernels.outputs import Output
 from pfgm_kernels.rows import Rows, Stored, begin, finish
 
@@ -34,18 +35,21 @@ have too few digits of a mean."""
 REFERENCE_ROWS = 3
 """Rows of float64 that a reference takes which is copied or gets gradients."""
 
-Partial = tuple[Tensor, Tensor, Tensor, Tensor]
+FEWEST_READ = 256
+"""References from files that a chunk has, if need be at the cost of reading them more often."""
+
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class Inputs(NamedTuple):
     """x (B, *event) and values (N, *event), or (N, d), of any floating dtype (values: or uint8
-    codes into table (256,)); t (B,); operands and ranges: see `ops`.
+    codes into table (256,)), or what stands for them in files; t (B,); operands and ranges: see
+    `ops`.
     """
 
     x: Tensor
     t: Tensor
-    values: Tensor
+    values: Tensor | OnDisk
     table: Tensor
     operands: list[Tensor]
     k: float
@@ -63,17 +67,23 @@ class Chunks:
         batch, count = x.shape[0], values.shape[0]
         self.d = math.prod(values.shape[1:])
         self.dtype = result_dtype(x, values, inputs.table)
-        copied = values_grad or not values.is_contiguous() or values.element_size() == 2
+        on_disk = isinstance(values, OnDisk)
+        copied = values_grad or not self._in_place
         share = workspace // 4
         self.workspace = workspace - share * (2 if copied else 1)
         ranges = inputs.ranges if batch else None
-        held = None if ranges is None else getattr(module, "RANGES", None)
+        held = None if ranges is None or on_disk else getattr(module, "RANGES", None)
         most = int(ranges.diff().max()) if ranges is not None and held == "seen" else count
-        rows, references = module.chunk_shape(
-            max(1, batch), most, self.d, self.workspace, bool(inputs.operands), values_grad
-        )
+        if isinstance(values, OnDisk):
+            most = min(most, max(1, share // values.row_bytes))
+        shape = module.chunk_shape
+        arguments = self.d, self.workspace, bool(inputs.operands), values_grad
+        rows, references = shape(max(1, batch), most, *arguments)
+        # Each chunk of queries reads the files anew: rather more of those than of the references.
+        while on_disk and rows < batch and references > FEWEST_READ:
+            rows, references = shape(batch, references // 2, *arguments)
         rows = min(rows, max(1, (share + SLACK) // (8 * QUERY_ROWS * (self.d + 8))))
-        if copied:
+        if copied and not on_disk:
             references = min(references, max(1, share // (8 * REFERENCE_ROWS * self.d)))
         together = held is not None and most <= references
         self._ranges = ranges if together else None
@@ -82,6 +92,16 @@ class Chunks:
         if ranges is not None and not together:
             self.parts = by_range(ranges, rows, references, TILE)
         self._last: tuple[slice, tuple[Tensor, Tensor, list[Tensor]]] | None = None
+        self._read: Reader | None = None
+        if isinstance(values, OnDisk):
+            order = [references for _, seen in self.parts for references in seen]
+            self._read = Reader(values, order)
+
+    @property
+    def _in_place(self) -> bool:
+        """Whether backends read the references where they are."""
+        values = self.inputs.values
+        return isinstance(values, Tensor) and values.is_contiguous() and values.element_size() != 2
 
     def rows(self, queries: slice) -> tuple[Tensor, Tensor]:
         """x (n, d) in the dtype that backends compute with, and t (n,) float64."""
@@ -98,8 +118,9 @@ class Chunks:
         """
         if self._last is None or self._last[0] != references:
             self._last = None
-            values = flatten(self.inputs.values[references])
             table, operands = self.inputs.table, self.inputs.operands
+            read = self._read or self.inputs.values.__getitem__
+            values = flatten(read(references))
             if operands:
                 operands = self.module.operands_of(operands, references)
             else:
@@ -110,7 +131,7 @@ class Chunks:
     def stored(self, index: Tensor) -> Stored:
         """Rows (n,) of all references as they are stored: their place there, or else copies."""
         values, table = self.inputs.values, self.inputs.table
-        if values.is_contiguous() and values.element_size() != 2:
+        if isinstance(values, Tensor) and self._in_place:
             return Stored(flatten(values), table, index)
         return Stored(flatten(values[index]), table, torch.arange(len(index), device=index.device))
 
@@ -120,10 +141,16 @@ class Chunks:
         ranges = self.ranges(queries)
         within = [] if ranges is None else [ranges]
         for references in seen:
-            part = self.module.forward(x, t, *self.reference_rows(references), self.k, *within)
-            if references.start > 0:
-                part[2].add_(references.start)
-            total = part if total is None else _merge_partials(total, part)
+            values, table, operands = self.reference_rows(references)
+            part = self.module.forward(x, t, values, table, operands, self.k, *within)
+            if len(seen) == 1 and references.start == 0:
+                return part
+            to_anchor = Stored(values, table, part[2]).decode().sub_(x)
+            part[2].add_(references.start)
+            if total is None:
+                total, to_nearest = part, to_anchor
+            else:
+                total, to_nearest = join(total, part, t, self.k, (to_nearest, to_anchor))
         assert total is not None
         return total
 
@@ -314,7 +341,7 @@ def _centre(
     return torch.where(ratio > 4 * (1 + ratio * weight), 0.0, slope)
 
 
-def result_dtype(x: Tensor, values: Tensor, table: Tensor) -> torch.dtype:
+def result_dtype(x: Tensor, values: Tensor | OnDisk, table: Tensor) -> torch.dtype:
     """That of the result, and of the queries as backends take them: float32 or float64."""
     stored = table.dtype if values.dtype == torch.uint8 else values.dtype
     return torch.promote_types(torch.promote_types(x.dtype, stored), torch.float32)
@@ -344,7 +371,7 @@ def empty_gradients(inputs: Inputs, values_grad: bool) -> tuple[Tensor, Tensor, 
     wanted."""
     x, t, values = (
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor in (inputs.x, inputs.t, inputs.values if values_grad else inputs.values[:0])
+        for tensor in (inputs.x, inputs.t, inputs.values[: None if values_grad else 0])
     )
     return x, t, values
 
@@ -359,9 +386,3 @@ def flatten(rows: Tensor) -> Tensor:
 def _write(rows: Tensor, out: Tensor) -> None:
     """rows (n, d) to out (n, *event) of any floating dtype, of which `flatten` may be a copy."""
     out.copy_(rows.view(out.shape))
-
-
-def _merge_partials(a: Partial, b: Partial) -> Partial:
-    displacement, log_mass, weights = combine([a[0], b[0]], [a[1], b[1]])
-    anchor_log_weight, nearest = (torch.stack([a[3], b[3]]) + weights.log()).max(0)
-    return displacement, log_mass, torch.where(nearest == 0, a[2], b[2]), anchor_log_weight

@@ -28,7 +28,8 @@ from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.evaluation import Evaluation, evaluate
 from pfgm_kernels.training.evaluation.report import OF_EACH_SAMPLE
-from pfgm_kernels.training.generate import generate
+from pfgm_kernels.training.generate import Sampler, Sampling
+from pfgm_kernels.training.reports import STATS, read_stats
 from pfgm_kernels.training.trainer import load_model, train
 
 SAMPLES = 1000
@@ -76,22 +77,23 @@ def _run(out: Path) -> bool:
         console, seconds, "sample", f"Sampling by the ODE, from the prior at T = {config.T:.1f}"
     ):
         network, _ = load_model(folder)
-        result = generate(
-            network,
-            config,
-            SAMPLES,
-            seed=SEED,
-            solver=SOLVER,
-            steps=SOLVER_STEPS,
-            console=console,
-            keep_path=True,
-        )
+        how = Sampling(SOLVER, SOLVER_STEPS, batch=SAMPLES)
+        sampler = Sampler(network, config, how)
+        (part,) = sampler.generate(range(SAMPLES), console, keep_path=True)
+        result = part.result
     with _phase(console, seconds, "evaluate", "Judging the samples by a classifier of real digits"):
         evaluation = evaluate(result.x.clamp(data.low, data.high), data)
     with _phase(console, seconds, "draw", "Drawing"):
         _draw(out, data, result, evaluation, training.losses)
-    _write_metrics(out, evaluation, result.nfe, measurements, seconds, config)
+    reports = read_stats(folder / STATS)
+    share = statistics.median(report["targets_share"] for report in reports)
+    _write_metrics(out, evaluation, result.nfe, share, measurements, seconds, config)
     console.print(_summary(evaluation, result.nfe))
+    console.print(
+        f"The exact field of all {len(data.train)} digits took {share:.1%} of a training step.",
+        highlight=False,
+        soft_wrap=True,
+    )
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     console.print(f"{spent}; in {out}:", highlight=False, soft_wrap=True)
     for path in sorted(path for path in out.glob("[!.]*") if path.is_file()):
@@ -212,6 +214,7 @@ def _write_metrics(
     out: Path,
     evaluation: Evaluation,
     nfe: int,
+    share: float,
     measurements: list[Measurement],
     seconds: dict[str, float],
     config: TrainConfig,
@@ -223,6 +226,7 @@ def _write_metrics(
         **values,
         "nfe": nfe,
         "solver": SOLVER,
+        "targets_share": share,
         "op": [asdict(measurement) for measurement in measurements],
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "config": asdict(config),

@@ -21,6 +21,7 @@ from pfgm_kernels._checks import REAL, floating, holds, integer, non_negative, n
 from pfgm_kernels._traced import traceable
 from pfgm_kernels.autograd import apply, forward_mode
 from pfgm_kernels.choice import choose
+from pfgm_kernels.on_disk import OnDisk
 from pfgm_kernels.references import ReferenceSet, check_references, default_workspace
 
 
@@ -147,7 +148,7 @@ def _run(
 class Call(NamedTuple):
     """The arguments of a function of the op, looked at, as `ops` takes them."""
 
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
+    inputs: tuple[Tensor, Tensor, Tensor | OnDisk, Tensor, list[Tensor]]
     """x, t, values, table and operands; with labels the queries of a class together."""
     k: float
     ranges: Tensor | None

@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from pfgm_kernels._checks import floating
+
+Partial = tuple[Tensor, Tensor, Tensor, Tensor]
+"""v (n, d), log_mass, anchor and log w of the anchor (n,) of some references."""
 
 
 def merge(partials: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -53,20 +58,39 @@ def merge(partials: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
             )
     displacements, log_masses = zip(*partials, strict=True)
     dtype = functools.reduce(torch.promote_types, (v.dtype for v in displacements))
-    displacement, log_mass, _ = combine(displacements, log_masses)
-    return displacement.to(dtype), log_mass
-
-
-def combine(
-    displacements: Sequence[Tensor], log_masses: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `merge` gives, of partial results that fit, in float64, and the weights (P, B)."""
-    weights, log_mass = mass_weights(torch.stack(list(log_masses)))
+    weights, log_mass = mass_weights(torch.stack(log_masses))
     terms = (
         weight.view(-1, *[1] * (v.dim() - 1)) * v.double()
         for v, weight in zip(displacements, weights, strict=True)
     )
-    return functools.reduce(torch.add, terms), log_mass, weights
+    return functools.reduce(torch.add, terms).to(dtype), log_mass
+
+
+def join(
+    a: Partial, b: Partial, t: Tensor, k: float, to_anchors: tuple[Tensor, Tensor]
+) -> tuple[Partial, Tensor]:
+    """`merge` of two chunks of a call: of t (n,), all float64, where each has its nearest reference
+    besides. to_anchors are what leads from the queries to it (n, d), and that of both is returned.
+
+    Masses are compared by way of these anchors: where k is large their logarithms have lost the
+    digits of the difference.
+    """
+    u_a, u_b = to_anchors
+    gap = ((u_b - u_a) * (u_b + u_a)).sum(1)  # s_b − s_a
+    if math.isinf(k):
+        nearer = -gap / (2 * t * t)  # by how much the logit of b's anchor is the greater
+    else:
+        square = torch.where(gap > 0, u_a.square().sum(1), u_b.square().sum(1)) + t * t
+        nearer = -(k / 2) * gap.sign() * (gap.abs() / square).log1p()
+        nearer.masked_fill_(gap == 0, 0.0)
+    more = nearer + a[3] - b[3]
+    share = more.sigmoid()[:, None]
+    displacement = torch.lerp(a[0], b[0], share)
+    log_mass = torch.where(more > 0, b[1], a[1]) - logsigmoid(more.abs())
+    closer = nearer > 0
+    anchor = torch.where(closer, b[2], a[2])
+    log_weight = torch.where(closer, b[3] + logsigmoid(more), a[3] + logsigmoid(-more))
+    return (displacement, log_mass, anchor, log_weight), torch.where(closer[:, None], u_b, u_a)
 
 
 def mass_weights(log_masses: Tensor) -> tuple[Tensor, Tensor]:

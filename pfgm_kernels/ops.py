@@ -110,39 +110,52 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     return chunks.empty_gradients(Inputs(*args[:7]), args[8])
 
 
-@torch.library.impl("pfgm::field_forward", "CompositeExplicitAutograd")
-def _field_forward(*args: Any) -> tuple[Tensor, ...]:
+def field_forward(*args: Any) -> tuple[Tensor, ...]:
     inputs, output, rest = _grouped(*args)
     with torch.autocast(inputs.x.device.type, enabled=False):
         return chunks.field_forward(inputs, output, *rest)
 
 
-@torch.library.impl("pfgm::field_backward", "CompositeExplicitAutograd")
-def _field_backward(*args: Any) -> tuple[Tensor, ...]:
+def field_backward(*args: Any) -> tuple[Tensor, ...]:
     inputs, output, rest = _grouped(*args)
     with torch.autocast(inputs.x.device.type, enabled=False):
         return chunks.field_backward(inputs, output, Saved(*rest[:3]), *rest[3:])
 
 
-@torch.library.impl("pfgm::field_jvp", "CompositeExplicitAutograd")
-def _field_jvp(*args: Any) -> tuple[Tensor, ...]:
+def field_jvp(*args: Any) -> tuple[Tensor, ...]:
     inputs, output, rest = _grouped(*args)
     with torch.autocast(inputs.x.device.type, enabled=False):
         return chunks.field_jvp(inputs, output, Saved(*rest[:3]), rest[3:6], *rest[6:])
 
 
-@torch.library.impl("pfgm::field_trace", "CompositeExplicitAutograd")
-def _field_trace(*args: Any) -> Tensor:
+def field_trace(*args: Any) -> Tensor:
     inputs = Inputs(*args[:7])
     with torch.autocast(inputs.x.device.type, enabled=False):
         return trace.field_trace(inputs, *args[7:])
 
 
-@torch.library.impl("pfgm::field_trace_backward", "CompositeExplicitAutograd")
-def _field_trace_backward(*args: Any) -> tuple[Tensor, ...]:
+def field_trace_backward(*args: Any) -> tuple[Tensor, ...]:
     inputs = Inputs(*args[:7])
     with torch.autocast(inputs.x.device.type, enabled=False):
         return trace.field_trace_backward(inputs, *args[7:])
+
+
+COMPUTED = {
+    "field_forward": field_forward,
+    "field_backward": field_backward,
+    "field_jvp": field_jvp,
+    "field_trace": field_trace,
+    "field_trace_backward": field_trace_backward,
+}
+for name, function in COMPUTED.items():
+    torch.library.impl(f"pfgm::{name}", "CompositeExplicitAutograd", function)
+
+
+def call(name: str, *args: Any) -> Any:
+    """An op by its name. Of references in files, which are no tensor, what computes it."""
+    if isinstance(args[2], Tensor):
+        return getattr(torch.ops.pfgm, name)(*args)
+    return COMPUTED[name](*args)
 
 
 def no_vmap(*_: object) -> None:

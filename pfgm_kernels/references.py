@@ -15,9 +15,10 @@ from pfgm_kernels.backends import BACKENDS
 from pfgm_kernels.choice import choose
 from pfgm_kernels.chunks import flatten
 from pfgm_kernels.classes import Classes
+from pfgm_kernels.edits import EDITED, version_of
+from pfgm_kernels.on_disk import OnDisk, Paths
 
 LEAST_WORKSPACE = 1 << 20
-EDITED = "ReferenceSet expects its references as they were prepared, but x0 was edited since"
 
 _preparing = threading.Lock()
 
@@ -53,8 +54,8 @@ class ReferenceSet:
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
 
-    values: Tensor
-    """(N, d) float32 or float64, or uint8 codes into `table`."""
+    values: Tensor | OnDisk
+    """(N, d) float32 or float64, or uint8 codes into `table`; or what stands for them in files."""
     table: Tensor
     """(256,) float32, what each 8-bit code stands for; (0,) for floating-point values."""
     event_shape: torch.Size
@@ -114,20 +115,64 @@ class ReferenceSet:
             RuntimeError: as for the constructor.
         """
         tensor("images", images, (torch.uint8,), "a uint8 tensor (N, *event)")
-        low, high = number("low", low), number("high", high)
-        if not -math.inf < low < high < math.inf:
-            raise ValueError(f"from_images expects finite low < high, got {low} and {high}")
+        table = _table(low, high, images.device)
         _check_shape("images", images)
-        codes = torch.arange(256, dtype=torch.float64, device=images.device)
-        table = (low + (high - low) * codes / 255).float()
         references = cls.__new__(cls)
         values, classes = _grouped(flatten(images), labels)
         references._set(values, classes, table, images.shape[1:], workspace, backend)
         return references
 
+    @classmethod
+    def from_files(
+        cls,
+        paths: Paths,
+        low: float = -1.0,
+        high: float = 1.0,
+        *,
+        labels: Tensor | None = None,
+        workspace: int | None = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> ReferenceSet:
+        """References that stay in .npy files, for data larger than memory.
+
+        Each call reads them once from beginning to end, the next chunk while the kernels work on
+        the last one, within the workspace: as many queries a call as there are is cheapest. Results
+        are those of the same references in memory. Gradients by x and t, forward mode and labels
+        go as ever; a compiled function takes no references in files.
+
+        Files must stay as they are: each read looks at their size and the time of their last
+        change, and raises where they differ. Values are looked at when they are read.
+
+        Args:
+            paths: one or several .npy files, or folders, whose .npy files follow by name: arrays
+                (n, *event) of one dtype, uint8 (images, as of `from_images`), float16, float32 or
+                float64, in C order.
+            low, high: of uint8, the values of the pixels 0 and 255, low < high.
+            labels: as for the constructor. Rows of a class are best stored side by side: where they
+                are not, each call gathers them.
+            workspace, backend: as for the constructor.
+            device: where calls compute, that of their queries; the CPU by default.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: a file that is missing, damaged, of another
+                kind or of another event or dtype than the ones before it; else as for
+                `from_images`. Calls raise ValueError for a file that was changed, or that holds NaN
+                or Inf.
+            OSError: a file that cannot be read, then or in a call.
+        """
+        values = OnDisk.open(paths, torch.empty(0, device=device or "cpu").device)
+        table = torch.empty(0, dtype=torch.float32, device=values.device)
+        if values.dtype == torch.uint8:
+            table = _table(low, high, values.device)
+        references = cls.__new__(cls)
+        event_shape = values.event_shape
+        references._set(*_grouped(values, labels), table, event_shape, workspace, backend)
+        return references
+
     def _set(
         self,
-        values: Tensor,
+        values: Tensor | OnDisk,
         classes: Classes | None,
         table: Tensor,
         event_shape: torch.Size,
@@ -139,24 +184,27 @@ class ReferenceSet:
         self.workspace = integer("workspace", workspace, LEAST_WORKSPACE)
         self.values, self.table, self.classes = values, table, classes
         self.event_shape, self.backend = event_shape, backend
-        self._version = _version(values)
+        self._version = version_of(values)
         self.operands = {}
         codes = values.dtype == torch.uint8
         self._prepare(choose(backend, values.device, values.shape[1], codes, derivatives=False))
 
-    def stored(self) -> tuple[Tensor, Tensor]:
+    def stored(self) -> tuple[Tensor | OnDisk, Tensor]:
         """`values` and `table`.
 
         Raises:
             RuntimeError: the values were edited since they were prepared.
         """
-        if torch.compiler.is_compiling():
+        if isinstance(self.values, OnDisk):
+            if torch.compiler.is_compiling():
+                raise RuntimeError("a compiled function expects references in memory, got files")
+        elif torch.compiler.is_compiling():
             # Versions are known when the graph runs. CUDA graphs run on copies, an exported
             # program elsewhere: nothing was remembered of those.
             if self.device.type == "cpu" and not torch.compiler.is_exporting():
                 version = -1 if self._version is None else self._version
                 return self.values, torch.ops.pfgm.stored_table(self.values, self.table, version)
-        elif _version(self.values) != self._version:
+        elif version_of(self.values) != self._version:
             raise RuntimeError(EDITED)
         return self.values, self.table
 
@@ -168,8 +216,10 @@ class ReferenceSet:
 
     def _prepare(self, backend: str) -> None:
         with _preparing:
-            if backend not in self.operands:
-                values, table = self.values, self.table
+            values, table = self.values, self.table
+            if isinstance(values, OnDisk):  # what is read is prepared in the call
+                self.operands = self.operands | {backend: []}
+            elif backend not in self.operands:
                 # What is made within a transform of torch.func would be of no use after it.
                 with torch._C._DisableFuncTorch():
                     operands = BACKENDS[backend].prepare(values, table, values.nbytes)
@@ -191,7 +241,9 @@ class ReferenceSet:
         if device.type == "meta":
             raise ValueError("ReferenceSet expects a device that holds data, got meta")
         non_blocking &= device.type != "cpu"  # the CPU would prepare what has not arrived
-        values, table = (each.to(device, non_blocking=non_blocking) for each in self.stored())
+        values, table = self.stored()
+        values = values.to(device, non_blocking=non_blocking)
+        table = table.to(device, non_blocking=non_blocking)
         classes = self.classes and self.classes.to(device)
         return self._like(values, classes, table)
 
@@ -223,7 +275,9 @@ class ReferenceSet:
         _check_shape("a subset", values)
         return self._like(*_grouped(values, labels), table)
 
-    def _like(self, values: Tensor, classes: Classes | None, table: Tensor) -> ReferenceSet:
+    def _like(
+        self, values: Tensor | OnDisk, classes: Classes | None, table: Tensor
+    ) -> ReferenceSet:
         """Other references, else the same set."""
         made = type(self).__new__(type(self))
         made._set(values, classes, table, self.event_shape, self.workspace, self.backend)
@@ -258,9 +312,10 @@ class ReferenceSet:
     def nbytes(self) -> int:
         """Bytes of the tensors that the set keeps alive."""
         prepared = [each for operands in self.operands.values() for each in operands]
-        return sum(
-            each.nbytes for each in (self.values, self.table, *(self.classes or ()), *prepared)
-        )
+        held = [self.table, *(self.classes or ()), *prepared]
+        if isinstance(self.values, Tensor):
+            held.append(self.values)
+        return sum(each.nbytes for each in held)
 
     def __getstate__(self) -> dict[str, Any]:
         self.stored()
@@ -269,25 +324,41 @@ class ReferenceSet:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies and what is read from a file count versions anew."""
         vars(self).update(state)
-        self._version = _version(self.values)
+        self._version = version_of(self.values)
 
     def __len__(self) -> int:
         return self.values.shape[0]
 
     def __repr__(self) -> str:
         stored = "8-bit" if self.table.numel() else str(self.dtype).removeprefix("torch.")
+        where = "" if isinstance(self.values, Tensor) else "in files, "
         return (
             f"ReferenceSet({len(self)} references of shape {tuple(self.event_shape)}, "
-            f"{stored}, {self.nbytes / 2**20:.1f} MiB on {self.device})"
+            f"{stored}, {where}{self.nbytes / 2**20:.1f} MiB on {self.device})"
         )
 
 
-def _grouped(values: Tensor, labels: Tensor | None) -> tuple[Tensor, Classes | None]:
+def _grouped(
+    values: Tensor | OnDisk, labels: Tensor | None
+) -> tuple[Tensor | OnDisk, Classes | None]:
     """values (N, d) class by class."""
     if labels is None:
         return values, None
     classes = Classes.group(labels, len(values), values.device)
-    return values if classes.grouped else values[classes.order], classes
+    if classes.grouped:
+        return values, classes
+    if isinstance(values, OnDisk):
+        return values.reordered(classes.order), classes
+    return values[classes.order], classes
+
+
+def _table(low: float, high: float, device: torch.device) -> Tensor:
+    """(256,) float32, what 8-bit codes stand for."""
+    low, high = number("low", low), number("high", high)
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"8-bit images expect finite low < high, got {low} and {high}")
+    codes = torch.arange(256, dtype=torch.float64, device=device)
+    return (low + (high - low) * codes / 255).float()
 
 
 def default_workspace(device: torch.device) -> int:
@@ -311,27 +382,3 @@ def check_references(x0: Tensor) -> Tensor:
 def _check_shape(name: str, x0: Tensor) -> None:
     if x0.dim() < 1 or x0.numel() == 0:
         raise ValueError(f"{name} expects shape (N, *event) with N ≥ 1, got {tuple(x0.shape)}")
-
-
-def _version(values: Tensor) -> int | None:
-    """How often autograd saw the memory written to; None where it does not count."""
-    return None if values.is_inference() else values._version
-
-
-# What a traced call has of a set, looked at whenever its graph runs: the table, as a copy, since
-# an op returns nothing of its arguments.
-torch.library.define(
-    "pfgm::stored_table", "(Tensor values, Tensor table, SymInt version) -> Tensor"
-)
-
-
-@torch.library.register_fake("pfgm::stored_table")
-def _(values: Tensor, table: Tensor, version: int) -> Tensor:
-    return torch.empty_like(table)
-
-
-@torch.library.impl("pfgm::stored_table", "CompositeExplicitAutograd")
-def _stored_table(values: Tensor, table: Tensor, version: int) -> Tensor:
-    if version >= 0 and values._version != version:
-        raise RuntimeError(EDITED)
-    return table.clone()

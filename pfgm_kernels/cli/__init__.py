@@ -12,7 +12,8 @@ import signal
 from pfgm_kernels.cli.app import app
 
 # In the order in which `pfgm --help` lists them.
-from pfgm_kernels.cli import report, train, sample, evaluate, pictures  # isort: skip  # noqa: F401
+from pfgm_kernels.cli import report, train, sample, evaluate  # isort: skip  # noqa: F401
+from pfgm_kernels.cli import likelihood, interpolate, export, pictures  # isort: skip  # noqa: F401
 
 __all__ = ["app", "main"]
 

@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from pfgm_kernels.cli import options
 from pfgm_kernels.cli.app import app
 
 
 @app.command()
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder of metrics.json and samples.png.")],
-    model: Annotated[Path | None, typer.Option(help="Folder of a finished run.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a run.")] = None,
     images: Annotated[
         Path | None, typer.Option(help="Samples instead of a model's: a folder or an .npz file.")
     ] = None,
@@ -22,7 +24,10 @@ def evaluate(
         str | None, typer.Option(help="Data set that they are like; the run's if not given.")
     ] = None,
     count: Annotated[
-        int | None, typer.Option(help="Samples; 1000 of a model, all images if not given.")
+        int | None, typer.Option(help="How many of --images; all if not given.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Of a model's samples, as in 3,5,10-12; 0-999 if not given.")
     ] = None,
     features: Annotated[
         Path | None,
@@ -31,9 +36,10 @@ def evaluate(
             "data set if not given. It is a program, and is run: name only what you trust."
         ),
     ] = None,
-    solver: Annotated[str, typer.Option(help="euler, heun, heun_euler or rk45.")] = "heun",
-    steps: Annotated[int, typer.Option(help="Steps of euler and heun.")] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of the prior.")] = 0,
+    step: options.Step = None,
+    solver: options.Solver = "heun",
+    steps: options.Steps = 50,
+    batch: options.Batch = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Overwrite an evaluation in --out.")
     ] = False,
@@ -47,11 +53,15 @@ def evaluate(
     from pfgm_kernels import figures
     from pfgm_kernels.training import data as data_sets
     from pfgm_kernels.training import evaluation
-    from pfgm_kernels.training.generate import generate
+    from pfgm_kernels.training.generate import Sampler, Sampling
+    from pfgm_kernels.training.likelihood import check_data
+    from pfgm_kernels.training.samples import collect
     from pfgm_kernels.training.trainer import load_model
 
     if (model is None) == (images is None):
         raise ValueError("expected either --model or --images")
+    if (model is None and seeds is not None) or (images is None and count is not None):
+        raise ValueError("--seeds goes with --model and --count with --images, got another pair")
     metrics, picture = out / "metrics.json", out / "samples.png"
     if not replace and (metrics.exists() or picture.exists()):
         raise ValueError(
@@ -60,12 +70,14 @@ def evaluate(
     judge = None if features is None else evaluation.TorchScriptFeatures(features)
     console = Console()
     if model is not None:
-        network, config = load_model(model)
-        points = data_sets.load(data or config.data)
-        size = 1000 if count is None else count
-        options: dict[str, Any] = {"seed": seed, "solver": solver, "steps": steps}
-        result = generate(network, config, size, console=console, **options)
-        samples, source = result.x, {"model": str(model), "nfe": result.nfe, **options}
+        wanted = options.seeds_of(seeds or "0-999")
+        network, config = load_model(model, step=step)
+        points = config.load_data() if data is None else data_sets.load(data)
+        check_data(config, points)
+        sampler = Sampler(network, config, Sampling(solver, steps, batch=batch))
+        samples, evaluations = collect(sampler, wanted, console)
+        source: dict[str, Any] = {"model": str(model), "step": step, "seeds": seeds or "0-999"}
+        source |= {"nfe": evaluations} | asdict(sampler.how)
     else:
         assert images is not None  # one of them is given
         if data is None:

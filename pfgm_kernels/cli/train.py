@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,13 +33,25 @@ def train(
     conditional: Annotated[
         bool, typer.Option("--conditional", help="Train by class, with the data's labels.")
     ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu or cuda; auto is a GPU where there is one.")
+    ] = None,
+    held_out: Annotated[
+        float | None, typer.Option(help="Share of the data to hold out; a tenth if not given.")
+    ] = None,
+    flips: Annotated[
+        bool, typer.Option("--flips", help="Train on the mirror images, too.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
 ) -> None:
     """Train a network; with --resume, what is not given stays as it was."""
+    from rich.console import Console
+
     from pfgm_kernels.training import data as data_sets
     from pfgm_kernels.training import settings as known
     from pfgm_kernels.training import trainer
     from pfgm_kernels.training.config import TrainConfig
+    from pfgm_kernels.training.progress import reading
 
     options = {
         "data": data,
@@ -46,26 +59,40 @@ def train(
         "seed": seed,
         "checkpoint_every": checkpoint_every,
         "network": network,
+        "device": device,
+        "held_out": held_out,
+        "flips": flips or None,
     }
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     given |= known.overrides(TrainConfig, settings or [])
+    console = Console(
+        quiet=int(os.environ.get("RANK") or 0) > 0
+    )  # of several ranks the first talks
     if resume:
         if config or conditional:  # they would be ignored
             raise ValueError(
                 "--resume expects the run's own settings, got --config or --conditional"
             )
-        stored = TrainConfig.read(out)
-        points = data_sets.load(given.pop("data", stored.data))
-        run_config = replace(stored, data=points.name, **given)
+        wanted = replace(TrainConfig.read(out), **given)
+        with reading(console) as progress:
+            points = wanted.load_data(progress)
+        run_config = replace(wanted, data=points.name)
     else:
-        name = config or (given.get("data") if given.get("data") in known.PRESETS else None)
+        named = given.get("data")
+        presets = {*data_sets.NAMES} & {*known.PRESETS}
+        name = config or (named if named in presets else None)
         given = (known.read(TrainConfig, name) if name else {}) | given
         if "data" not in given:
             names = ", ".join(data_sets.NAMES)
             raise ValueError(f"expected --data with one of {names}, or {data_sets.PATHS}")
-        points = data_sets.load(given.pop("data"))
+        kept = {key: given.pop(key) for key in ("held_out", "flips") if key in given}
+        with reading(console) as progress:
+            points = data_sets.load(given.pop("data"), progress=progress, **kept)
+        if not name and points.is_image:
+            given = known.read(TrainConfig, "folder") | given
         run_config = TrainConfig.for_data(points, conditional=conditional, **given)
     run = trainer.train(run_config, points, out, resume=resume)
     if not run.finished:
         raise typer.Exit(INTERRUPTED)
-    typer.echo(f"Trained for {run_config.steps} steps: {out / 'model.safetensors'}")
+    done = f"Trained for {run_config.steps} steps: {out / 'model.safetensors'}"
+    console.print(done, highlight=False, soft_wrap=True)

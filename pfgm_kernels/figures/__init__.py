@@ -19,6 +19,7 @@ from pfgm_kernels.figures.prior import hemisphere
 from pfgm_kernels.figures.ring import shell
 from pfgm_kernels.figures.runs import (
     PIXELS_PER_PIXEL,
+    check_drawable,
     draw_comparison,
     draw_loss,
     draw_samples,
@@ -53,6 +54,7 @@ __all__ = [
     "NAMES",
     "OF_IMAGES",
     "PIXELS_PER_PIXEL",
+    "check_drawable",
     "draw_comparison",
     "draw_evaluation",
     "draw_figure",

@@ -44,8 +44,6 @@ def _show(axes: Axes, events: Tensor, columns: int) -> None:
         axes.scatter(events[:, 0], events[:, 1], s=6, c=BLUE, linewidths=0)
         axes.set_aspect("equal")
         return
-    if events.ndim == 4 and events.shape[1] == 1:
-        events = events[:, 0]
     axes.imshow(tile(events, columns))
     axes.set_anchor("N")
     axes.set_axis_off()

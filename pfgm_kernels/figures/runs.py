@@ -19,15 +19,28 @@ from pfgm_kernels.flow import Trajectory
 PIXELS_PER_PIXEL = 6
 
 
-def draw_samples(samples: Tensor, path: Path) -> None:
+def check_drawable(event_shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless `draw_samples` can draw such events."""
+    channels = event_shape[0] if len(event_shape) == 3 else 1
+    if event_shape != (2,) and (len(event_shape) < 2 or channels not in (1, 3)):
+        raise ValueError(
+            "a picture expects images (h, w) or (3, h, w), or points (2,), got events of shape "
+            f"{event_shape}"
+        )
+
+
+def draw_samples(samples: Tensor, path: Path, columns: int | None = None) -> None:
     """A grid of images (n, h, w) or (n, 3, h, w) in [-1, 1], or a scatter plot of points (n, 2)."""
-    figure = sheet(6, 6)
-    axes = figure.add_subplot()
     if samples.ndim == 2 and samples.shape[1] == 2:
+        figure = sheet(6, 6)
+        axes = figure.add_subplot()
         axes.scatter(samples[:, 0], samples[:, 1], s=4, c="#3b528b", alpha=0.6, linewidths=0)
         axes.set_aspect("equal")
     else:
-        _show(axes, tile(samples, columns=max(1, round(len(samples) ** 0.5))))
+        picture = tile(samples, columns or max(1, round(len(samples) ** 0.5)))
+        width = max(6, columns or 0)
+        figure = sheet(width, width * picture.shape[0] / picture.shape[1])
+        _show(figure.add_subplot(), picture)
     save(figure, path)
 
 
@@ -74,6 +87,8 @@ def tile(images: Tensor, columns: int) -> np.ndarray:
     Each pixel is enlarged, the images stand in rows of ``columns`` with white lines between them.
     Grey images are drawn as ink on paper: 1 is black.
     """
+    if images.ndim == 4 and images.shape[1] == 1:
+        images = images[:, 0]
     if images.ndim == 3:
         images = -images[:, None].expand(-1, 3, -1, -1)
     elif images.ndim != 4 or images.shape[1] != 3:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pfgm_kernels._checks import blind
 from pfgm_kernels.backends._values import decode
+from pfgm_kernels.on_disk import OnDisk
 from pfgm_kernels.references import ReferenceSet
 
 # How much is looked at, and what counts as far: measured on images, toy sets and random numbers, so
@@ -64,7 +65,7 @@ def warn_of_another_range(points: Tensor, references: ReferenceSet) -> None:
     )
 
 
-def _some(rows: Tensor) -> Tensor:
+def _some(rows: Tensor | OnDisk) -> Tensor:
     """Up to MOST of the rows (N, d), evenly spread: sorted data is seen in all its parts."""
     count, d = rows.shape
     wanted = min(count, MOST, max(FEWEST, VALUES // d))

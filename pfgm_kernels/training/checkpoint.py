@@ -34,7 +34,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(state)
     # One entry, as safetensors writes several in any order: equal contents, equal files.
-    metadata = {"pfgm_kernels": _checksum(tensors, text) + text}
+    metadata = {"pfgm_kernels": checksum(tensors, text) + text}
     write_bytes(path, save(tensors, metadata))
 
 
@@ -59,7 +59,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if (entry := metadata.get("pfgm_kernels")) is None:
         raise ValueError(f"{path} is no checkpoint: expected the entry 'pfgm_kernels', got none")
     expected, text = entry[:DIGITS], entry[DIGITS:]
-    found = _checksum(tensors, text)
+    found = checksum(tensors, text)
     if found != expected:
         raise ValueError(f"damaged checkpoint {path}: expected checksum {expected}, got {found}")
     return tensors, json.loads(text)
@@ -95,6 +95,15 @@ def match_keys(path: Path, expected: Set[str], got: Set[str], written_by: str | 
         )
 
 
+def checksum(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 of tensors on the CPU by name, and of a text."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 class Checkpoints:
     """The newest checkpoints of one run, in files ``step_00001234.safetensors`` of a folder."""
 
@@ -105,9 +114,17 @@ class Checkpoints:
         """All checkpoints, the newest first."""
         return sorted(self.folder.glob("step_*.safetensors"), reverse=True)
 
+    def path(self, step: int) -> Path:
+        """Of the checkpoint of ``step``, which there may not be."""
+        return self.folder / f"step_{step:08d}.safetensors"
+
+    def steps(self) -> list[int]:
+        """Those that there are checkpoints of, the last one first."""
+        return [int(path.stem.removeprefix("step_")) for path in self.paths()]
+
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
         """Writes the checkpoint of ``step``, then removes what is no longer kept."""
-        path = self.folder / f"step_{step:08d}.safetensors"
+        path = self.path(step)
         write(path, tensors, state)
         for old in [*self.paths()[self.keep :], *self.folder.glob(f"*{TEMPORARY}")]:
             old.unlink(missing_ok=True)
@@ -152,12 +169,13 @@ def load_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin with ``prefix``, by the rest of their names."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _writer(version: str | None) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from pfgm_kernels._checks import finite, integer, non_negative, positive, shape_
 from pfgm_kernels.files import write_bytes
 from pfgm_kernels.flow.constants import SIGMA, TAU, constants
 from pfgm_kernels.training import checkpoint, networks, settings
+from pfgm_kernels.training import data as data_sets
 from pfgm_kernels.training.data import DataSet
+from pfgm_kernels.training.data.checks import check_share
 from pfgm_kernels.training.methods import METHODS, TARGETS, check_method, count_classes
 from pfgm_kernels.training.ranks import DEVICES
 
@@ -35,6 +38,10 @@ class TrainConfig:
     """Added to the norm in the target of Eq. (12), in the units of x."""
     T: float
     """Where sampling starts, in the units of x."""
+    images: bool = False
+    """Whether the data are 8-bit images, whose values 0 ... 255 stand for low ... high."""
+    low: float = -1.0
+    high: float = 1.0
     network: str = "perceptron"
     """perceptron, unet, ddpmpp, package.module:factory, or own for one given from Python."""
     predicts: str = "mean"
@@ -87,20 +94,25 @@ class TrainConfig:
     threads: int = 1
     """Of the CPU. The perceptron is too small to gain much from more, and their number changes the
     order of sums: with it fixed, a run gives the same bits wherever it is resumed."""
+    held_out: float | None = None
+    """The share of the data that is held out; null of data that come with a part held out."""
+    flips: bool = False
+    """Whether the mirror images are trained on, too: they are in the batches and the references."""
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
             "event_shape": shape_of_event(self.event_shape),
             "seed": integer("seed", self.seed, LEAST_SEED),
             "D": positive("D", self.D, finite=False),
-            "log_sigma_mean": finite("log_sigma_mean", self.log_sigma_mean),
             "network": networks.check_name(self.network),
             "spike": positive("spike", self.spike, finite=False),
+            "held_out": check_share(self.held_out),
         }
         for check, names in (
             (integer, "steps checkpoint_every batch_size warmup width depth threads M"),
             (integer, "accumulation"),
             (_count, "references classes"),
+            (finite, "log_sigma_mean low high"),
             (positive, "T sigma tau sigma_data log_sigma_std learning_rate clip_norm ema_halflife"),
             (non_negative, "gamma ema_rampup"),
         ):
@@ -126,7 +138,8 @@ class TrainConfig:
     def for_data(cls, data: DataSet, **changes: Any) -> TrainConfig:
         """The defaults for a data set: M, gamma and T by `constants`, noise levels of pfgmpp by its
         standard deviation; PFGM with a perceptron, and PFGM++ with the small U-Net for images that
-        it fits. ``conditional=True`` takes the data's classes. Raises ValueError where it has none.
+        it fits; what is held out and flipped as it was loaded. ``conditional=True`` takes the
+        data's classes. Raises ValueError where it has none.
         """
         images = data.is_image and _suits_unet(data.event_shape)
         network = changes.get("network", "unet" if images else "perceptron")
@@ -138,12 +151,17 @@ class TrainConfig:
         known: dict[str, Any] = {
             "data": data.name,
             "event_shape": data.event_shape,
+            "images": data.is_image,
+            "low": data.low,
+            "high": data.high,
             "network": network,
             "predicts": _prediction(method, network),
             "method": method,
             "D": D,
             "sigma_data": spread,
             "log_sigma_mean": math.log(2 * spread) - 1.2,
+            "held_out": data.share,
+            "flips": data.flips,
         }
         known |= {name: getattr(rule, name) for name in ("M", "gamma", "T")}
         if changes.pop("conditional", False):
@@ -153,6 +171,12 @@ class TrainConfig:
         if method == "unnormalized":
             known["spike"] = math.inf  # its losses are spikes
         return cls(**known | changes)
+
+    def load_data(self, progress: Callable[[float], None] | None = None) -> DataSet:
+        """The data set of the run, with the same rows held out; raises as `data.load` does."""
+        return data_sets.load(
+            self.data, held_out=self.held_out, flips=self.flips, progress=progress
+        )
 
     def model(
         self, data: DataSet | None = None, network: torch.nn.Module | None = None

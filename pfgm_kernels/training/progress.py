@@ -5,21 +5,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 LOG_INTERVAL = 15.0
+PATIENCE = 2.0
+"""Seconds of reading of which nobody needs to be told."""
 
 
 @contextmanager
 def progress_bar(
-    console: Console, description: str, total: float, start: int = 0
+    console: Console, description: str, total: float, start: int = 0, after: float = 0.0
 ) -> Iterator[Callable[[float, str], None]]:
     """A bar from ``start`` to ``total``; call what it yields with (done, text to show beside it).
 
-    Where the console is no terminal a line is printed now and then instead.
+    It appears once ``after`` seconds have gone by. Where the console is no terminal a line is
+    printed now and then instead.
     """
     if not console.is_terminal:
         yield _log_lines(console, description, total, start)
@@ -31,9 +34,24 @@ def progress_bar(
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(description, total=total, completed=start, text="")
-        yield lambda done, text: progress.update(task, completed=done, text=text)
+    progress, began = Progress(*columns, console=console), time.monotonic()
+    task = progress.add_task(description, total=total, completed=start, text="")
+    with ExitStack() as shown:
+
+        def update(done: float, text: str) -> None:
+            progress.update(task, completed=done, text=text)
+            if not progress.live.is_started and time.monotonic() - began >= after:
+                shown.enter_context(progress)
+
+        update(start, "")
+        yield update
+
+
+@contextmanager
+def reading(console: Console) -> Iterator[Callable[[float], None]]:
+    """For `data.load`: shows which part is read, of what takes longer than a moment."""
+    with progress_bar(console, "Reading", 1.0, after=PATIENCE) as update:
+        yield lambda fraction: update(fraction, "")
 
 
 def _log_lines(

@@ -61,11 +61,13 @@ class Training:
     ) -> None:
         self.config, self.data, self.ranks = config, data, ranks
         self.device = ranks.device(config.device)
-        if config.event_shape != data.event_shape:
-            raise ValueError(
-                f"event_shape expects that of the data, {data.event_shape}, "
-                f"got {config.event_shape}"
-            )
+        for name, of_data in (
+            ("event_shape", data.event_shape),
+            ("held_out", data.share),
+            ("flips", data.flips),
+        ):
+            if (value := getattr(config, name)) != of_data:
+                raise ValueError(f"{name} expects that of the data, {of_data}, got {value}")
         self.parts = ranks.world * config.accumulation
         if config.batch_size % self.parts:
             raise ValueError(
@@ -229,11 +231,11 @@ class Training:
                 f"{path} is of batches in {state['parts']} parts: expected as many ranks times "
                 f"accumulation, got {self.ranks.world} * {self.config.accumulation}"
             )
-        optimizer = _without_prefix("optimizer.", tensors)
+        optimizer = checkpoint.without_prefix("optimizer.", tensors)
         weights = {name: tensors[name] for name in tensors if not name.startswith("optimizer.")}
         checkpoint.match(path, self._weights(), weights, version)
-        self.network.load_state_dict(_without_prefix("network.", weights))
-        self.average.load_state_dict(_without_prefix("average.", weights))
+        self.network.load_state_dict(checkpoint.without_prefix("network.", weights))
+        self.average.load_state_dict(checkpoint.without_prefix("average.", weights))
         checkpoint.load_optimizer(self.optimizer, optimizer, state["groups"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -255,11 +257,3 @@ def seed_of(seed: int, part: int, step: int) -> int:
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in tensors.items()}
-
-
-def _without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }

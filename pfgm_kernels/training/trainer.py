@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from pfgm_kernels.files import LOCK, TEMPORARY, locked
 from pfgm_kernels.training import checkpoint
@@ -30,6 +31,8 @@ from pfgm_kernels.training.reports import Reports, reports
 from pfgm_kernels.training.state import REPORT_EVERY, Step, Training
 
 MODEL = "model.safetensors"
+AVERAGE = "average.module."
+"""Before the names of the averaged weights in a checkpoint."""
 MOST_SKIPPED = 20
 """Steps in a row; so many mean that training does not come back by itself."""
 # A resumed run may go further, save at other steps or compute the parts of a batch elsewhere, which
@@ -172,15 +175,23 @@ def _told_of_skip(
 
 
 def load_model(
-    folder: Path, network: torch.nn.Module | None = None
+    folder: Path, network: torch.nn.Module | None = None, *, step: int | None = None
 ) -> tuple[torch.nn.Module, TrainConfig]:
-    """The averaged model of the finished run in ``folder``, and what the run was given. A model
-    around ``network``, which takes the weights, where the run was given its own from Python.
+    """The averaged model of the finished run in ``folder``, and what the run was given; with
+    ``step`` that of its checkpoint of this step, of a run that need not be finished. A model around
+    ``network``, which takes the weights, where the run was given its own from Python.
 
     Raises FileNotFoundError or ValueError, naming the file, where something is missing or damaged.
     """
     config = TrainConfig.read(folder)
     model = config.model(network=network)
+    path, weights, version = _finished(folder, config) if step is None else _saved(folder, step)
+    checkpoint.match(path, model.state_dict(), weights, version)
+    model.load_state_dict(weights)
+    return model.eval(), config
+
+
+def _finished(folder: Path, config: TrainConfig) -> tuple[Path, dict[str, Tensor], str | None]:
     path = folder / MODEL
     finish = f"pfgm train --out {shlex.quote(str(folder))} --resume"
     if not path.is_file():
@@ -191,14 +202,24 @@ def load_model(
     weights, state = checkpoint.read(path)
     version = state.pop("version", None)
     checkpoint.match_keys(path, {"step"}, state.keys(), version)
-    checkpoint.match(path, model.state_dict(), weights, version)
     if state["step"] < config.steps:
         warnings.warn(
             f"{path} is of step {state['step']} of {config.steps}: `{finish}` finishes the run",
-            stacklevel=2,
+            stacklevel=3,
         )
-    model.load_state_dict(weights)
-    return model.eval(), config
+    return path, weights, version
+
+
+def _saved(folder: Path, step: int) -> tuple[Path, dict[str, Tensor], str | None]:
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
+    path = checkpoints.path(step)
+    if not path.is_file():
+        steps = ", ".join(str(known) for known in checkpoints.steps())
+        raise FileNotFoundError(
+            f"{folder} holds no checkpoint of step {step}: expected one of {steps or 'none'}"
+        )
+    tensors, state = checkpoint.read(path)
+    return path, checkpoint.without_prefix(AVERAGE, tensors), state.get("version")
 
 
 def _claim(folder: Path, config: TrainConfig, resume: bool, replace: bool) -> None:

@@ -23,9 +23,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports run from higher layers to lower ones; within a layer, between modules of one package only.
 LAYERS = [
-    ("_C", "_checks", "files"),
+    ("_C", "_checks", "files", "on_disk"),
     ("backends._native", "backends._shapes", "backends._values", "classes", "cuts", "outputs"),
-    ("rows",),
+    ("edits", "rows"),
     ("backends.eager", "backends.cpu", "backends.triton", "backends.cuda"),
     ("backends", "merge"),
     ("chunks", "problems"),

@@ -12,16 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import pfgm_kernels
-from pfgm_kernels import choice, figures
+from pfgm_kernels import choice
 from pfgm_kernels.cli import app
 from pfgm_kernels.training.checkpoint import read
-from pfgm_kernels.training.generate import generate
 from pfgm_kernels.training.settings import load
-from pfgm_kernels.training.trainer import load_model
 
 
 def pfgm(*arguments: object) -> Result:
@@ -173,71 +170,12 @@ def test_train_refuses(digits: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "rk45"])
-def test_sample_draws_a_picture(digits: Path, tmp_path: Path, solver: str) -> None:
-    out = tmp_path / "new" / "samples.png"
-    options = ("--count", 6, "--solver", solver, "--steps", 4, "--out", out)
-    result = pfgm("sample", "--model", digits, *options)
-    assert result.exit_code == 0, result.output
-    assert "6 samples" in result.stdout
-    evaluations = int(result.stdout.split("6 samples, ")[1].split()[0])
-    assert evaluations == {"euler": 5, "heun": 9}.get(solver, evaluations) > 0
-    with Image.open(out) as picture:
-        assert picture.size[0] > 300
-
-
-def test_sample_depends_on_its_seed_alone(digits: Path, tmp_path: Path) -> None:
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        options = ("--count", 4, "--steps", 3, "--seed", seed, "--out", tmp_path / f"{name}.png")
-        assert pfgm("sample", "--model", digits, *options).exit_code == 0
-    first, second, other = (Image.open(tmp_path / f"{name}.png") for name in "abc")
-    assert first.tobytes() == second.tobytes()
-    assert first.tobytes() != other.tobytes()
-
-
-def test_what_is_drawn(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So many samples as were asked for, from the prior of the run with that seed."""
-    drawn = []
-    monkeypatch.setattr(figures, "draw_samples", lambda samples, path: drawn.append(samples))
-    options = ("--count", 7, "--solver", "euler", "--steps", 3)
-    for seed in (3, 0):
-        assert pfgm("sample", "--model", digits, *options, "--seed", seed).exit_code == 0
-    network, config = load_model(digits)
-    expected = {"solver": "euler", "steps": 3, "console": Console(quiet=True)}
-    for samples, seed in zip(drawn, (3, 0), strict=True):
-        assert torch.equal(samples, generate(network, config, 7, seed=seed, **expected).x)
-
-
 def test_a_message_of_several_lines_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(check: bool) -> None:
         raise ValueError("first\n  second")
 
     monkeypatch.setattr(pfgm_kernels, "report", broken)
     assert_refused(pfgm("report"), "pfgm: first second")
-
-
-def test_sample_of_points(tmp_path: Path) -> None:
-    run, out = tmp_path / "run", tmp_path / "points.png"
-    assert pfgm("train", "--data", "two_moons", "--out", run, "--steps", 2).exit_code == 0
-    assert pfgm("sample", "--model", run, "--steps", 3, "--out", out).exit_code == 0
-    assert out.stat().st_size > 1000
-
-
-def test_sample_refuses(digits: Path, tmp_path: Path) -> None:
-    out = ("--out", tmp_path / "samples.png")
-    assert_refused(pfgm("sample", "--model", tmp_path, *out), f"{tmp_path} holds no run")
-    wrong_solver = pfgm("sample", "--model", digits, "--solver", "huen", *out)
-    assert_refused(wrong_solver, "euler, heun, heun_euler, rk45", "'huen'")
-    assert_refused(pfgm("sample", "--model", digits, "--count", 0, *out), "got 0")
-    assert_refused(pfgm("sample", "--model", digits, "--steps", 0, *out), "got 0")
-    wrong_name = pfgm("sample", "--model", digits, "--out", tmp_path / "samples.gif")
-    assert_refused(wrong_name, "ends in .png")
-    assert not list(tmp_path.iterdir())
-    for name in ("config.yaml", "checkpoints/step_00000003.safetensors"):  # as if it were stopped
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes((digits / name).read_bytes())
-        unfinished = pfgm("sample", "--model", tmp_path, *out)
-        assert_refused(unfinished, f"`pfgm train --out {tmp_path} --resume` finishes it")
 
 
 def test_damaged_run_is_refused(digits: Path, tmp_path: Path) -> None:

@@ -213,12 +213,15 @@ def test_mnist_by_path(tmp_path: Path, place: str, packed: bool) -> None:
             (tmp_path / place / path.name).write_bytes(content)
         else:
             (tmp_path / place / path.stem).write_bytes(gzip.decompress(content))
-    mnist = data.load(tmp_path, held_out=0.5)
+    mnist = data.load(tmp_path)
     assert mnist.name == str(tmp_path)
     assert np.array_equal(mnist.train.numpy(), written["train-images-idx3-ubyte.gz"])
     assert np.array_equal(mnist.held_out.numpy(), written["t10k-images-idx3-ubyte.gz"])
     assert mnist.held_out_labels is not None
     assert np.array_equal(mnist.held_out_labels.numpy(), written["t10k-labels-idx1-ubyte.gz"])
+    for share in (0, 0.5):
+        with pytest.raises(ValueError, match=rf"held_out expects no share for {tmp_path}, which"):
+            data.load(tmp_path, held_out=share)
 
 
 def test_mnist_as_torchvision_unpacks_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -155,13 +155,13 @@ def test_other_labels(tmp_path: Path, labels: np.ndarray, sentence: str) -> None
 def test_which_arrays(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     np.savez(path, pictures=CODES, y=np.arange(7))
-    with pytest.raises(ValueError, match=r"one of the arrays images, x, data, got pictures.npy, y"):
+    with pytest.raises(ValueError, match=r"images, x, data, arr_0, got pictures.npy, y"):
         data.load(path)
     np.savez(path, x=CODES, images=CODES)
-    with pytest.raises(ValueError, match=r"images, x, data, got images.npy, x.npy"):
+    with pytest.raises(ValueError, match=r"images, x, data, arr_0, got images.npy, x.npy"):
         data.load(path)
     zipfile.ZipFile(path, "w").close()
-    with pytest.raises(ValueError, match=r"images, x, data, got none"):
+    with pytest.raises(ValueError, match=r"images, x, data, arr_0, got none"):
         data.load(path)
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from pfgm_kernels.training import data
+from pfgm_kernels.training.data import checks
 from pfgm_kernels.training.data.dataset import MOST_HELD_OUT, DataSet, split
 
 GREY = np.random.default_rng(0).integers(0, 256, (12, 9, 7), dtype=np.uint8)
@@ -37,7 +38,8 @@ def write_all(folder: Path, names: list[str]) -> None:
     ],
 )
 def test_a_split_is_a_partition_in_order(count: int, share: float, held_out: int) -> None:
-    places, train = split("here", count, share)
+    places, train, kept = split("here", count, share)
+    assert kept == share
     assert train == count - held_out
     assert np.array_equal(np.sort(places), np.arange(count))
     order = np.argsort(places)
@@ -53,7 +55,7 @@ def test_a_split_is_the_same_always() -> None:
 
 @pytest.mark.parametrize("period", [2, 10, 100, 128])
 def test_rows_in_turn_are_held_out_alike(period: int) -> None:
-    places, train = split("here", 10_000, 0.1)
+    places, train, _ = split("here", 10_000, None)
     counts = np.bincount(np.argsort(places)[train:] % period, minlength=period)
     mean = 1000 / period
     assert np.abs(counts - mean).max() < 5 * mean**0.5
@@ -70,6 +72,25 @@ def test_too_few_rows(tmp_path: Path) -> None:
 def test_shares(tmp_path: Path, share: float) -> None:
     with pytest.raises(ValueError, match="held_out expects a share from 0 to below 1, got"):
         data.load(tmp_path, held_out=share)
+
+
+@pytest.mark.parametrize(("held_out", "count"), [(None, 1), (0.1, 1), (0.5, 5), (0.0, 0)])
+def test_a_share_is_kept_with_the_data(tmp_path: Path, held_out: float | None, count: int) -> None:
+    write_all(tmp_path, [f"{index}.png" for index in range(10)])
+    found = data.load(tmp_path, held_out=held_out)
+    assert (len(found.train), len(found.held_out)) == (10 - count, count)
+    assert found.share == (0.1 if held_out is None else held_out)
+
+
+def test_a_part_that_the_data_bring_takes_no_share(tmp_path: Path) -> None:
+    """Nor is a share that is asked for passed over. Images may still be read as one whole."""
+    write_all(tmp_path, ["train/a/1.png", "train/b/2.png", "val/a/3.png"])
+    assert data.load(tmp_path).share is None
+    whole = data.load(tmp_path, held_out=0)
+    assert (len(whole.train), len(whole.held_out), whole.share) == (3, 0, 0)
+    for name in (tmp_path, "digits"):
+        with pytest.raises(ValueError, match=rf"expects no share for {name}, which comes with a"):
+            data.load(name, held_out=0.2)
 
 
 def test_labels_go_where_their_images_go(tmp_path: Path) -> None:
@@ -164,9 +185,23 @@ def test_flips(shape: tuple[int, ...], labels: torch.Tensor | None) -> None:
         assert flipped.train_labels.tolist() == [1, 0, 2, 1, 0, 2]
     assert (flipped.name, flipped.low, flipped.high) == ("mine", 0.0, 2.0)
     assert len(flipped.references) == 6
+    assert flipped.flips
+    with pytest.raises(ValueError, match=r"flips expects images of 8 bits, got flipped ones"):
+        flipped.with_flips()
+
+
+def test_flips_that_do_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_all(tmp_path, ["a.png", "b.png"])
+    monkeypatch.setattr(checks, "memory", lambda: 3 * GREY[0].size)
+    data.load(tmp_path, held_out=0)
+    with pytest.raises(ValueError, match=r"this machine's memory, got shape \(4, "):
+        data.load(tmp_path, held_out=0, flips=True)
 
 
 def test_points_have_no_mirror_image() -> None:
     points = torch.zeros(3, 2)
-    with pytest.raises(ValueError, match=r"with_flips expects images, got torch.float32 points"):
+    with pytest.raises(
+        ValueError,
+        match=r"flips expects images of 8 bits, got float32 points of shape \(2,\) \(mine",
+    ):
         DataSet("mine", points, points, None, None).with_flips()

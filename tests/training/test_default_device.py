@@ -16,7 +16,9 @@ from pfgm_kernels import figures
 from pfgm_kernels.training import data
 from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.evaluation import evaluate
-from pfgm_kernels.training.generate import generate
+from pfgm_kernels.training.generate import Sampler, Sampling
+from pfgm_kernels.training.interpolation import paths
+from pfgm_kernels.training.likelihood import likelihood
 from pfgm_kernels.training.networks.perceptron import FieldNetwork
 from pfgm_kernels.training.trainer import load_model, train
 
@@ -30,13 +32,17 @@ def run(folder: Path) -> Tensor:
     longer = TrainConfig.for_data(moons, steps=6, width=8, depth=1, batch_size=8, threads=1)
     train(longer, moons, folder, resume=True, console=quiet)
     network, config = load_model(folder)
-    options = {"seed": 3, "steps": 2, "console": quiet, "keep_path": True}
-    result = generate(network, config, 12, solver="heun", **options)
-    rough = generate(network, config, 2, solver="rk45", **options)
-    assert rough.path is not None
-    image = replace(rough, path=rough.path[..., None])
+    sampler = Sampler(network, config, Sampling(steps=2))
+    (part,) = sampler.generate(range(12), quiet, keep_path=True)
+    result, (rough,) = part.result, Sampler(network, config, Sampling("rk45")).generate([3], quiet)
+    assert result.path is not None
+    image = replace(result, path=result.path[:, :2, :, None])
     figures.draw_trajectories(result, moons.train[:50], image, folder / "trajectories.png")
-    return torch.cat([result.x, rough.x])
+    found = likelihood(network, config, moons, 3, sigma_min=0.1, rtol=0.1, console=quiet)
+    way = paths(network, config, moons, (0, 1), 2, sigma_min=0.1, rtol=0.1, console=quiet)
+    return torch.cat(
+        [result.x, rough.result.x, way.flatten(0, 1), found.log_p[:2, None].expand(2, 2)]
+    )
 
 
 def test_a_run(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pfgm_kernels.flow import Trajectory, perturb, sample_prior
 from pfgm_kernels.training import data
 from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.evaluation import Evaluation, Quality
+from pfgm_kernels.training.reports import read_stats
 from pfgm_kernels.training.trainer import Run
 
 
@@ -105,7 +106,9 @@ def test_peak_memory_is_seen() -> None:
 
 
 @pytest.mark.exhaustive
-def test_demo_leaves_what_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_leaves_what_it_promises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The whole demo with a network that has learned next to nothing."""
     real = TrainConfig.for_data
     tiny = {"steps": 3, "width": 16, "depth": 1}
@@ -148,6 +151,10 @@ def test_demo_leaves_what_it_promises(tmp_path: Path, monkeypatch: pytest.Monkey
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["samples"] == 400
     assert metrics["nfe"] == 17
+    share = read_stats(tmp_path / "run" / "stats.jsonl")[-1]["targets_share"]
+    assert 0 < metrics["targets_share"] < 1
+    assert metrics["targets_share"] == share  # of three steps one is reported
+    assert f"all 1437 digits took {share:.1%} of a training step" in capsys.readouterr().out
     assert metrics["held_out_accuracy"] >= 0.97
     assert metrics["sample"]["frechet_distance"] > metrics["held_out"]["frechet_distance"]
     assert sum(metrics["class_shares"]) == pytest.approx(1)
@@ -160,7 +167,7 @@ def test_an_interrupted_training_ends_the_demo(
 ) -> None:
     monkeypatch.setattr(demo, "QUERIES", 4)
     monkeypatch.setattr(demo, "train", lambda *a, **k: Run([], 0, finished=False, seconds=1.0))
-    monkeypatch.setattr(demo, "generate", None)
+    monkeypatch.setattr(demo, "Sampler", None)
     assert not demo.run(tmp_path)
 
 

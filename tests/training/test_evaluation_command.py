@@ -19,7 +19,8 @@ from pfgm_kernels import figures
 from pfgm_kernels.cli import app
 from pfgm_kernels.training import data, evaluation
 from pfgm_kernels.training.evaluation import Evaluation
-from pfgm_kernels.training.generate import generate
+from pfgm_kernels.training.generate import Sampler, Sampling
+from pfgm_kernels.training.samples import collect
 from pfgm_kernels.training.trainer import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -72,18 +73,18 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 def test_a_model(run: Path, means: Path, tmp_path: Path, judged: list[Tensor]) -> None:
     out = tmp_path / "new" / "judged"
-    options = ("--count", 20, "--seed", 7, "--solver", "euler", "--steps", 3)
+    options = ("--seeds", "7-26", "--solver", "euler", "--steps", 3, "--batch", 6, "--step", 2)
     result = pfgm("evaluate", "--model", run, "--features", means, "--out", out, *options)
     assert result.exit_code == 0, result.output
     assert "8 features by means.pt, n = 20" in result.stdout
     network, config = load_model(run)
-    expected = {"seed": 7, "solver": "euler", "steps": 3}
-    samples = generate(network, config, 20, console=Console(quiet=True), **expected).x
-    assert torch.equal(judged[0], samples)
+    sampler = Sampler(network, config, Sampling("euler", 3, batch=6))
+    assert torch.equal(judged[0], collect(sampler, range(7, 27), Console(quiet=True))[0])
     metrics = json.loads((out / "metrics.json").read_text())
     digest = hashlib.sha256(means.read_bytes()).hexdigest()
-    source = {"model": str(run), "nfe": 4, **expected, "data": "digits", "features": digest}
-    assert metrics["source"] == source
+    source = {"model": str(run), "step": 2, "seeds": "7-26", "nfe": 4, "solver": "euler"}
+    source |= {"steps": 3, "batch": 6, "data": "digits", "features": digest}
+    assert metrics["source"] == metrics["source"] | source
     assert (metrics["samples"], metrics["count"], metrics["feature_count"]) == (20, 20, 8)
     assert metrics["sample"]["inception_score"] is None
     with Image.open(out / "samples.png") as picture:
@@ -148,8 +149,10 @@ def test_refusals(run: Path, means: Path, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.pt").write_text("{}")
     bad = pfgm("evaluate", *out, "--model", run, "--features", tmp_path / "bad.pt")
     assert_refused(bad, "bad.pt is no network")
-    other = pfgm("evaluate", *out, "--model", run, "--data", "two_moons", "--count", 10)
-    assert_refused(other, "the event (2,) of two_moons, got (10, 8, 8)")
+    other = pfgm("evaluate", *out, "--model", run, "--data", "two_moons")
+    assert_refused(other, "data expects images of shape (8, 8), as the run's are, got points")
+    for options in (("--model", run, "--count", 9), ("--images", folder, "--seeds", "0-9")):
+        assert_refused(pfgm("evaluate", *out, *options), "--seeds goes with --model and --count")
     assert not (tmp_path / "out").exists()
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -84,6 +85,20 @@ def test_colours_and_grey_turn_into_one_another(tmp_path: Path, images: np.ndarr
     assert torch.equal(read_images(tmp_path, COLOUR), expected)
     Image.fromarray(np.repeat(images[0, :, :, :1], 3, axis=2)).save(tmp_path / "0.png")
     assert torch.equal(read_images(tmp_path, GREY), as_events(images[:1], GREY))
+    Image.fromarray(images[0]).save(tmp_path / "0.png")
+    with pytest.raises(ValueError, match="expects grey images as those of small, got colours"):
+        read_images(tmp_path, GREY)
+
+
+def test_each_image_is_judged(tmp_path: Path, images: np.ndarray) -> None:
+    """None is held out, whatever the folders are called; a ZIP is as good as a folder."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for i, name in enumerate(("test", "train", "val")):
+            (tmp_path / "a" / name).mkdir(parents=True)
+            Image.fromarray(images[i]).save(tmp_path / "a" / name / "0.png")
+            archive.write(tmp_path / "a" / name / "0.png", f"{name}/0.png")
+    for path in (tmp_path / "a", tmp_path / "a.zip"):
+        assert torch.equal(read_images(path, COLOUR), as_events(images[:3], COLOUR))
 
 
 @pytest.mark.parametrize("data", [GREY, GREY_CHANNEL, COLOUR], ids=["grey", "channel", "colour"])
@@ -125,22 +140,28 @@ def npz_of(content: bytes | None = None, **arrays: np.ndarray) -> Callable[[Path
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda path: path / "none", FileNotFoundError, "none is neither"),
-        (lambda path: path / "none.npz", FileNotFoundError, "none.npz; it does not exist"),
-        (folder_of(), ValueError, r"expected images \(.png, .*\) in .*, got none"),
-        (folder_of((5, 4), (4, 5)), ValueError, "1.png expects .* size 5 × 4 of small, .* 4 × 5"),
-        (folder_of((5, 4), mode="I;16"), ValueError, "0.png expects 8 bits .* got mode I;16"),
-        (folder_of((5, 4), mode="F", suffix=".tif"), ValueError, "got none"),
-        (folder_of(b""), ValueError, "damaged image .*0.png"),
-        (folder_of(b"\x89PNG\r\n\x1a\n"), ValueError, "damaged image .*0.png"),
-        (npz_of(b"PK"), ValueError, "damaged file .*x.npz"),
-        (npz_of(b""), ValueError, "damaged file .*x.npz"),
-        (npz_of(other=np.zeros(3)), ValueError, r"`images` or `arr_0`, got \['other'\]"),
-        (npz_of(arr_0=np.array([{}, {}])), ValueError, "damaged file .*Object arrays"),
-        (npz_of(arr_0=np.zeros((2, 4, 5))), ValueError, r"uint8 .* float64 of shape \(2, 4, 5\)"),
+        (lambda path: path / "none", FileNotFoundError, "none is none, or does not exist"),
+        (lambda path: Path("digits"), FileNotFoundError, "/digits is none, or does not exist"),
+        (lambda path: path / "none.npz", FileNotFoundError, "none.npz is none, or does not exist"),
+        (folder_of(), ValueError, r"expects images \(.png, .*\), got 0 other files"),
+        (folder_of((5, 4), (4, 5)), ValueError, "1.png: expected 4 × 5 pixels as in 0.png, got 5"),
+        (
+            folder_of((4, 5)),
+            ValueError,
+            r"8 images of 4 × 5 pixels as .* of small, got uint8 .* 5,",
+        ),
+        (folder_of((5, 4), mode="I;16"), ValueError, "0.png: .* got 16 bits a channel"),
+        (folder_of((5, 4), mode="F", suffix=".tif"), ValueError, "got 1 other files"),
+        (folder_of(b""), ValueError, "damaged data file .*0.png"),
+        (folder_of(b"\x89PNG\r\n\x1a\n"), ValueError, "damaged data file .*0.png"),
+        (npz_of(b"PK"), ValueError, "damaged data file .*x.npz"),
+        (npz_of(b""), ValueError, "damaged data file .*x.npz"),
+        (npz_of(other=np.zeros(3)), ValueError, r"x.npz expects .* images, .* arr_0, got other"),
+        (npz_of(arr_0=np.array([{}, {}])), ValueError, "expected an array of numbers, got object"),
+        (npz_of(arr_0=np.zeros((2, 4, 5))), ValueError, r"uint8 .* float32 of shape \(2, 4, 5\)"),
         (npz_of(arr_0=np.zeros((2, 5, 4), np.uint8)), ValueError, r"got uint8 of shape \(2, 5, 4"),
-        (npz_of(arr_0=np.zeros((0, 4, 5), np.uint8)), ValueError, r"got uint8 of shape \(0, 4, 5"),
-        (npz_of(arr_0=np.array(["a"])), ValueError, "damaged file .*x.npz"),
+        (npz_of(arr_0=np.zeros((0, 4, 5), np.uint8)), ValueError, "expected at least 1 rows"),
+        (npz_of(arr_0=np.array(["a"])), ValueError, "expected an array of numbers, got <U1"),
     ],
 )
 def test_what_cannot_be_judged(
@@ -155,7 +176,7 @@ def test_a_truncated_image(tmp_path: Path, images: np.ndarray) -> None:
     whole = (tmp_path / "a.png").read_bytes()
     for size in range(1, len(whole) - 30, 7):  # beyond that all pixels are there
         (tmp_path / "a.png").write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"damaged image .*a\.png"):
+        with pytest.raises(ValueError, match=r"damaged data file .*a\.png"):
             read_images(tmp_path, GREY)
 
 

@@ -18,7 +18,7 @@ from pfgm_kernels.flow import FieldLoss, PosteriorMeanLoss, UnnormalizedLoss
 from pfgm_kernels.training import data, methods
 from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.data import DataSet
-from pfgm_kernels.training.generate import generate
+from pfgm_kernels.training.generate import Sampler, Sampling
 from pfgm_kernels.training.trainer import Training, load_model, train
 
 TINY: dict[str, Any] = {"width": 8, "depth": 1, "batch_size": 16, "warmup": 4, "steps": 3}
@@ -56,9 +56,9 @@ def test_each_trains_and_samples(
     assert run.finished
     assert all(math.isfinite(loss) for loss in run.losses)
     model, config = load_model(tmp_path)
-    result = generate(model, config, 5, seed=0, solver="heun", steps=4, console=QUIET)
-    assert result.x.shape == (5, 2)
-    assert torch.isfinite(result.x).all()
+    (part,) = Sampler(model, config, Sampling(steps=4)).generate(range(5), QUIET)
+    assert part.result.x.shape == (5, 2)
+    assert torch.isfinite(part.result.x).all()
 
 
 @pytest.mark.parametrize("D", [1, 16, math.inf])
@@ -160,12 +160,13 @@ def test_samples_are_of_each_class_in_turn(moons: DataSet) -> None:
     references = methods.references_of(config, moons)
 
     def field(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        assert labels.tolist() == [0, 1, 0, 1, 0, 1]
         return poisson_field(x, t, references, labels=labels)
 
-    result = generate(field, config, 6, seed=0, solver="heun", steps=30, console=QUIET)
-    nearest = torch.cdist(result.x, moons.train).argmin(1)
-    assert moons.train_labels[nearest].tolist() == [0, 1, 0, 1, 0, 1]
+    for labels, expected in (((), [0, 1, 0, 1, 0]), ((1,), [1] * 5), ((1, 1, 0), [1, 1, 0, 1, 1])):
+        how = Sampling(steps=30, batch=6, labels=labels)
+        (part,) = Sampler(field, config, how).generate(range(5), QUIET)
+        nearest = torch.cdist(part.result.x, moons.train).argmin(1)
+        assert moons.train_labels[nearest].tolist() == expected
 
 
 def test_the_substitution_is_for_predicted_heights(moons: DataSet) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pfgm_kernels.flow import Preconditioned, constants
 from pfgm_kernels.training import data, networks
 from pfgm_kernels.training.config import TrainConfig
-from pfgm_kernels.training.generate import generate
+from pfgm_kernels.training.generate import Sampler, Sampling
 from pfgm_kernels.training.networks import PublishedField, UNet
 from pfgm_kernels.training.trainer import load_model, train
 
@@ -153,8 +153,8 @@ def test_the_users_own_network_by_name(module: str, tmp_path: Path) -> None:
     assert train(config, moons, tmp_path / "run", console=QUIET).finished
     model, config = load_model(tmp_path / "run")
     assert type(model.network).__name__ == "Net"
-    result = generate(model, config, 4, seed=0, solver="euler", steps=3, console=QUIET)
-    assert result.x.shape == (4, 2)
+    (part,) = Sampler(model, config, Sampling("euler", steps=3)).generate(range(4), QUIET)
+    assert part.result.x.shape == (4, 2)
     other = (tmp_path / "my_network.py").read_text().replace("d + 1, d", "d + 1, d, bias=False")
     (tmp_path / "my_network.py").write_text(other)
     del sys.modules[module]

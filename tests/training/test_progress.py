@@ -47,3 +47,35 @@ def test_a_bar_begins_where_the_work_does() -> None:
         update(1000, "the end")
     assert " 25 %" in first
     assert "100 %  the end" in text.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_reading_is_told_of_once_it_takes_long(clock: Clock, terminal: bool) -> None:
+    """On a terminal after a moment, in a log after a while; what is quick leaves no trace."""
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal, width=200)
+    with progress.reading(console) as update:
+        clock.now += progress.PATIENCE / 2
+        update(0.25)
+    assert text.getvalue() == ""
+    with progress.reading(console) as update:
+        clock.now += progress.PATIENCE if terminal else progress.LOG_INTERVAL
+        update(0.25)
+        assert "Reading" in text.getvalue()
+        assert ("25 %" if terminal else "25%") in text.getvalue()
+
+
+def test_what_cannot_be_read_is_told_of_below_the_bar(clock: Clock) -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=200)
+
+    def read() -> None:
+        with progress.reading(console) as update:
+            clock.now += progress.PATIENCE
+            update(0.5)
+            raise ValueError("damaged")
+
+    with pytest.raises(ValueError, match="damaged"):
+        read()
+    assert text.getvalue().count("50 %")
+    assert text.getvalue().endswith("\n\x1b[?25h"), "the cursor is shown again, on a new line"

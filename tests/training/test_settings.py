@@ -77,20 +77,24 @@ def test_a_wrong_setting_is_one_sentence(tmp_path: Path, word: str, expected: st
 def test_presets_are_settings(name: str) -> None:
     """Typed, of data that there is, and together a run that can be."""
     values = settings.read(TrainConfig, name)
-    data = values.pop("data")
-    shape = {"digits": (8, 8), "mnist": (28, 28), "cifar10": (3, 32, 32)}[data]
+    data = values.pop("data", "/photos")
+    shapes = {"digits": (8, 8), "mnist": (28, 28), "cifar10": (3, 32, 32), "/photos": (3, 20, 24)}
+    shape = shapes[data]
     images = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, math.prod(shape))
     config = TrainConfig.for_data(
         DataSet(data, images.reshape(-1, *shape), images, None, None), **values
     )
-    assert config.network == {"digits": "perceptron", "mnist": "unet"}.get(data, "ddpmpp")
+    networks = {"digits": "perceptron", "cifar10": "ddpmpp"}
+    assert config.network == networks.get(data, "unet")
+    if config.network == "unet":
+        assert (config.predicts, config.method, config.D) == ("denoiser", "pfgmpp", 128)
     for key, value in values.items():
         assert getattr(config, key) == value
         assert key in {field.name for field in fields(TrainConfig)}
 
 
 def test_the_presets_there_are() -> None:
-    assert set(settings.PRESETS) == {"digits", "mnist", "cifar10", "cifar10-pfgmpp"}
+    assert set(settings.PRESETS) == {"digits", "mnist", "cifar10", "cifar10-pfgmpp", "folder"}
 
 
 def test_words_go_before_options_before_files(tmp_path: Path) -> None:
@@ -127,7 +131,10 @@ def test_files_that_are_no_settings(tmp_path: Path) -> None:
     missing = pfgm("train", "--config", tmp_path / "other.yaml", "--out", out)
     assert "other.yaml; it does not exist" in missing.stderr
     unknown = pfgm("train", "--config", "mnits", "--out", out)
-    assert "expects one of cifar10, cifar10-pfgmpp, digits, mnist or a .yaml file" in unknown.stderr
+    assert (
+        "expects one of cifar10, cifar10-pfgmpp, digits, folder, mnist or a .yaml file"
+        in unknown.stderr
+    )
 
 
 def test_a_run_of_before_is_told_of(tmp_path: Path) -> None:

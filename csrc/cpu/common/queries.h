@@ -26,7 +26,7 @@ constexpr int kColumnBlock = 256;  // columns whose products are summed in one g
 constexpr double kAnchorTolerance = 8e-7;
 
 inline double cutoff_depth(const FieldParams& p) {
-  return kSingleCutoff + ::log(static_cast<double>(p.count));
+  return kSingleCutoff + log_count(p);
 }
 
 // The distance from which on float sums of y resolve a displacement: not small beside the data's

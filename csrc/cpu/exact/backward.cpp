@@ -31,7 +31,7 @@ struct Query {
     anchor_log_weight = p.anchor_log_weight[b];
     projection = p.projection[b];
     grad_log_mass = p.grad_log_mass[b];
-    cutoff = -(kCutoff + ::log(static_cast<double>(p.count)));
+    cutoff = -(kCutoff + log_count(p));
     x = p.x + b * ld;
     g = p.grad_displacement + b * ld;
     singular = kernel.singular(nearest);

@@ -25,7 +25,7 @@ struct Query {
     const int64_t ld = round_up(p.dim, kPad);
     kernel = RadialKernel(p.half_k, p.t[b]);
     state = OnlineState();
-    depth = kCutoff + ::log(static_cast<double>(p.count));
+    depth = kCutoff + log_count(p);
     cutoff = INFINITY;
     anchor = 0;
     x = p.x + b * ld;

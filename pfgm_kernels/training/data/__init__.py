@@ -11,9 +11,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from pfgm_kernels._checks import number
 from pfgm_kernels.training.data.arrays import load_npy, load_npz
 from pfgm_kernels.training.data.builtin import LOADERS
+from pfgm_kernels.training.data.checks import DataError, check_share
 from pfgm_kernels.training.data.dataset import DataSet, Moments
 from pfgm_kernels.training.data.idx_cifar import find_mnist, load_mnist
 from pfgm_kernels.training.data.images import load_images
@@ -28,7 +28,8 @@ PATHS = "a folder or .zip of images, a .npy or a .npz file"
 def load(
     data: str | os.PathLike[str],
     *,
-    held_out: float = 0.1,
+    held_out: float | None = None,
+    flips: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> DataSet:
     """Loads a data set, one of ``NAMES`` or from a path; its name is then the absolute path.
@@ -47,23 +48,35 @@ def load(
     Args:
         data: name or path; a name that is also a file or folder is that with ``./`` before it.
         held_out: the share of the rows that is held out, at most 10,000, always the same ones
-            (`split` says which); at least one, and none where it is 0. Data that come with a part
-            held out keep theirs: names, MNIST, and images in ``train/`` beside ``val/`` or
-            ``test/``.
+            (`split` says which); at least one, and none where it is 0. By default a tenth, and of
+            data that come with a part held out, that part: names, MNIST, and images in ``train/``
+            beside ``val/`` or ``test/``. These take no other share, but images take 0: all of them
+            are then to train on.
+        flips: whether to append the mirror images, as `DataSet.with_flips` does.
         progress: called now and then with the fraction that is read.
 
     Raises:
         ValueError: an unknown name, ``PFGM_DATA`` not set where it is needed, data that are
-            damaged, hostile or not of these kinds; the message names the file.
+            damaged, hostile or not of these kinds; the message names the file. A share for data
+            that come with a part held out, and flips of what is no image.
         FileNotFoundError: a file that is missing.
     """
+    found = _load(data, check_share(held_out), progress or (lambda fraction: None))
+    if held_out is not None and found.share is None:
+        raise DataError(
+            f"held_out expects no share for {found.name}, which comes with a part held out, "
+            f"got {held_out}"
+        )
+    return found.with_flips() if flips else found
+
+
+def _load(
+    data: str | os.PathLike[str], share: float | None, report: Callable[[float], None]
+) -> DataSet:
     if data in LOADERS:
         return LOADERS[str(data)]()
-    share = number("held_out", held_out)
-    if not 0 <= share < 1:
-        raise ValueError(f"held_out expects a share from 0 to below 1, got {held_out}")
     path = Path(os.path.abspath(data))
-    name, report = str(path), progress or (lambda fraction: None)
+    name = str(path)
     if path.is_dir() and os.fspath(data):
         if (mnist := find_mnist(path)) is not None:
             return load_mnist(name, mnist)

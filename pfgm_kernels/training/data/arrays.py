@@ -22,18 +22,22 @@ from pfgm_kernels.training.data.checks import (
 from pfgm_kernels.training.data.dataset import DataSet, split
 from pfgm_kernels.training.data.sources import Archive
 
-VALUES, CLASSES = ("images", "x", "data"), ("labels", "y")
+VALUES, CLASSES = ("images", "x", "data", "arr_0"), ("labels", "y")
 CHUNK = 1 << 24
 """Bytes that are read at a time."""
 
 
-def load_npy(name: str, path: Path, held_out: float, progress: Callable[[float], None]) -> DataSet:
+def load_npy(
+    name: str, path: Path, held_out: float | None, progress: Callable[[float], None]
+) -> DataSet:
     with path.open("rb") as file:
         array = _Array.open(file, path, path.stat().st_size)
         return _data_set(name, array, None, held_out, progress)
 
 
-def load_npz(name: str, path: Path, held_out: float, progress: Callable[[float], None]) -> DataSet:
+def load_npz(
+    name: str, path: Path, held_out: float | None, progress: Callable[[float], None]
+) -> DataSet:
     with Archive(path) as archive:
         values, classes = (_chosen(archive, names) for names in (VALUES, CLASSES))
         if values is None:
@@ -109,7 +113,7 @@ def _data_set(
     name: str,
     array: _Array,
     labels: np.ndarray | None,
-    held_out: float,
+    held_out: float | None,
     progress: Callable[[float], None],
 ) -> DataSet:
     event, channels_last = _event(array)

@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from pfgm_kernels._checks import number
+
 LEAST_PIXELS, MOST_PIXELS = 2, 1 << 24
 MOST_BYTES = 4 * MOST_PIXELS
 """Of the file of one image, compressed or not, and of its labels."""
@@ -36,6 +38,15 @@ def blaming(where: object, expected: str) -> Iterator[None]:
     except Exception as error:
         text = " ".join(str(error).split())
         raise damaged(where, expected, f"{type(error).__name__} ({text})") from error
+
+
+def check_share(share: float | None) -> float | None:
+    """``share`` if it may be held out; raises ValueError otherwise."""
+    if share is None:
+        return None
+    if not 0 <= (value := number("held_out", share)) < 1:
+        raise ValueError(f"held_out expects a share from 0 to below 1, got {share}")
+    return value
 
 
 def fits(where: object, shape: Sequence[int], itemsize: int) -> None:

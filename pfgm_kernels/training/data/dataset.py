@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels import ReferenceSet
-from pfgm_kernels.training.data.checks import DataError
+from pfgm_kernels.training.data.checks import DataError, fits
 
-MOST_HELD_OUT = 10_000
+SHARE, MOST_HELD_OUT = 0.1, 10_000
 
 
 class Moments(NamedTuple):
@@ -43,6 +43,10 @@ class DataSet:
     held_out_labels: Tensor | None
     low: float = -1.0
     high: float = 1.0
+    share: float | None = None
+    """What was held out of the rows; None of data that came with a part held out."""
+    flips: bool = False
+    """Whether ``train`` has the mirror images, too."""
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -89,19 +93,21 @@ class DataSet:
         """The same with the mirror image of each training image appended to ``train``.
 
         Batches and references then come from one distribution: flips of batches alone would be
-        points that the field knows nothing of. The held-out part stays as it is. Raises ValueError
-        where these are not images.
+        points that the field knows nothing of. They take twice the memory, and a step on the whole
+        set takes twice as long for its targets. The held-out part stays as it is. Raises ValueError
+        where these are not images, or flipped before.
         """
-        if not self.is_image:
-            raise ValueError(
-                f"with_flips expects images, got {self.train.dtype} points of shape "
-                f"{self.event_shape}"
-            )
+        if not self.is_image or self.flips:
+            kind = str(self.train.dtype).removeprefix("torch.")
+            got = "flipped ones" if self.is_image else f"{kind} points of shape {self.event_shape}"
+            raise ValueError(f"flips expects images of 8 bits, got {got} ({self.name})")
+        fits(self.name, (2 * len(self.train), *self.event_shape), 1)
         labels = self.train_labels
         return replace(
             self,
             train=torch.cat([self.train, self.train.flip(-1)]),
             train_labels=None if labels is None else torch.cat([labels, labels]),
+            flips=True,
         )
 
 
@@ -112,6 +118,8 @@ class Split(NamedTuple):
     """(N,) int64, the place of each row as it is read."""
     train: int
     """How many are to train on."""
+    share: float | None
+    """Of the rows that is held out; None where the data say which."""
 
     def data_set(self, name: str, values: np.ndarray, labels: np.ndarray | None) -> DataSet:
         """Of values that are in their places (N, *event), and labels (N,) as they were read."""
@@ -121,16 +129,17 @@ class Split(NamedTuple):
             ordered = np.empty(len(labels), np.int64)
             ordered[self.places] = labels
             placed = torch.from_numpy(ordered).tensor_split([self.train])
-        return DataSet(name, parts[0], parts[1], placed[0], placed[1])
+        return DataSet(name, parts[0], parts[1], placed[0], placed[1], share=self.share)
 
 
-def split(where: object, count: int, share: float) -> Split:
+def split(where: object, count: int, share: float | None) -> Split:
     """Holds out ``share`` of ``count`` rows, rounded down, at least one (none where share is 0) and
-    at most 10,000: those whose indices have the smallest hashes.
+    at most 10,000 (a tenth where it is None): those whose indices have the smallest hashes.
 
     The hash is that of SplitMix64, so that the same rows are held out with any version of any
     library, and that rows in any regular order, class after class or in turn, are held out alike.
     """
+    share = SHARE if share is None else share
     held_out = min(max(1, int(share * count)), MOST_HELD_OUT) if share else 0
     if held_out >= count:
         raise DataError(
@@ -144,4 +153,4 @@ def split(where: object, count: int, share: float) -> Split:
     chosen[np.argsort(z ^ (z >> np.uint64(31)))[:held_out]] = True
     places = np.empty(count, np.int64)
     places[np.argsort(chosen, kind="stable")] = np.arange(count)
-    return Split(places, count - held_out)
+    return Split(places, count - held_out, share)

@@ -23,7 +23,7 @@ CHUNK = 256
 
 
 def load_images(
-    name: str, source: Source, held_out: float, progress: Callable[[float], None]
+    name: str, source: Source, held_out: float | None, progress: Callable[[float], None]
 ) -> DataSet:
     listing = listed(source, held_out)
     return listing.split.data_set(name, _read(source, listing, progress), listing.labels)

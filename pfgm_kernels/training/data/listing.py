@@ -26,13 +26,13 @@ class Listing(NamedTuple):
     split: Split
 
 
-def listed(source: Source, held_out: float) -> Listing:
+def listed(source: Source, held_out: float | None) -> Listing:
     """Labels are those of ``dataset.json``. Without it, where every image is in one of at least two
     folders, these are the classes, 0, 1, ... in the sorted order of their names. Folders that all
     images share, as an archive of a folder has them, do not count.
 
     Held out are the images in ``val/`` or else ``test/``, where these stand beside ``train/`` (with
-    all three, ``test/`` is left alone); otherwise the share ``held_out`` of all.
+    all three, ``test/`` is left alone); otherwise, or where it is 0, the share ``held_out`` of all.
     """
     names = [name for name in source.names if name.lower().endswith(ENDINGS)]
     if not names:
@@ -42,14 +42,14 @@ def listed(source: Source, held_out: float) -> Listing:
         )
     root = commonpath([name.rpartition("/")[0] for name in names])
     root = root and root + "/"
-    parts = _parts(source, names, root)
+    parts = None if held_out == 0 else _parts(source, names, root)
     if parts is None:
         groups, division = [(root, names)], split(source.path, len(names), held_out)
     else:
         groups = list(parts.items())
         count = len(groups[0][1])
         names = [name for _, part in groups for name in part]
-        division = Split(np.arange(len(names)), count)
+        division = Split(np.arange(len(names)), count, None)
     table = _label_table(source, root, [prefix for prefix, _ in groups])
     if table is None:
         return Listing(names, _folder_labels(source, groups), division)
