@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pfgm_kernels import chunks
+from pfgm_kernels import loops
 from pfgm_kernels.backends import BACKENDS, _native
-from pfgm_kernels.chunks import Inputs, Saved
+from pfgm_kernels.chunks import Inputs
+from pfgm_kernels.loops import Saved
 from pfgm_kernels.outputs import Output
 from pfgm_kernels.references import default_workspace
 
@@ -264,14 +265,14 @@ def record(
         inputs = Inputs(x, t, values, table, operands, problem.dim + 1.0)
 
         def forward() -> tuple[Tensor, ...]:
-            return chunks.field_forward(inputs, output, True, workspace, backend)
+            return loops.field_forward(inputs, output, True, workspace, backend)
 
         v, log_mass, *saved = forward()
 
         def backward() -> tuple[Tensor, ...]:
             cotangents = torch.empty_like(v), torch.empty_like(log_mass)
             rows = Saved(*saved)
-            return chunks.field_backward(
+            return loops.field_backward(
                 inputs, output, rows, *cotangents, False, workspace, backend
             )
 

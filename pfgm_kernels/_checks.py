@@ -144,3 +144,22 @@ def _item(name: str, value: Tensor | np.ndarray, wanted: str) -> object:
                 f"{name} is constant and expects {wanted}, got a tensor that requires grad"
             )
     return value.item()
+
+
+def check_references(x0: Tensor) -> Tensor:
+    """x0 (N, *event) itself, if it is a floating-point tensor with something in it."""
+    if not isinstance(x0, Tensor):
+        raise TypeError(f"x0 expects a tensor or a ReferenceSet, got {type(x0).__name__}")
+    if x0.dtype in INTEGER:
+        raise TypeError(
+            f"x0 expects a floating-point tensor, got {x0.dtype}"
+            " (8-bit images: ReferenceSet.from_images)"
+        )
+    floating("x0", x0)
+    check_shape("x0", x0)
+    return x0
+
+
+def check_shape(name: str, x0: Tensor) -> None:
+    if x0.dim() < 1 or x0.numel() == 0:
+        raise ValueError(f"{name} expects shape (N, *event) with N ≥ 1, got {tuple(x0.shape)}")

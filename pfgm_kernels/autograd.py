@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pfgm_kernels import ops
-from pfgm_kernels.on_disk import OnDisk
+from pfgm_kernels.chunks import References
 
 SECOND = (
     "the Poisson field is differentiable once, got a request for second derivatives: take "
@@ -100,7 +100,7 @@ class _DualField(_Field):
         return *tangents, None, None, None
 
 
-def _tensor(values: Tensor | OnDisk) -> Tensor | None:
+def _tensor(values: References) -> Tensor | None:
     """What autograd keeps of references; those in files are kept by themselves."""
     return values if isinstance(values, Tensor) else None
 

@@ -20,6 +20,8 @@ class Classes(NamedTuple):
     """(N,) int64: which of those given lies where"""
     starts: Tensor
     """(C + 1,) int64: class c lies from starts[c] to starts[c + 1]"""
+    counts: Tensor
+    """(C,) int64: how many references each class has, those of other processes too"""
 
     @staticmethod
     def group(labels: Tensor, count: int, device: torch.device) -> Classes:
@@ -29,8 +31,14 @@ class Classes(NamedTuple):
             raise ValueError(f"labels expects classes ≥ 0, got {least}")
         if (most := int(labels.max())) >= 1 << 24:
             raise ValueError(f"labels expects classes below {1 << 24}, got {most}")
-        ends = labels.bincount().cumsum(0)
-        return Classes(labels, labels.argsort(stable=True), torch.cat([ends.new_zeros(1), ends]))
+        counts = labels.bincount()
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return Classes(labels, labels.argsort(stable=True), starts, counts)
+
+    def among(self, counts: Tensor) -> Classes:
+        """The same beside the references of other processes: counts (C,) are those of all."""
+        more = self.starts[-1:].expand(len(counts) - len(self.counts))
+        return self._replace(starts=torch.cat([self.starts, more]), counts=counts)
 
     @property
     def grouped(self) -> bool:
@@ -44,9 +52,10 @@ class Classes(NamedTuple):
     def to(self, device: torch.device) -> Classes:
         return Classes(*(each.to(device) for each in self))
 
-    def ranges(self, labels: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """First and last reference of each query's class, (B, 2), and whether there is none (B,),
-        where the range is that of all.
+    def ranges(self, labels: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """First and last + 1 reference of each query's class, (B, 2); its class (B,), the number of
+        classes where it has no reference; and whether that is so (B,), where the range is that of
+        all.
 
         Raises TypeError or ValueError unless labels are (B,) integers on the device of the set, or
         where one has no reference. Labels on a GPU, which would have to be waited for, and those of
@@ -56,7 +65,7 @@ class Classes(NamedTuple):
         last = len(self.starts) - 2
         at = labels.clamp(0, last)
         ranges = torch.stack([self.starts[at], self.starts[at + 1]], 1)
-        missing = (labels != at) | (ranges[:, 0] == ranges[:, 1])
+        missing = (labels != at) | (self.counts[at] == 0)
         looked = labels.device.type == "cpu" and not torch.compiler.is_compiling()
         if looked and bool(missing.any()):
             raise ValueError(
@@ -64,7 +73,8 @@ class Classes(NamedTuple):
                 f"got {int(labels[missing][0])}"
             )
         everything = torch.stack([self.starts[0], self.starts[-1]])
-        return torch.where(missing[:, None], everything, ranges), missing
+        at = at.masked_fill(missing, last + 1)
+        return torch.where(missing[:, None], everything, ranges), at, missing
 
 
 def _integers(labels: Tensor, count: int, device: torch.device) -> Tensor:

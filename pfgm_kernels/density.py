@@ -48,7 +48,10 @@ def log_density(
     d = math.prod(x.shape[1:])
     count = log_mass.new_zeros(()) + len(x0)
     if labels is not None:
-        count = seen(labels, x0, x)[0].diff()[:, 0].double()
+        assert isinstance(x0, ReferenceSet)  # which the call above has looked at
+        assert x0.classes is not None
+        _, classes, missing = seen(labels, x0, x)
+        count = x0.classes.counts[classes.masked_fill(missing, 0)].double()
     height = expand_t(t, x, D).double().abs()
     # The limit on a reference, and gradients that are not NaN there.
     singular = log_mass == math.inf

@@ -17,12 +17,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pfgm_kernels._checks import REAL, floating, holds, integer, non_negative, number, tensor
+from pfgm_kernels._checks import (
+    REAL,
+    check_references,
+    floating,
+    holds,
+    integer,
+    non_negative,
+    number,
+    tensor,
+)
 from pfgm_kernels._traced import traceable
 from pfgm_kernels.autograd import apply, forward_mode
 from pfgm_kernels.choice import choose
-from pfgm_kernels.on_disk import OnDisk
-from pfgm_kernels.references import ReferenceSet, check_references, default_workspace
+from pfgm_kernels.chunks import References
+from pfgm_kernels.references import ReferenceSet, default_workspace
 
 
 def poisson_field(
@@ -148,7 +157,7 @@ def _run(
 class Call(NamedTuple):
     """The arguments of a function of the op, looked at, as `ops` takes them."""
 
-    inputs: tuple[Tensor, Tensor, Tensor | OnDisk, Tensor, list[Tensor]]
+    inputs: tuple[Tensor, Tensor, References, Tensor, list[Tensor]]
     """x, t, values, table and operands; with labels the queries of a class together."""
     k: float
     ranges: Tensor | None
@@ -213,14 +222,16 @@ def resolve(
     ending = workspace, name
     if labels is None:
         return Call((x, t, values, table, operands), d + D, None, ending)
-    ranges, missing = seen(labels, x0, x)
-    order = ranges[:, 0].argsort(stable=True)  # so that kernels take those of a class together
+    ranges, classes, missing = seen(labels, x0, x)
+    order = classes.argsort(stable=True)  # so that kernels take those of a class together
     x, t, ranges = (each.index_select(0, order) for each in (x, t, ranges))
     inputs = x, t, values, table, operands
     return Call(inputs, d + D, ranges, ending, order.argsort(), missing)
 
 
-def seen(labels: Tensor | int, x0: Tensor | ReferenceSet, x: Tensor) -> tuple[Tensor, Tensor]:
+def seen(
+    labels: Tensor | int, x0: Tensor | ReferenceSet, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """`Classes.ranges` of the labels of the queries x (B, *event)."""
     if not isinstance(x0, ReferenceSet) or x0.classes is None:
         wanted = "a ReferenceSet that has labels, ReferenceSet(x0, labels=...)"

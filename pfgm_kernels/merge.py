@@ -76,13 +76,7 @@ def join(
     digits of the difference.
     """
     u_a, u_b = to_anchors
-    gap = ((u_b - u_a) * (u_b + u_a)).sum(1)  # s_b − s_a
-    if math.isinf(k):
-        nearer = -gap / (2 * t * t)  # by how much the logit of b's anchor is the greater
-    else:
-        square = torch.where(gap > 0, u_a.square().sum(1), u_b.square().sum(1)) + t * t
-        nearer = -(k / 2) * gap.sign() * (gap.abs() / square).log1p()
-        nearer.masked_fill_(gap == 0, 0.0)
+    nearer = relative_logit(u_a, u_b, t, k)
     more = nearer + a[3] - b[3]
     share = more.sigmoid()[:, None]
     displacement = torch.lerp(a[0], b[0], share)
@@ -91,6 +85,17 @@ def join(
     anchor = torch.where(closer, b[2], a[2])
     log_weight = torch.where(closer, b[3] + logsigmoid(more), a[3] + logsigmoid(-more))
     return (displacement, log_mass, anchor, log_weight), torch.where(closer[:, None], u_b, u_a)
+
+
+def relative_logit(u_a: Tensor, u_b: Tensor, t: Tensor, k: float) -> Tensor:
+    """The logits of the references x + u_b less those of x + u_a, all (n, d) float64, t (n,)."""
+    gap = ((u_b - u_a) * (u_b + u_a)).sum(1)  # s_b − s_a
+    if math.isinf(k):
+        return -gap / (2 * t * t)
+    # Relative to the nearer one's, which is the smaller and hence has the digits.
+    square = torch.where(gap > 0, u_a.square().sum(1), u_b.square().sum(1)) + t * t
+    logit = -(k / 2) * gap.sign() * (gap.abs() / square).log1p()
+    return logit.masked_fill_(gap == 0, 0.0)
 
 
 def mass_weights(log_masses: Tensor) -> tuple[Tensor, Tensor]:

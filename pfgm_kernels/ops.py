@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.library contracts of the op; `chunks` computes them.
+"""torch.library contracts of the op; `loops` computes them.
 
     pfgm::field_forward   x, t, values, table, operands, k, ranges, …
                           → result, log_mass, and what the other two need:
@@ -31,7 +31,7 @@ A backend is a module with
     backward(rows, values, table, operands, cotangents, values_grad)
                                                  → dvalues or None; adds 2 Σ_j c_j (x0_j − x) to
                                                    cotangents.dx and to cotangents.dt
-    jvp(rows, values, table, operands, ẋ, ṫ, l̇)  → pull, slope (see `chunks.field_jvp`)
+    jvp(rows, values, table, operands, ẋ, ṫ, l̇)  → pull, slope (see `loops.field_jvp`)
     trace(rows, values, table, operands)         → its share of the trace (see `trace`)
 
 for x (n, d) float32 or float64, and float64 where the values are; t float64; values (m, d) float32,
@@ -49,9 +49,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfgm_kernels import chunks, trace
-from pfgm_kernels.chunks import Inputs, Saved
+from pfgm_kernels import loops, trace
+from pfgm_kernels.chunks import Inputs
+from pfgm_kernels.loops import Saved
 from pfgm_kernels.outputs import Output
+from pfgm_kernels.shards import Sharded
 
 INPUTS = (
     "Tensor x, Tensor t, Tensor values, Tensor table, Tensor[] operands, float k, Tensor? ranges"
@@ -70,6 +72,14 @@ SCHEMAS = {
     "field_trace_backward": f"({INPUTS}, Tensor g, bool values_grad, int workspace)"
     " -> (Tensor, Tensor, Tensor)",
 }
+QUERY_ROWS = {
+    "field_forward": {0, 1, 6},
+    "field_backward": {0, 1, 6, 10, 11, 12, 13, 14},
+    "field_jvp": {0, 1, 6, 10, 11, 12, 13, 14},
+    "field_trace": {0, 1, 6},
+    "field_trace_backward": {0, 1, 6, 7},
+}
+"""Which of the arguments have a row a query."""
 TANGENTS = slice(13, 16)
 """Where field_jvp has the tangents among its arguments."""
 
@@ -84,19 +94,19 @@ def _grouped(*args: Any) -> tuple[Inputs, Output, tuple[Any, ...]]:
 @torch.library.register_fake("pfgm::field_forward")
 def _(*args: Any) -> tuple[Tensor, ...]:
     inputs, output, (save, *_) = _grouped(*args)
-    return chunks.empty_result(inputs, output), *chunks.empty_rows(inputs, output, save)
+    return loops.empty_result(inputs, output), *loops.empty_rows(inputs, output, save)
 
 
 @torch.library.register_fake("pfgm::field_backward")
 def _(*args: Any) -> tuple[Tensor, ...]:
     inputs, _, (*_, values_grad, _, _) = _grouped(*args)
-    return chunks.empty_gradients(inputs, values_grad)
+    return loops.empty_gradients(inputs, values_grad)
 
 
 @torch.library.register_fake("pfgm::field_jvp")
 def _(*args: Any) -> tuple[Tensor, ...]:
     inputs, output, _ = _grouped(*args)
-    return chunks.empty_result(inputs, output), chunks.empty_rows(inputs, output, False)[0]
+    return loops.empty_result(inputs, output), loops.empty_rows(inputs, output, False)[0]
 
 
 @torch.library.register_fake("pfgm::field_trace")
@@ -107,25 +117,25 @@ def _(*args: Any) -> Tensor:
 
 @torch.library.register_fake("pfgm::field_trace_backward")
 def _(*args: Any) -> tuple[Tensor, ...]:
-    return chunks.empty_gradients(Inputs(*args[:7]), args[8])
+    return loops.empty_gradients(Inputs(*args[:7]), args[8])
 
 
 def field_forward(*args: Any) -> tuple[Tensor, ...]:
     inputs, output, rest = _grouped(*args)
     with torch.autocast(inputs.x.device.type, enabled=False):
-        return chunks.field_forward(inputs, output, *rest)
+        return loops.field_forward(inputs, output, *rest)
 
 
 def field_backward(*args: Any) -> tuple[Tensor, ...]:
     inputs, output, rest = _grouped(*args)
     with torch.autocast(inputs.x.device.type, enabled=False):
-        return chunks.field_backward(inputs, output, Saved(*rest[:3]), *rest[3:])
+        return loops.field_backward(inputs, output, Saved(*rest[:3]), *rest[3:])
 
 
 def field_jvp(*args: Any) -> tuple[Tensor, ...]:
     inputs, output, rest = _grouped(*args)
     with torch.autocast(inputs.x.device.type, enabled=False):
-        return chunks.field_jvp(inputs, output, Saved(*rest[:3]), rest[3:6], *rest[6:])
+        return loops.field_jvp(inputs, output, Saved(*rest[:3]), rest[3:6], *rest[6:])
 
 
 def field_trace(*args: Any) -> Tensor:
@@ -152,9 +162,12 @@ for name, function in COMPUTED.items():
 
 
 def call(name: str, *args: Any) -> Any:
-    """An op by its name. Of references in files, which are no tensor, what computes it."""
-    if isinstance(args[2], Tensor):
+    """An op by its name. Of references that are no tensor here, what computes it."""
+    values = args[2]
+    if isinstance(values, Tensor):
         return getattr(torch.ops.pfgm, name)(*args)
+    if isinstance(values, Sharded) and values.queries == "local":
+        return values.for_all(COMPUTED[name], args, QUERY_ROWS[name])
     return COMPUTED[name](*args)
 
 

@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pfgm_kernels.backends import BACKENDS, _native, triton
-from pfgm_kernels.chunks import Chunks, Inputs, Saved, field_backward, field_forward
+from pfgm_kernels.chunks import Chunks, Inputs
 from pfgm_kernels.files import cache_folder, write_bytes
+from pfgm_kernels.loops import Saved, field_backward, field_forward
 from pfgm_kernels.problems import Family, Problem, allowed_errors, problems
 
 FRESH = (torch.empty, torch.empty_like, Tensor.new_empty)

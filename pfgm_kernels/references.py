@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from pfgm_kernels._checks import INTEGER, floating, integer, number, tensor
+from pfgm_kernels._checks import check_references, check_shape, integer, number, tensor
 from pfgm_kernels.backends import BACKENDS
 from pfgm_kernels.choice import choose
-from pfgm_kernels.chunks import flatten
+from pfgm_kernels.chunks import References, flatten
 from pfgm_kernels.classes import Classes
 from pfgm_kernels.edits import EDITED, version_of
 from pfgm_kernels.on_disk import OnDisk, Paths
+from pfgm_kernels.shards import QUERIES, Sharded
 
 LEAST_WORKSPACE = 1 << 20
 
@@ -45,6 +47,11 @@ class ReferenceSet:
             By default 256 MiB, and 1 GiB on a GPU, where small chunks would leave it idle.
         backend: the one that the op will run on where it is not asked for another; by default the
             first that can run and, on a GPU, has proven itself there.
+        group: of torch.distributed, each of whose ranks makes such a set of its part of the
+            references, of one shape, dtype and D. Every call is then one of all ranks, and answers
+            for the references of all; its gradients are whole on each rank.
+        queries: of a group's calls: "replicated", the same on each rank, or "local", each rank's
+            own, which all ranks answer together (without labels).
 
     Raises:
         TypeError: an argument of the wrong type, dtype or layout.
@@ -52,10 +59,13 @@ class ReferenceSet:
             (a ReferenceSet is constant: pass the tensor itself to the op instead); `workspace` is
             too small; `backend` is not a backend's name.
         RuntimeError: the backend asked for cannot run here; the message says why.
+        ConnectionError: in calls of a group, where a rank is lost; ValueError where calls differ.
     """
 
-    values: Tensor | OnDisk
-    """(N, d) float32 or float64, or uint8 codes into `table`; or what stands for them in files."""
+    values: References
+    """(N, d) float32 or float64, or uint8 codes into `table`; or what stands for that."""
+    own: Tensor | OnDisk
+    """Those of this process: all, but where the references are those of a group."""
     table: Tensor
     """(256,) float32, what each 8-bit code stands for; (0,) for floating-point values."""
     event_shape: torch.Size
@@ -74,6 +84,8 @@ class ReferenceSet:
         labels: Tensor | None = None,
         workspace: int | None = None,
         backend: str | None = None,
+        group: ProcessGroup | None = None,
+        queries: str = "replicated",
     ) -> None:
         if isinstance(x0, Tensor) and x0.requires_grad:
             raise ValueError(
@@ -86,7 +98,9 @@ class ReferenceSet:
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("ReferenceSet expects finite references, got NaN or Inf in x0")
         table = values.new_empty(0, dtype=torch.float32)
-        self._set(*_grouped(values, labels), table, x0.shape[1:], workspace, backend)
+        self._set(
+            *_grouped(values, labels), table, x0.shape[1:], workspace, backend, group, queries
+        )
 
     @classmethod
     def from_images(
@@ -98,6 +112,8 @@ class ReferenceSet:
         labels: Tensor | None = None,
         workspace: int | None = None,
         backend: str | None = None,
+        group: ProcessGroup | None = None,
+        queries: str = "replicated",
     ) -> ReferenceSet:
         """References stored as 8-bit images, a quarter of the bytes of float32.
 
@@ -116,10 +132,11 @@ class ReferenceSet:
         """
         tensor("images", images, (torch.uint8,), "a uint8 tensor (N, *event)")
         table = _table(low, high, images.device)
-        _check_shape("images", images)
+        check_shape("images", images)
         references = cls.__new__(cls)
         values, classes = _grouped(flatten(images), labels)
-        references._set(values, classes, table, images.shape[1:], workspace, backend)
+        event_shape = images.shape[1:]
+        references._set(values, classes, table, event_shape, workspace, backend, group, queries)
         return references
 
     @classmethod
@@ -132,6 +149,8 @@ class ReferenceSet:
         labels: Tensor | None = None,
         workspace: int | None = None,
         backend: str | None = None,
+        group: ProcessGroup | None = None,
+        queries: str = "replicated",
         device: torch.device | str | None = None,
     ) -> ReferenceSet:
         """References that stay in .npy files, for data larger than memory.
@@ -166,8 +185,8 @@ class ReferenceSet:
         if values.dtype == torch.uint8:
             table = _table(low, high, values.device)
         references = cls.__new__(cls)
-        event_shape = values.event_shape
-        references._set(*_grouped(values, labels), table, event_shape, workspace, backend)
+        grouped, event_shape = _grouped(values, labels), values.event_shape
+        references._set(*grouped, table, event_shape, workspace, backend, group, queries)
         return references
 
     def _set(
@@ -178,33 +197,41 @@ class ReferenceSet:
         event_shape: torch.Size,
         workspace: int | None,
         backend: str | None,
+        group: ProcessGroup | None = None,
+        queries: str = "replicated",
     ) -> None:
+        if queries not in QUERIES:
+            raise ValueError(f"queries expects one of {', '.join(QUERIES)}, got {queries!r}")
         if workspace is None:
             workspace = default_workspace(values.device)
         self.workspace = integer("workspace", workspace, LEAST_WORKSPACE)
-        self.values, self.table, self.classes = values, table, classes
+        self.own, self.table, self.classes = values, table, classes
+        self.values: References = values
+        if group is not None:
+            self.values = Sharded(values, table, event_shape, group, queries)
+            self.classes = classes and classes.among(self.values.class_counts(classes.counts))
         self.event_shape, self.backend = event_shape, backend
-        self._version = version_of(values)
+        self._version = version_of(self.own)
         self.operands = {}
         codes = values.dtype == torch.uint8
         self._prepare(choose(backend, values.device, values.shape[1], codes, derivatives=False))
 
-    def stored(self) -> tuple[Tensor | OnDisk, Tensor]:
+    def stored(self) -> tuple[References, Tensor]:
         """`values` and `table`.
 
         Raises:
             RuntimeError: the values were edited since they were prepared.
         """
-        if isinstance(self.values, OnDisk):
-            if torch.compiler.is_compiling():
-                raise RuntimeError("a compiled function expects references in memory, got files")
-        elif torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not isinstance(self.values, Tensor):
+            what = "in files" if isinstance(self.values, OnDisk) else "of several processes"
+            raise RuntimeError(f"a compiled function expects references in memory, got some {what}")
+        if torch.compiler.is_compiling():
             # Versions are known when the graph runs. CUDA graphs run on copies, an exported
             # program elsewhere: nothing was remembered of those.
             if self.device.type == "cpu" and not torch.compiler.is_exporting():
                 version = -1 if self._version is None else self._version
                 return self.values, torch.ops.pfgm.stored_table(self.values, self.table, version)
-        elif version_of(self.values) != self._version:
+        elif version_of(self.own) != self._version:
             raise RuntimeError(EDITED)
         return self.values, self.table
 
@@ -216,7 +243,7 @@ class ReferenceSet:
 
     def _prepare(self, backend: str) -> None:
         with _preparing:
-            values, table = self.values, self.table
+            values, table = self.own, self.table
             if isinstance(values, OnDisk):  # what is read is prepared in the call
                 self.operands = self.operands | {backend: []}
             elif backend not in self.operands:
@@ -238,12 +265,14 @@ class ReferenceSet:
         device = torch.empty(0, device=device).device
         if device == self.device:
             return self
+        if isinstance(self.values, Sharded):
+            raise ValueError("references of a group stay where they are: make others anew")
         if device.type == "meta":
             raise ValueError("ReferenceSet expects a device that holds data, got meta")
         non_blocking &= device.type != "cpu"  # the CPU would prepare what has not arrived
-        values, table = self.stored()
-        values = values.to(device, non_blocking=non_blocking)
-        table = table.to(device, non_blocking=non_blocking)
+        self.stored()
+        values = self.own.to(device, non_blocking=non_blocking)
+        table = self.table.to(device, non_blocking=non_blocking)
         classes = self.classes and self.classes.to(device)
         return self._like(values, classes, table)
 
@@ -256,7 +285,10 @@ class ReferenceSet:
         Raises:
             TypeError, ValueError, IndexError: another index, or one of nothing.
         """
-        values, table = self.stored()
+        self.stored()
+        values, table = self.own, self.table
+        if isinstance(self.values, Sharded):
+            raise ValueError("a subset expects references of one process, got those of a group")
         if isinstance(index, Tensor):
             if index.dim() != 1 or index.dtype not in (torch.bool, torch.int32, torch.int64):
                 raise TypeError(
@@ -272,7 +304,7 @@ class ReferenceSet:
             labels = self.classes.labels[index]
             index = self.classes.place()[index]
         values = values[index]
-        _check_shape("a subset", values)
+        check_shape("a subset", values)
         return self._like(*_grouped(values, labels), table)
 
     def _like(
@@ -313,8 +345,8 @@ class ReferenceSet:
         """Bytes of the tensors that the set keeps alive."""
         prepared = [each for operands in self.operands.values() for each in operands]
         held = [self.table, *(self.classes or ()), *prepared]
-        if isinstance(self.values, Tensor):
-            held.append(self.values)
+        if isinstance(self.own, Tensor):
+            held.append(self.own)
         return sum(each.nbytes for each in held)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -324,14 +356,15 @@ class ReferenceSet:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies and what is read from a file count versions anew."""
         vars(self).update(state)
-        self._version = version_of(self.values)
+        self._version = version_of(self.own)
 
     def __len__(self) -> int:
         return self.values.shape[0]
 
     def __repr__(self) -> str:
         stored = "8-bit" if self.table.numel() else str(self.dtype).removeprefix("torch.")
-        where = "" if isinstance(self.values, Tensor) else "in files, "
+        where = "" if isinstance(self.own, Tensor) else "in files, "
+        where += f"{len(self.own)} of them here, " if isinstance(self.values, Sharded) else ""
         return (
             f"ReferenceSet({len(self)} references of shape {tuple(self.event_shape)}, "
             f"{stored}, {where}{self.nbytes / 2**20:.1f} MiB on {self.device})"
@@ -363,22 +396,3 @@ def _table(low: float, high: float, device: torch.device) -> Tensor:
 
 def default_workspace(device: torch.device) -> int:
     return 256 << 20 if device.type == "cpu" else 1 << 30
-
-
-def check_references(x0: Tensor) -> Tensor:
-    """x0 (N, *event) itself, if it is a floating-point tensor with something in it."""
-    if not isinstance(x0, Tensor):
-        raise TypeError(f"x0 expects a tensor or a ReferenceSet, got {type(x0).__name__}")
-    if x0.dtype in INTEGER:
-        raise TypeError(
-            f"x0 expects a floating-point tensor, got {x0.dtype}"
-            " (8-bit images: ReferenceSet.from_images)"
-        )
-    floating("x0", x0)
-    _check_shape("x0", x0)
-    return x0
-
-
-def _check_shape(name: str, x0: Tensor) -> None:
-    if x0.dim() < 1 or x0.numel() == 0:
-        raise ValueError(f"{name} expects shape (N, *event) with N ≥ 1, got {tuple(x0.shape)}")

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels.backends import BACKENDS, eager
-from pfgm_kernels.chunks import DIFFERENCES_DIM, Chunks, Inputs, empty_gradients
+from pfgm_kernels.chunks import DIFFERENCES_DIM, Chunks, Inputs
+from pfgm_kernels.loops import empty_gradients
 from pfgm_kernels.outputs import Output
 from pfgm_kernels.rows import Rows, begin
 
@@ -38,7 +39,10 @@ def field_trace(inputs: Inputs, workspace: int, backend: str) -> Tensor:
     result = inputs.x.new_empty(len(inputs.x), dtype=torch.float64)
     for queries, seen in chunks.parts:
         rows, v = _rows(chunks, queries, seen)
-        trace = _trace(chunks, rows, seen) if summed else _trace_by_gradients(chunks, rows, v, seen)
+        if summed:
+            trace = _trace(chunks, rows, queries, seen)
+        else:
+            trace = _trace_by_gradients(chunks, rows, v, queries, seen)
         result[queries] = trace.masked_fill_(rows.singular, 0.0)
     return result
 
@@ -69,11 +73,9 @@ def field_trace_backward(
             values, table, _ = chunks.reference_rows(references)
             sums = eager.trace_sums(rows, values, table)
             trace, slope, pull = trace + sums[0], slope + sums[1], pull + sums[2]
+        chunks.total(queries, trace, slope, pull)
         weight = g[queries].masked_fill(rows.singular, 0.0)
-        gradient_x = weight[:, None] * (slope[:, None] * v - pull)
-        gradient_t = torch.zeros_like(rows.t)
-        if math.isinf(chunks.k):
-            gradient_t -= 2 / rows.t * weight * trace
+        gradient_x, gradient_t = torch.zeros_like(v), torch.zeros_like(rows.t)
         for references in seen:
             values, table, _ = chunks.reference_rows(references)
             part = eager.trace_gradients(rows, values, table, weight, trace, pull, values_grad)
@@ -81,6 +83,10 @@ def field_trace_backward(
             gradient_t += part[1]
             if part[2] is not None:
                 total[references] += part[2]
+        chunks.total(queries, gradient_x, gradient_t)
+        gradient_x += weight[:, None] * (slope[:, None] * v - pull)
+        if math.isinf(chunks.k):
+            gradient_t -= 2 / rows.t * weight * trace
         dx[queries] = gradient_x.view(dx[queries].shape).to(dx.dtype)
         dt[queries] = gradient_t.to(dt.dtype)
     return dx, dt, dvalues.copy_(total.view(dvalues.shape))
@@ -95,18 +101,22 @@ def _rows(chunks: Chunks, queries: slice, seen: list[slice]) -> tuple[Rows, Tens
     return Rows(x, t, residual, stored, log_weight, chunks.k, chunks.ranges(queries)), v
 
 
-def _trace(chunks: Chunks, rows: Rows, seen: list[slice]) -> Tensor:
+def _trace(chunks: Chunks, rows: Rows, queries: slice, seen: list[slice]) -> Tensor:
     trace = torch.zeros_like(rows.t)
     for references in seen:
         trace += chunks.module.trace(rows, *chunks.reference_rows(references))
+    chunks.total(queries, trace)
     return trace
 
 
-def _trace_by_gradients(chunks: Chunks, rows: Rows, v: Tensor, seen: list[slice]) -> Tensor:
+def _trace_by_gradients(
+    chunks: Chunks, rows: Rows, v: Tensor, queries: slice, seen: list[slice]
+) -> Tensor:
     rows = replace(rows, residual=rows.residual.to(rows.x.dtype))
     start = getattr(chunks.module, "begin", begin)
     gradients = start(rows, Output("displacement", 0.0, 1.0), None, torch.ones_like(rows.t))
     for references in seen:
         chunks.module.backward(rows, *chunks.reference_rows(references), gradients, False)
+    chunks.total(queries, gradients.dx, gradients.dt)
     k = chunks.k if math.isfinite(chunks.k) else 0.0
     return k + rows.t * gradients.dt - (gradients.dx * v).sum(1)

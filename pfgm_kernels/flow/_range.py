@@ -49,7 +49,7 @@ def warn_of_another_range(points: Tensor, references: ReferenceSet) -> None:
 
     Looks at up to 512 of each and 4 million values, and reads the outcome on the host.
     """
-    known = decode(_some(references.values), references.table)
+    known = decode(_some(references.own), references.table)
     x = _some(points.detach().flatten(1)).double()
     if len(known) < FEWEST or bool((known == known[0]).all()):
         return

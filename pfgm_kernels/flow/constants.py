@@ -10,11 +10,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pfgm_kernels._checks import positive
 from pfgm_kernels.backends._values import decode
 from pfgm_kernels.references import ReferenceSet
+from pfgm_kernels.shards import Sharded
 
 SIGMA, TAU = 0.01, 0.03
 DECODED = 1 << 22  # values of references that are looked at at a time
@@ -99,10 +101,13 @@ def constants(
 
 def _mean_norm(references: ReferenceSet) -> float:
     """The mean of ‖x0‖, with few of the references decoded at a time."""
-    values, table = references.values, references.table
+    values, table = references.own, references.table
     rows = max(1, DECODED // values.shape[1])
-    parts = (decode(part, table).norm(dim=1).sum().item() for part in values.split(rows))
-    return sum(parts) / len(values)
+    parts = (decode(part, table).norm(dim=1).sum() for part in values.split(rows))
+    total = torch.stack([*parts]).sum()
+    if isinstance(references.values, Sharded):
+        references.values.sum(total)
+    return total.item() / len(references)
 
 
 def _mean_chi(D: float) -> float:

@@ -29,7 +29,8 @@ from unittest import mock
 
 import torch
 
-from pfgm_kernels.chunks import Inputs, Saved, field_backward, field_forward
+from pfgm_kernels.chunks import Inputs
+from pfgm_kernels.loops import Saved, field_backward, field_forward
 from pfgm_kernels.outputs import Output
 from pfgm_kernels.references import default_workspace
 

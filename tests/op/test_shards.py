@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Are references of which each process holds a part those that one process would hold?"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from cases import CASES, build, seeded, truth
+from lives import ends, fork, said
+from oracle import (
+    FLOAT64,
+    assert_displacement,
+    assert_gradients,
+    assert_log_mass,
+    differentiate,
+    float32_contract,
+    solve,
+)
+from torch import Tensor
+
+from pfgm_kernels import (
+    ReferenceSet,
+    divergence,
+    log_density,
+    poisson_displacement,
+    poisson_field,
+    posterior_mean,
+)
+from pfgm_kernels.flow import FieldLoss, constants
+
+SMALL = 1 << 20
+
+
+def run(folder: Path, world: int, work: Callable[..., None], *given: Any) -> list[dict]:
+    """What `work(rank, *given)` returns on each rank of a group."""
+    codes = ends(fork(folder / "ranks", rank_of, [(work, folder, *given)] * world))
+    assert codes == [0] * world, said(folder / "ranks", 0)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def rank_of(work: Callable[..., dict], folder: Path, *given: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = dist.get_rank()
+    torch.save(work(folder, rank, dist.get_world_size(), *given), folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def part(rows: Tensor, rank: int, world: int) -> Tensor:
+    """Uneven ones: of each two ranks the second has but a few rows."""
+    sizes = [len(rows) // world * (2 if i % 2 == 0 else 1) // 2 or 1 for i in range(world)]
+    cuts = [min(sum(sizes[: i + 1]), len(rows) - world + i + 1) for i in range(world - 1)]
+    return rows.tensor_split(cuts)[rank]
+
+
+def named_cases(folder: Path, rank: int, world: int, backend: str, dtype: torch.dtype) -> dict:
+    found = {}
+    for name in CASES:
+        case = build(name)
+        if len(case.x0) < world:
+            continue
+        x, t = case.x.to(dtype, copy=True).requires_grad_(), (case.t + 0.0).requires_grad_()
+        group, x0 = dist.group.WORLD, case.x0.to(dtype)
+        references = ReferenceSet(
+            part(x0, rank, world), workspace=SMALL, backend=backend, group=group
+        )
+        assert len(references) == len(x0)
+        v, log_mass = poisson_displacement(x, t, references, D=case.D)
+        g_v, g_m = cotangents(name)
+        dx, dt = torch.autograd.grad([v, log_mass], [x, t], [g_v.to(dtype), g_m])
+        found[name] = [v.detach(), log_mass.detach(), dx, dt]
+    return found
+
+
+def cotangents(name: str) -> tuple[Tensor, Tensor]:
+    case = build(name)
+    g_v = torch.randn(case.x.shape, generator=seeded(1))
+    return g_v, torch.randn(len(case.x), dtype=torch.float64, generator=seeded(2))
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", ["cpu", "eager"])
+def test_named_cases(tmp_path, world, name, dtype):
+    ranks = run(tmp_path, world, named_cases, name, dtype)
+    assert len(ranks[0]) > 100
+    for case_name, (v, log_mass, dx, dt) in ranks[0].items():
+        case, expected = build(case_name), truth(case_name)
+        for other in ranks[1:]:
+            assert all(map(torch.equal, other[case_name], ranks[0][case_name]))
+        contract = float32_contract(name, case.named)
+        assert_displacement(v, expected, FLOAT64 if dtype == torch.float64 else contract)
+        assert_log_mass(log_mass, expected)
+        gradients = differentiate(expected, case.x, case.x0, *cotangents(case_name), case.D)
+        assert_gradients(gradients, dx, dt)
+
+
+def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """References, those that they stand for in float64, and queries near and far."""
+    rows = torch.randn(301, 50, generator=seeded(3), dtype=torch.float64).to(dtype)
+    if dtype == torch.uint8:
+        rows = torch.randint(256, (301, 50), generator=seeded(3), dtype=torch.uint8)
+    rows[1::7] = rows[0]
+    exact = rows.double()
+    if dtype == torch.uint8:
+        exact = (exact / 127.5 - 1).float().double()
+    noise = torch.randn(20, 50, generator=seeded(4), dtype=torch.float64)
+    x = exact[:20] + torch.logspace(-3, 1, 20)[:, None] * noise
+    return rows, exact, x, torch.logspace(-2, 2, 20, dtype=torch.float64)
+
+
+FUNCTIONS = {
+    function.__name__: function
+    for function in (posterior_mean, log_density, divergence, poisson_field)
+}
+
+
+def results(x: Tensor, t: Tensor, references: ReferenceSet, D: float) -> dict:
+    found = {}
+    for name, function in FUNCTIONS.items():
+        xs, ts = x.clone().requires_grad_(), t.clone().requires_grad_()
+        result = function(xs, ts, references, D=D)
+        gradients = torch.autograd.grad(result.sum(), (xs, ts))
+        tangent = []
+        if function is not divergence:
+            at = partial(function, t=t, x0=references, D=D)
+            tangent = [torch.func.jvp(at, (x,), (x.cos(),))[1]]
+        found[name] = [result.detach(), *gradients, *tangent]
+    return found
+
+
+def references_of(
+    folder: Path, rows: Tensor, rank: int, world: int, kind: str, **options: Any
+) -> ReferenceSet:
+    mine = part(rows, rank, world)
+    if kind == "files":
+        np.save(folder / f"part-{rank}.npy", mine.numpy())
+        return ReferenceSet.from_files(folder / f"part-{rank}.npy", **options)
+    make = ReferenceSet.from_images if rows.dtype == torch.uint8 else ReferenceSet
+    return make(mine, **options)
+
+
+def every_function(folder: Path, rank: int, world: int, kind: str, queries: str) -> dict:
+    found = {}
+    for dtype in (torch.uint8, torch.float16, torch.float32):
+        rows, _, x, t = problem(dtype)
+        options = {"group": dist.group.WORLD, "queries": queries, "workspace": SMALL}
+        references = references_of(folder, rows, rank, world, kind, **options)
+        if queries == "local":
+            mine = [slice(0, 13), slice(13, 20), slice(0, 0)][rank]
+            x, t = x[mine], t[mine]
+        for D in (1.0, 64.0, math.inf):
+            for name, each in results(x, t, references, D).items():
+                found[f"{name} {dtype} {D}"] = each
+    return found
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+@pytest.mark.parametrize("queries", ["replicated", "local"])
+def test_every_function_of_every_dtype(tmp_path, kind, queries):
+    ranks = run(tmp_path, 2, every_function, kind, queries)
+    for dtype in (torch.uint8, torch.float16, torch.float32):
+        _, exact, x, t = problem(dtype)
+        for D in (1.0, 64.0, math.inf):
+            for name, expected in results(x, t, ReferenceSet(exact), D).items():
+                found = [rank[f"{name} {dtype} {D}"] for rank in ranks]
+                if queries == "local":
+                    found = [[torch.cat(parts) for parts in zip(*found, strict=True)]]
+                for each in found:
+                    for got, wanted in zip(each, expected, strict=True):
+                        scale = 1e-5 * (
+                            1 + wanted.abs().max() + (5000 if name == "divergence" else 0)
+                        )
+                        torch.testing.assert_close(
+                            got, wanted, rtol=0, atol=float(scale), msg=f"{name} {dtype} {D}"
+                        )
+
+
+def classes(folder: Path, rank: int, world: int) -> dict:
+    rows, _, x, _ = problem(torch.uint8)
+    labels = part(torch.arange(301) // 61, rank, world)  # no rank has all of them
+    references = ReferenceSet.from_images(
+        part(rows, rank, world), labels=labels, group=dist.group.WORLD
+    )
+    wanted = torch.tensor([0, 4, 2, 0, 3] * 4)
+    xs = x.clone().requires_grad_()
+    v, log_mass = poisson_displacement(xs, 1.0, references, labels=wanted)
+    dx = torch.autograd.grad(v.square().sum(), xs)[0]
+    density = log_density(x, 1.0, references, labels=wanted)
+    with pytest.raises(ValueError, match="labels expects classes of 0 … 4"):
+        poisson_field(x, 1.0, references, labels=5)
+    return {"found": [v.detach(), log_mass.detach(), dx, density]}
+
+
+def test_classes(tmp_path):
+    _, exact, x, _ = problem(torch.uint8)
+    labels, wanted = torch.arange(301) // 61, torch.tensor([0, 4, 2, 0, 3] * 4)
+    for rank in run(tmp_path, 2, classes):
+        v, log_mass, dx, density = rank["found"]
+        for label in (0, 2, 3, 4):
+            here, of = wanted == label, exact[labels == label]
+            expected = solve(x[here], 1.0, of)
+            assert_displacement(v[here], expected, 1e-6)
+            assert_log_mass(log_mass[here], expected)
+            gradients = differentiate(expected, x[here], of, 2 * expected.v, torch.zeros(sum(here)))
+            assert_gradients(gradients, dx[here])
+            torch.testing.assert_close(density[here], log_density(x[here], 1.0, of))
+
+
+def what_is_made_of_a_set(folder: Path, rank: int, world: int) -> dict:
+    x0 = torch.randn(40, 30, generator=seeded())
+    references = ReferenceSet(part(x0, rank, world), group=dist.group.WORLD)
+    for call in (lambda: references[:3], lambda: references.to("meta")):
+        with pytest.raises(ValueError, match=r"(got those of|references of) a group"):
+            call()
+    assert "of them here" in repr(references)
+    found = constants(references)
+    loss = FieldLoss(references)(lambda x, t: x.new_zeros(len(x), 31), x0[:8], generator=seeded())
+    return {"loss": loss, "constants": torch.tensor([found.gamma, found.T, found.M])}
+
+
+def test_constants_and_losses(tmp_path):
+    x0 = torch.randn(40, 30, generator=seeded())
+    known = constants(x0)
+    loss = FieldLoss(x0)(lambda x, t: x.new_zeros(len(x), 31), x0[:8], generator=seeded())
+    for rank in run(tmp_path, 2, what_is_made_of_a_set):
+        torch.testing.assert_close(rank["constants"], torch.tensor([known.gamma, known.T, known.M]))
+        torch.testing.assert_close(rank["loss"], loss)
+
+
+def disagreements(folder: Path, rank: int, world: int) -> dict:
+    x0, group = torch.randn(20, 8, generator=seeded()), dist.group.WORLD
+    for mine, sentence in (
+        (x0 if rank else x0.double(), "expect one dtype, got 3 on rank 0 and 2 on rank 1"),
+        (x0[:, : 8 - rank], "expect one event shape, got 8 on rank 0 and 7 on rank 1"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            ReferenceSet(mine, group=group)
+    with pytest.raises(ValueError, match="queries expects one of replicated, local, got 'all'"):
+        ReferenceSet(x0, group=group, queries="all")
+    references = ReferenceSet(x0, group=group)
+    x = torch.randn(6, 8, generator=seeded())
+    for calls, sentence in (
+        (lambda: poisson_field(x[rank:], 1.0, references), "number of queries, got 6 on rank 0"),
+        (lambda: poisson_field(x, 1.0, references, D=1 + rank), r"d \+ D, got 9 on rank 0"),
+        (lambda: poisson_field(x + rank, 1.0, references), "one x, got"),
+        (lambda: poisson_field(x, 1.0 + rank, references), "one t, got"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            calls()
+    return {"sound": poisson_field(x, 1.0, references)}
+
+
+def test_ranks_that_disagree_are_told(tmp_path):
+    x, x0 = torch.randn(6, 8, generator=seeded()), torch.randn(20, 8, generator=seeded())
+    for rank in run(tmp_path, 2, disagreements):
+        torch.testing.assert_close(rank["sound"], poisson_field(x, 1.0, torch.cat([x0, x0])))
+
+
+def lost(folder: Path, when: str) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=3))
+    rank = dist.get_rank()
+    references = ReferenceSet(torch.randn(20, 8, generator=seeded(rank)), group=dist.group.WORLD)
+    x = torch.randn(6, 8, generator=seeded()).requires_grad_()
+    field = poisson_field(x, 1.0, references)
+    if rank == 1:
+        if when == "silent":
+            time.sleep(60)
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(ConnectionError, match="a rank that holds references is lost"):
+        field.sum().backward() if when == "backward" else poisson_field(x, 1.0, references)
+    (folder / "told").touch()
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_a_lost_rank_is_an_error(tmp_path, when):
+    codes = ends(fork(tmp_path / "ranks", lost, [(tmp_path, when)] * 2))
+    assert codes[1] == -signal.SIGKILL
+    assert (tmp_path / "told").exists(), said(tmp_path / "ranks", 0)
