@@ -98,6 +98,8 @@ class TrainConfig:
     """The share of the data that is held out; null of data that come with a part held out."""
     flips: bool = False
     """Whether the mirror images are trained on, too: they are in the batches and the references."""
+    sharded: bool = False
+    """Whether each rank holds a part of the references, and answers for it the queries of all."""
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {

@@ -23,6 +23,7 @@ from pfgm_kernels.flow import (
 if TYPE_CHECKING:
     from pfgm_kernels.training.config import TrainConfig
     from pfgm_kernels.training.data import DataSet
+    from pfgm_kernels.training.ranks import Ranks
 
 METHODS = ("pfgm", "unnormalized", "pfgmpp")
 TARGETS = ("exact", "clean")
@@ -49,6 +50,11 @@ def check_method(config: TrainConfig) -> None:
         raise ValueError(
             f"references expects 0 where no target is of references, got {config.references}"
         )
+    if config.sharded and (config.classes or config.references or not needs_references(config)):
+        raise ValueError(
+            "sharded=true expects targets of the whole data set, without classes, got "
+            f"method={config.method}, classes={config.classes}, references={config.references}"
+        )
     if 0 < config.references < config.batch_size:
         raise ValueError(
             "references expects 0, for the whole data set, or at least the batch_size "
@@ -69,13 +75,19 @@ def count_classes(data: DataSet) -> int:
     return int(data.train_labels.max()) + 1
 
 
-def references_of(config: TrainConfig, data: DataSet) -> ReferenceSet:
-    """The whole training part, with its labels where the run is class-conditional."""
+def references_of(
+    config: TrainConfig, data: DataSet, device: torch.device, ranks: Ranks
+) -> ReferenceSet:
+    """The whole training part on the device, with its labels where the run is class-conditional; of
+    a sharded run this rank's part.
+    """
+    if config.sharded and ranks.world > 1:
+        return data.references_of_part(ranks.rank, ranks.world, device)
     if not config.classes:
-        return data.references
+        return data.references.to(device)
     if count_classes(data) > config.classes:
         raise ValueError(f"classes expects at least {count_classes(data)}, got {config.classes}")
-    return data.references_by_class()
+    return data.references_by_class().to(device)
 
 
 def make_loss(

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pfgm_kernels.shards import is_lost
+
 DEVICES = ("auto", "cpu", "cuda")
 TIMEOUT = timedelta(minutes=5)
 """How long ranks wait for one that is silent before they end with an error."""
@@ -94,10 +96,11 @@ def joined(device: str) -> Iterator[Ranks]:
         if ours:
             dist.barrier()  # the first, which the others talk through, is not to leave before them
     except RuntimeError as error:
-        gloo = "/gloo/" in str(error)  # its errors have no type of their own, but name its sources
-        if not gloo and not isinstance(error, dist.DistError):
+        if not is_lost(error):
             raise
-        reason = "" if gloo else f" ({str(error).splitlines()[0]})"
+        # gloo's say where in its sources they are.
+        known = isinstance(error, dist.DistError)
+        reason = f" ({str(error).splitlines()[0]})" if known else ""
         raise ConnectionError(
             "another rank is lost: it was killed, ended with an error, which it tells itself, or "
             f"was silent for {TIMEOUT.total_seconds():g} s{reason}; start all ranks again, with "

@@ -74,7 +74,7 @@ class Training:
                 f"batch_size expects a multiple of {self.parts} (ranks times accumulation), "
                 f"got {config.batch_size}"
             )
-        self.references = methods.references_of(config, data).to(self.device)
+        self.references = methods.references_of(config, data, self.device, ranks)
         self.loss = methods.make_loss(config, self.references)
         self.network = config.model(data, network).to(self.device)
         self.parallel = ranks.parallel(self.network, self.device)

@@ -146,8 +146,10 @@ def _advance(
                 mean = sum(losses[-REPORT_EVERY:]) / len(losses[-REPORT_EVERY:])
                 speed = (step - first) / (time.monotonic() - began)
                 values = training.numbers(done) | {"loss": mean, "steps_per_second": speed}
-                if report and due and not done.stopped:
+                looks = due and not done.stopped
+                if looks and (report or config.sharded):  # which takes all ranks
                     values |= monitor.losses(training.average.module)
+                if looks and report:
                     report.pictures(monitor.samples(training.average.module), step)
                 if report:
                     report.numbers(values, step)

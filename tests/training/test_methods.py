@@ -13,12 +13,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pfgm_kernels import poisson_field, posterior_mean
+from pfgm_kernels import ReferenceSet, poisson_field, posterior_mean
 from pfgm_kernels.flow import FieldLoss, PosteriorMeanLoss, UnnormalizedLoss
 from pfgm_kernels.training import data, methods
 from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.generate import Sampler, Sampling
+from pfgm_kernels.training.ranks import Ranks
 from pfgm_kernels.training.trainer import Training, load_model, train
 
 TINY: dict[str, Any] = {"width": 8, "depth": 1, "batch_size": 16, "warmup": 4, "steps": 3}
@@ -44,6 +45,10 @@ def moons() -> DataSet:
 
 def config_of(moons: DataSet, **options: Any) -> TrainConfig:
     return TrainConfig.for_data(moons, **(TINY | options))
+
+
+def references_of(config: TrainConfig, points: DataSet) -> ReferenceSet:
+    return methods.references_of(config, points, torch.device("cpu"), Ranks())
 
 
 @pytest.mark.parametrize("conditional", [False, True])
@@ -141,15 +146,15 @@ def test_random_references_hold_the_batch(moons: DataSet, conditional: bool) -> 
 def test_classes_are_those_of_the_labels(moons: DataSet) -> None:
     config = config_of(moons, conditional=True)
     assert config.classes == 2
-    references = methods.references_of(config, moons)
+    references = references_of(config, moons)
     assert torch.equal(references.labels, moons.train_labels)
-    assert methods.references_of(config_of(moons), moons).labels is None
+    assert references_of(config_of(moons), moons).labels is None
     with pytest.raises(ValueError, match="expects data with labels, got two_moons"):
         config_of(replace(moons, train_labels=None), conditional=True)
     with pytest.raises(ValueError, match="classes expects at least 2, got 1"):
-        methods.references_of(replace(config, classes=1), moons)
+        references_of(replace(config, classes=1), moons)
     digits = data.load("digits")
-    images = methods.references_of(config_of(digits, conditional=True), digits)
+    images = references_of(config_of(digits, conditional=True), digits)
     assert torch.equal(images.labels, digits.train_labels)
     assert images.values.dtype == torch.uint8
 
@@ -157,7 +162,7 @@ def test_classes_are_those_of_the_labels(moons: DataSet) -> None:
 def test_samples_are_of_each_class_in_turn(moons: DataSet) -> None:
     """By the exact field: each sample is a point of its class."""
     config = config_of(moons, conditional=True)
-    references = methods.references_of(config, moons)
+    references = references_of(config, moons)
 
     def field(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         return poisson_field(x, t, references, labels=labels)

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from pfgm_kernels.training.checkpoint import Checkpoints
 from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.ranks import joined
+from pfgm_kernels.training.reports import read_stats
 from pfgm_kernels.training.state import Step, Training
 from pfgm_kernels.training.trainer import load_model, train
 
@@ -35,6 +38,12 @@ def work(out: Path) -> None:
             config = config_of(moons, accumulation=accumulation, clip_norm=1e9)
             found = gradients_of(Training(config, moons, None, ranks))
             torch.save(found, out / f"{ranks.rank}-{accumulation}.pt")
+        config = config_of(moons, sharded=True, clip_norm=1e9)
+        training = Training(config, moons, None, ranks)
+        assert len(training.references.own) == len(moons.train) // 2
+        torch.save(gradients_of(training), out / f"{ranks.rank}-sharded.pt")
+        run = train(replace(config, steps=3), moons, out / "sharded", console=quiet)
+        assert run.finished
         config, advance = config_of(moons, steps=9), Training.advance
 
         def stopped(training: Training, stop: Callable[[], bool]) -> Step:
@@ -84,6 +93,26 @@ def test_ranks_make_one_batch(out: Path, accumulation: int) -> None:
     alone = gradients_of(Training(config, moons))
     assert torch.equal(first, second)
     assert (first - alone).norm() < 1e-6 * alone.norm()
+
+
+def test_sharded_references_are_whole(out: Path) -> None:
+    """Each rank holds half of them, and the targets are the same."""
+    moons = data.load("two_moons")
+    alone = gradients_of(Training(config_of(moons, accumulation=2, clip_norm=1e9), moons))
+    for rank in (0, 1):
+        found = torch.load(out / f"{rank}-sharded.pt")
+        assert (found - alone).norm() < 1e-6 * alone.norm()
+    losses = [line["held_out_loss"] for line in read_stats(out / "sharded" / "stats.jsonl")]
+    assert len(losses) == 1
+    assert math.isfinite(losses[0])
+
+
+@pytest.mark.parametrize(
+    "options", [{"references": 64}, {"conditional": True}, {"method": "unnormalized"}]
+)
+def test_what_cannot_be_sharded(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="sharded=true expects targets of the whole data set"):
+        config_of(data.load("two_moons"), sharded=True, **options)
 
 
 def test_a_signal_to_one_stops_all_and_all_go_on(out: Path, tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pfgm_kernels import ReferenceSet
@@ -84,10 +85,19 @@ class DataSet:
         """The same with its labels."""
         return self._references(self.train_labels)
 
-    def _references(self, labels: Tensor | None) -> ReferenceSet:
+    def references_of_part(self, rank: int, world: int, device: torch.device) -> ReferenceSet:
+        """The same as those of a group, of which each rank holds a part on its device and has its
+        own queries.
+        """
+        part = self.train[rank::world].to(device)
+        return replace(self, train=part)._references(None, group=dist.group.WORLD, queries="local")
+
+    def _references(self, labels: Tensor | None, **options: Any) -> ReferenceSet:
         if self.is_image:
-            return ReferenceSet.from_images(self.train, self.low, self.high, labels=labels)
-        return ReferenceSet(self.train, labels=labels)
+            return ReferenceSet.from_images(
+                self.train, self.low, self.high, labels=labels, **options
+            )
+        return ReferenceSet(self.train, labels=labels, **options)
 
     def with_flips(self) -> DataSet:
         """The same with the mirror image of each training image appended to ``train``.
