@@ -6,18 +6,19 @@ from __future__ import annotations
 import resource
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pfgm_kernels import ReferenceSet
 from pfgm_kernels.flow import sample, sample_prior
 from pfgm_kernels.flow._queries import root_of, t_to_sigma
 from pfgm_kernels.flow.grid import T_MIN, grid
 from pfgm_kernels.training import methods
 from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.data import DataSet
+from pfgm_kernels.training.ranks import Ranks
 
 QUERIES = 1024
 """Held-out points whose loss is taken."""
@@ -30,19 +31,39 @@ class Monitor:
     """Looks at a model, in its eval mode, in the same way at each step that it is asked of.
 
     Its queries are drawn around the same held-out points by the same numbers, and its targets are
-    exact, those of all references, whatever the run trains on: the losses of runs that differ in
-    their targets alone are of one kind. It draws no random number that the run would miss.
+    exact, whatever the run trains on: the losses of runs that differ in their targets alone are of
+    one kind. Their references are the training part and these held-out points: near a point that
+    it does not have the training part has none but far images to be a mean of, which a model that
+    generalises is not to know. It draws no random number that the run would miss.
     """
 
     def __init__(
-        self, config: TrainConfig, data: DataSet, references: ReferenceSet, device: torch.device
+        self,
+        config: TrainConfig,
+        data: DataSet,
+        device: torch.device,
+        ranks: Ranks = Ranks(),  # noqa: B008  (a tuple)
     ) -> None:
-        self.config, self.data, self.device = config, data, device
+        self.config, self.data, self.device, self.ranks = config, data, device, ranks
+
+    @cached_property
+    def loss(self) -> Any:
+        data, config = self.data, self.config
+        labels = None
+        if data.train_labels is not None and data.held_out_labels is not None:
+            labels = torch.cat([data.train_labels, data.held_out_labels[:QUERIES]])
+        known = replace(
+            data, train=torch.cat([data.train, data.held_out[:QUERIES]]), train_labels=labels
+        )
         targets = "exact" if config.method == "pfgmpp" else config.targets
-        self.loss = methods.make_loss(replace(config, references=0, targets=targets), references)
+        exact = replace(config, references=0, targets=targets)
+        references = methods.references_of(exact, known, self.device, self.ranks)
+        return methods.make_loss(exact, references)
 
     def losses(self, model: nn.Module) -> dict[str, float]:
         """The held-out loss, in all and by noise level; nothing where no points are held out."""
+        if len(self.data.held_out) == 0:
+            return {}
         predicted = methods.as_predicted(self.config, model)
         generator = torch.Generator(self.device).manual_seed(SEED)
         labels = self.data.held_out_labels if self.config.classes else None

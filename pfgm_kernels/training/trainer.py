@@ -127,7 +127,7 @@ def _advance(
     it goes; the losses of the steps that were not skipped.
     """
     config, first, began = training.config, training.step, time.monotonic()
-    monitor = Monitor(config, training.data, training.references, training.device)
+    monitor = Monitor(config, training.data, training.device, training.ranks)
     losses: list[float] = []
     with progress_bar(console, "Training", config.steps, first) as update:
         while training.step < config.steps:

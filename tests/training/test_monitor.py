@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pfgm_kernels import posterior_mean
+from pfgm_kernels import ReferenceSet, posterior_mean
 from pfgm_kernels.training import data, monitor
 from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.data import DataSet
@@ -36,15 +36,15 @@ def training_of(points: DataSet, **options: Any) -> Training:
 
 
 def monitor_of(training: Training) -> Monitor:
-    return Monitor(training.config, training.data, training.references, training.device)
+    return Monitor(training.config, training.data, training.device)
 
 
 class Exact(torch.nn.Module):
-    """The posterior mean of all references, as a model."""
+    """The posterior mean of some references, as a model."""
 
-    def __init__(self, training: Training) -> None:
+    def __init__(self, references: ReferenceSet, D: float) -> None:
         super().__init__()
-        self.references, self.D = training.references, training.config.D
+        self.references, self.D = references, D
 
     def forward(self, x: Tensor, t: Tensor, **labels: Tensor) -> Tensor:
         return posterior_mean(x, t, self.references, D=self.D, **labels)
@@ -73,7 +73,11 @@ def test_held_out_targets_are_exact(digits: DataSet, targets: str, references: i
     options: dict[str, Any] = {"method": "pfgmpp", "D": 8.0, "predicts": "denoiser"}
     training = training_of(digits, targets=targets, references=references, **options)
     looking = monitor_of(training)
-    assert looking.losses(Exact(training))["held_out_loss"] < 1e-9
+    exact = Exact(looking.loss.references, 8.0)
+    assert len(exact.references) == len(digits.train) + len(digits.held_out)
+    assert looking.losses(exact)["held_out_loss"] < 1e-9
+    memory = looking.losses(Exact(digits.references, 8.0))  # which takes points for others
+    assert memory["held_out_loss/sigma_below_0.1"] > 10
     zeros = looking.losses(training.average.module)
     assert zeros["held_out_loss"] > 0.1
     assert len(zeros) > 3
@@ -82,7 +86,9 @@ def test_held_out_targets_are_exact(digits: DataSet, targets: str, references: i
 def test_held_out_loss_of_the_field(digits: DataSet) -> None:
     for conditional in (False, True):
         training = training_of(digits, predicts="denoiser", conditional=conditional, references=64)
-        assert monitor_of(training).losses(Exact(training))["held_out_loss"] < 1e-9
+        looking = monitor_of(training)
+        exact = Exact(looking.loss.references, training.config.D)
+        assert looking.losses(exact)["held_out_loss"] < 1e-9
 
 
 def test_it_looks_at_the_held_out_points_in_the_same_way_each_time(
@@ -120,7 +126,7 @@ def test_samples_are_those_of_the_field(digits: DataSet) -> None:
     """Near the data, of any run: samples of the exact field are images of the data set."""
     options: dict[str, Any] = {"method": "pfgmpp", "predicts": "denoiser", "conditional": True}
     training = training_of(digits, D=64.0, **options)
-    images = monitor_of(training).samples(Exact(training))
+    images = monitor_of(training).samples(Exact(training.references, 64.0))
     assert images is not None
     assert images.shape == (monitor.PICTURES, 1, 8, 8)
     assert 0 <= images.min() < images.max() <= 1
