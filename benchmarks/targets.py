@@ -64,11 +64,13 @@ class Plan:
     seeds: int
     settings: dict[str, Any]
     every: int
+    judged: bool
+    """Whether samples are drawn and judged, too."""
 
 
 PLANS = {
-    "digits": Plan(2000, 5, {"network": "perceptron"}, 100),
-    "cifar10": Plan(600, 1, {"network": "unet"}, 50),
+    "digits": Plan(2000, 5, {"network": "perceptron"}, 100, judged=True),
+    "cifar10": Plan(400, 1, {"network": "unet"}, 25, judged=False),
 }
 
 
@@ -86,7 +88,11 @@ class Outcome:
 
 
 def outcome(
-    data: DataSet, judge: Features, folders: Iterable[Path], plan: Plan, settings: dict[str, Any]
+    data: DataSet,
+    judge: Features | None,
+    folders: Iterable[Path],
+    plan: Plan,
+    settings: dict[str, Any],
 ) -> Outcome:
     """Trains what is not trained yet."""
     found = Outcome([], [])
@@ -96,7 +102,8 @@ def outcome(
         train(config, data, folder, resume=(folder / CONFIG).exists(), console=Console())
         lines = [line for line in read_stats(folder / STATS) if "held_out_loss" in line]
         found.curves.append([(int(line["step"]), line["held_out_loss"]) for line in lines])
-        found.distances.append(distance(folder, data, judge))
+        if judge is not None:
+            found.distances.append(distance(folder, data, judge))
     return found
 
 
@@ -117,15 +124,13 @@ def distance(folder: Path, data: DataSet, judge: Features) -> float:
 
 
 def table(name: str, found: dict[str, dict[str, Outcome]], plan: Plan) -> str:
-    lines = [
-        f"| loss | target | held-out loss | Fréchet distance of {SAMPLES:,} samples |",
-        "| --- | --- | --- | --- |",
-    ]
+    columns = ["loss", "target", "held-out loss"]
+    columns += [f"Fréchet distance of {SAMPLES:,} samples"] if plan.judged else []
+    lines = [_row(columns), _row(["---"] * len(columns))]
     for family, outcomes in found.items():
-        lines += [
-            f"| {family} | {target} | {_mean(each.losses, 4)} | {_mean(each.distances, 3)} |"
-            for target, each in outcomes.items()
-        ]
+        for target, each in outcomes.items():
+            cells = [family, target, _mean(each.losses, 4)]
+            lines.append(_row(cells + ([_mean(each.distances, 3)] if plan.judged else [])))
     seeds = f"mean ± standard error of {plan.seeds} seeds" if plan.seeds > 1 else "one seed"
     return "\n".join([f"{name}, {plan.steps:,} steps of 128 images, {seeds}:", "", *lines, ""])
 
@@ -144,6 +149,10 @@ def curves(found: dict[str, dict[str, Outcome]]) -> Figure:
     return figure
 
 
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
 def _mean(values: list[float], digits: int) -> str:
     mean = f"{statistics.fmean(values):.{digits}g}"
     if len(values) == 1:
@@ -157,7 +166,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/targets"))
     options = parser.parse_args()
     plan, data = PLANS[options.data], data_sets.load(options.data)
-    judge = classifier(data, Console())
+    judge = classifier(data, Console()) if plan.judged else None
     found: dict[str, dict[str, Outcome]] = {}
     for family, targets in FAMILIES.items():
         for target, settings in targets.items():
