@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is every command of the README one that there is, and does each run, at a reduced size?
+"""Is every command of the README and of docs/training.md one that there is, and does each run, small?
 
 Commands are the lines of its blocks without a language, and what stands between backquotes and
 begins with the name of a program. `make test` has them parsed; `make check` runs them.
@@ -76,7 +76,9 @@ def commands(text: str) -> list[tuple[str, ...]]:
     return [*dict.fromkeys(tuple(words) for words in found if words and words != ["pfgm"])]
 
 
-README = commands((ROOT / "README.md").read_text())
+README = commands(
+    "\n".join((ROOT / name).read_text() for name in ("README.md", "docs/training.md"))
+)
 
 
 def kind(words: tuple[str, ...]) -> str:
