@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is every command of the README and of docs/training.md one that there is, and does each run, small?
+"""Is every command of the README and docs/training.md one that there is, and does each run, small?
 
 Commands are the lines of its blocks without a language, and what stands between backquotes and
 begins with the name of a program. `make test` has them parsed; `make check` runs them.
