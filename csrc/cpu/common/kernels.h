@@ -25,9 +25,7 @@ namespace {
 
 // log N, of a million at least: these may be a chunk of a call's references, whose weights are cut
 // as all of them together would have them cut.
-inline double log_count(const FieldParams& p) {
-  return ::log(std::max<double>(p.count, 1 << 20));
-}
+inline double log_count(const FieldParams& p) { return ::log(std::max<double>(p.count, 1 << 20)); }
 
 }  // namespace
 }  // namespace pfgm

@@ -25,9 +25,7 @@ constexpr int kColumnBlock = 256;  // columns whose products are summed in one g
 // that there are others like it may be because there are copies, which err alike.
 constexpr double kAnchorTolerance = 8e-7;
 
-inline double cutoff_depth(const FieldParams& p) {
-  return kSingleCutoff + log_count(p);
-}
+inline double cutoff_depth(const FieldParams& p) { return kSingleCutoff + log_count(p); }
 
 // The distance from which on float sums of y resolve a displacement: not small beside the data's
 // width, of which it may be one over `share`, nor beside what y leaves of a reference.
