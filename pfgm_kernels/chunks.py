@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pfgm_kernels._checks import FLOATING
 from pfgm_kernels.cuts import Part, by_range, slices
-from pfgm_kernels.merge import Partial, join
+from pfgm_kernels.merge import Partial, join, lose_digits, relative_logit
 from pfgm_kernels.on_disk import OnDisk, Reader
 from pfgm_kernels.rows import Stored
 from pfgm_kernels.shards import Sharded
@@ -171,6 +171,7 @@ class Chunks:
         if self.shards is None:
             return self._own(x, t, queries, seen)[0]
         mine, to_anchor = self._own(x, t, queries, seen)
+        assert to_anchor is not None
         absent = None if self._absent is None else self._absent[queries]
         total, rows = self.shards.join(mine, to_anchor, x, t, self.k, self.inputs.table, absent)
         self._anchors = total[2], rows
@@ -187,24 +188,30 @@ class Chunks:
 
     def _own(
         self, x: Tensor, t: Tensor, queries: slice, seen: list[slice]
-    ) -> tuple[Partial, Tensor]:
-        """Those of this process's references, and what leads to the anchors (n, d); that is of no
-        rows where nothing asks for it.
+    ) -> tuple[Partial, Tensor | None]:
+        """Those of this process's references, and what leads to the anchors (n, d) where that is
+        asked for.
         """
         total: Partial | None = None
+        to_nearest = to_anchor = nearer = None
+        asked = self.shards is not None or (len(seen) > 1 and lose_digits(self.k))
         ranges = self.ranges(queries)
         within = [] if ranges is None else [ranges]
         for references in seen:
             values, table, operands = self.reference_rows(references)
             part = self.module.forward(x, t, values, table, operands, self.k, *within)
-            if len(seen) == 1 and references.start == 0 and not self.shards:
-                return part, x[:0]
-            to_anchor = Stored(values, table, part[2]).decode().sub_(x)
-            part[2].add_(references.start)
+            if asked:
+                to_anchor = Stored(values, table, part[2]).decode().sub_(x)
+            if references.start > 0:
+                part[2].add_(references.start)
             if total is None:
                 total, to_nearest = part, to_anchor
-            else:
-                total, to_nearest = join(total, part, t, self.k, (to_nearest, to_anchor))
+                continue
+            if to_nearest is not None and to_anchor is not None:
+                nearer = relative_logit(to_nearest, to_anchor, t, self.k)
+            total, closer = join(total, part, nearer)
+            if to_nearest is not None and to_anchor is not None:
+                to_nearest = torch.where(closer[:, None], to_anchor, to_nearest)
         assert total is not None
         return total, to_nearest
 

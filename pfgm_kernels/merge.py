@@ -66,25 +66,30 @@ def merge(partials: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return functools.reduce(torch.add, terms).to(dtype), log_mass
 
 
-def join(
-    a: Partial, b: Partial, t: Tensor, k: float, to_anchors: tuple[Tensor, Tensor]
-) -> tuple[Partial, Tensor]:
-    """`merge` of two chunks of a call: of t (n,), all float64, where each has its nearest reference
-    besides. to_anchors are what leads from the queries to it (n, d), and that of both is returned.
+def join(a: Partial, b: Partial, nearer: Tensor | None = None) -> tuple[Partial, Tensor]:
+    """`merge` of two chunks of a call, each with its nearest reference besides, all float64; and
+    whether that of b is the nearer one (n,).
 
-    Masses are compared by way of these anchors: where k is large their logarithms have lost the
-    digits of the difference.
+    nearer: by how much its logit is the greater, of `relative_logit`, where the log masses
+    `lose_digits`.
     """
-    u_a, u_b = to_anchors
-    nearer = relative_logit(u_a, u_b, t, k)
-    more = nearer + a[3] - b[3]
+    if nearer is None:
+        more = (b[1] - a[1]).nan_to_num_(0.0, torch.inf, -torch.inf)  # infinite ones are equal
+        nearer = more + b[3] - a[3]
+    else:
+        more = nearer + a[3] - b[3]
     share = more.sigmoid()[:, None]
     displacement = torch.lerp(a[0], b[0], share)
     log_mass = torch.where(more > 0, b[1], a[1]) - logsigmoid(more.abs())
     closer = nearer > 0
     anchor = torch.where(closer, b[2], a[2])
     log_weight = torch.where(closer, b[3] + logsigmoid(more), a[3] + logsigmoid(-more))
-    return (displacement, log_mass, anchor, log_weight), torch.where(closer[:, None], u_b, u_a)
+    return (displacement, log_mass, anchor, log_weight), closer
+
+
+def lose_digits(k: float) -> bool:
+    """Whether differences of log masses, which are some k, lose digits that are wanted."""
+    return not k <= 1e4
 
 
 def relative_logit(u_a: Tensor, u_b: Tensor, t: Tensor, k: float) -> Tensor:

@@ -194,7 +194,7 @@ def test_a_set_that_is_grouped_already_is_not_copied():
     x0, labels = torch.randn(60, 5), torch.arange(6).repeat_interleave(10)
     assert ReferenceSet(x0, labels=labels).values.data_ptr() == x0.data_ptr()
     assert ReferenceSet(x0, labels=labels.flip(0)).values.data_ptr() != x0.data_ptr()
-    extra = 8 * (60 + 60 + 7)
+    extra = 8 * (60 + 60 + 7 + 6)
     assert ReferenceSet(x0, labels=labels).nbytes == ReferenceSet(x0).nbytes + extra
 
 

@@ -114,7 +114,7 @@ def test_what_is_held_out_is_judged_by(
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
     start = ("train", "--data", photos, "--out", out, *TINY)
     assert pfgm(*start, "--flips", "--held-out", 0.5).exit_code == 0
-    options = ("--model", out, "--count", 2, "--steps", 2, "--out", tmp_path / "judged")
+    options = ("--model", out, "--seeds", "0-1", "--steps", 2, "--out", tmp_path / "judged")
     assert_refused(pfgm("evaluate", *options), "enough")
     assert_refused(pfgm("evaluate", *options, "--data", photos), "enough")
     assert [len(points.held_out) for points in judged] == [10, 2]

@@ -9,6 +9,16 @@
 #include "../../poisson_field.h"
 #include "parallel.h"
 
+namespace pfgm {
+namespace {
+
+// log N, of a million at least: these may be a chunk of a call's references, whose weights are cut
+// as all of them together would have them cut.
+inline double log_count(const FieldParams& p) { return ::log(std::max<double>(p.count, 1 << 20)); }
+
+}  // namespace
+}  // namespace pfgm
+
 #define PFGM_DECLARE_KERNELS(isa)                     \
   namespace pfgm::isa {                               \
   void field_forward(const FieldParams&);             \
@@ -19,16 +29,6 @@
 
 #ifdef PFGM_ISA
 PFGM_DECLARE_KERNELS(PFGM_ISA)
-
-namespace pfgm {
-namespace {
-
-// log N, of a million at least: these may be a chunk of a call's references, whose weights are cut
-// as all of them together would have them cut.
-inline double log_count(const FieldParams& p) { return ::log(std::max<double>(p.count, 1 << 20)); }
-
-}  // namespace
-}  // namespace pfgm
 
 namespace pfgm::PFGM_ISA {
 
