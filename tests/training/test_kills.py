@@ -107,6 +107,7 @@ def moment(draw: random.Random, calls: int, first: bool) -> Death:
     return AtCall(draw.randint(1, calls))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["/step_", "/model.", "/config."])
 def test_killed_while_a_file_is_written(
     whole: Callable[[int], Path], tmp_path: Path, name: str

@@ -360,6 +360,7 @@ def shared(
     return lambda name: out / name
 
 
+@pytest.mark.exhaustive
 def test_ranks_share_the_seeds(shared: Callable[[str], Path], digits: Path, moons: Path) -> None:
     """To the bit of one process."""
     for seed, image in enumerate(drawn(digits, [*range(45)])):
