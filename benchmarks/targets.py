@@ -70,7 +70,7 @@ class Plan:
 
 PLANS = {
     "digits": Plan(2000, 5, {"network": "perceptron"}, 100, judged=True),
-    "cifar10": Plan(400, 1, {"network": "unet"}, 25, judged=False),
+    "cifar10": Plan(300, 1, {"network": "unet"}, 25, judged=False),
 }
 
 
