@@ -99,7 +99,9 @@ def outcome(
     for seed, folder in enumerate(folders):
         options = plan.settings | settings | {"seed": seed, "steps": plan.steps, "batch_size": 128}
         config = TrainConfig.for_data(data, **options, checkpoint_every=plan.every)
-        train(config, data, folder, resume=(folder / CONFIG).exists(), console=Console())
+        run = train(config, data, folder, resume=(folder / CONFIG).exists(), console=Console())
+        if not run.finished:
+            raise SystemExit("stopped; the same command goes on")
         lines = [line for line in read_stats(folder / STATS) if "held_out_loss" in line]
         found.curves.append([(int(line["step"]), line["held_out_loss"]) for line in lines])
         if judge is not None:
