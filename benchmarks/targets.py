@@ -2,10 +2,10 @@
 """`python -m benchmarks.targets digits|cifar10`: does the exact target make better samples?
 
 The same network is trained for as many steps on Eq. (12) with the whole data set as its references
-and with a few random ones at each step, and on PFGM++'s loss with the points themselves and with
-exact posterior means as targets. All are judged alike: the held-out loss against the exact target,
-and the Fréchet distance of their samples in the features of a classifier. Runs lie in --out, where
-a second call goes on; the table and the curves go to docs/.
+and with a few random ones at each step, and on PFGM++'s loss with the points themselves, with exact
+posterior means and with those of a few random references as targets. All are judged alike: the
+held-out loss against the exact target, and the Fréchet distance of their samples in the features of
+a classifier. Runs lie in --out, where a second call goes on; the curves go to docs/.
 """
 
 from __future__ import annotations
@@ -37,21 +37,20 @@ from pfgm_kernels.training.trainer import load_model, train
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SAMPLES, SOLVER_STEPS = 1000, 18
 EQ_12, PLUS = "Eq. (12)", "PFGM++, D = 128"
+FIELD: dict[str, Any] = {"method": "pfgm"}
+MEANS: dict[str, Any] = {"method": "pfgmpp", "D": 128.0, "predicts": "denoiser"}
 FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     EQ_12: {
-        "all references": {},
-        "4,096 references": {"references": 4096},
-        "512 references": {"references": 512},
-        "128 references": {"references": 128},
+        "all references": FIELD,
+        "512 references": FIELD | {"references": 512},
+        "128 references": FIELD | {"references": 128},
     },
     PLUS: {
-        "exact means": {"method": "pfgmpp", "D": 128.0, "predicts": "denoiser"},
-        "the points": {
-            "method": "pfgmpp",
-            "D": 128.0,
-            "predicts": "denoiser",
-            "targets": "clean",
-        },
+        "exact means": MEANS,
+        "means of 4,096": MEANS | {"references": 4096},
+        "means of 512": MEANS | {"references": 512},
+        "means of 128": MEANS | {"references": 128},
+        "the points": MEANS | {"targets": "clean"},
     },
 }
 
@@ -64,13 +63,25 @@ class Plan:
     seeds: int
     settings: dict[str, Any]
     every: int
+    families: dict[str, tuple[str, ...]]
     judged: bool
     """Whether samples are drawn and judged, too."""
 
 
+FAMILIES_OF_IMAGES = {EQ_12: ("all references", "128 references"), PLUS: (*FAMILIES[PLUS],)}
 PLANS = {
-    "digits": Plan(2000, 5, {"network": "perceptron"}, 100, judged=True),
-    "cifar10": Plan(300, 1, {"network": "unet"}, 25, judged=False),
+    "digits": Plan(
+        2000,
+        5,
+        {"network": "perceptron"},
+        100,
+        {
+            EQ_12: ("all references", "512 references", "128 references"),
+            PLUS: ("exact means", "the points"),
+        },
+        judged=True,
+    ),
+    "cifar10": Plan(300, 1, {"network": "unet"}, 25, FAMILIES_OF_IMAGES, judged=False),
 }
 
 
@@ -139,8 +150,9 @@ def table(name: str, found: dict[str, dict[str, Outcome]], plan: Plan) -> str:
 
 def curves(found: dict[str, dict[str, Outcome]]) -> Figure:
     """Held-out loss by step: a panel a loss, a colour a target, a line a seed."""
-    figure = sheet(11, 4.2)
-    for axes, (family, outcomes) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
+    figure = sheet(1 + 5 * len(found), 4.2)
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    for axes, (family, outcomes) in zip(panels, found.items(), strict=True):
         for (target, each), colour in zip(outcomes.items(), SERIES, strict=False):
             for i, curve in enumerate(each.curves):
                 label = target if i == 0 else None
@@ -170,13 +182,11 @@ def main() -> None:
     plan, data = PLANS[options.data], data_sets.load(options.data)
     judge = classifier(data, Console()) if plan.judged else None
     found: dict[str, dict[str, Outcome]] = {}
-    for family, targets in FAMILIES.items():
-        for target, settings in targets.items():
-            if settings.get("references", 0) > len(data.train):
-                continue
+    for family, targets in plan.families.items():
+        for target in targets:
             name = f"{family} {target}".translate(str.maketrans(" ", "-", "().,=+"))
             folders = [options.out / options.data / f"{name}-{i}" for i in range(plan.seeds)]
-            each = outcome(data, judge, folders, plan, settings)
+            each = outcome(data, judge, folders, plan, FAMILIES[family][target])
             found.setdefault(family, {})[target] = each
     print(table(options.data, found, plan))
     with style():
