@@ -148,6 +148,19 @@ def table(name: str, found: dict[str, dict[str, Outcome]], plan: Plan) -> str:
     return "\n".join([f"{name}, {plan.steps:,} steps of 128 images, {seeds}:", "", *lines, ""])
 
 
+def differences(found: dict[str, dict[str, Outcome]]) -> str:
+    """By seed, of each target beside the first of its loss."""
+    lines = []
+    for family, outcomes in found.items():
+        (first, known), *others = outcomes.items()
+        for target, each in others:
+            losses = [b / a - 1 for a, b in zip(known.losses, each.losses, strict=True)]
+            gaps = [b - a for a, b in zip(known.distances, each.distances, strict=True)]
+            far = f", distances greater by {_mean(gaps, 2)}" if gaps else ""
+            lines.append(f"{family}, {target} beside {first}: loss × 1 + {_mean(losses, 2)}{far}")
+    return "\n".join(lines)
+
+
 def curves(found: dict[str, dict[str, Outcome]]) -> Figure:
     """Held-out loss by step: a panel a loss, a colour a target, a line a seed."""
     figure = sheet(1 + 5 * len(found), 4.2)
@@ -189,6 +202,7 @@ def main() -> None:
             each = outcome(data, judge, folders, plan, FAMILIES[family][target])
             found.setdefault(family, {})[target] = each
     print(table(options.data, found, plan))
+    print(differences(found))
     with style():
         save(curves(found), DOCS / "figures" / f"targets-{options.data}.png")
 

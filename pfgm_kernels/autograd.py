@@ -64,9 +64,8 @@ class _Field(torch.autograd.Function):
         x, t, values, table, operands, k, ranges, *scalars = inputs
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, t, _tensor(values), table, ranges, *output[2:], *operands)
+        ctx.save_for_backward(x, t, _kept(ctx, values), table, ranges, *output[2:], *operands)
         ctx.constants = k, scalars[:3], scalars[4:]
-        ctx.values = None if isinstance(values, Tensor) else values
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_log_mass: Tensor | None, *_: Any) -> Any:
@@ -91,7 +90,7 @@ class _DualField(_Field):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _Field.setup_context(ctx, inputs, output)
         x, t, values, table, operands, _, ranges, *_ = inputs
-        ctx.save_for_forward(x, t, _tensor(values), table, ranges, *output[2:], *operands)
+        ctx.save_for_forward(x, t, _kept(ctx, values), table, ranges, *output[2:], *operands)
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor | None, t: Tensor | None, values: Tensor | None, *_: Any) -> Any:
@@ -100,9 +99,13 @@ class _DualField(_Field):
         return *tangents, None, None, None
 
 
-def _tensor(values: References) -> Tensor | None:
-    """What autograd keeps of references; those in files are kept by themselves."""
-    return values if isinstance(values, Tensor) else None
+def _kept(ctx: Any, values: References) -> Tensor | None:
+    """What autograd saves of references; what is no tensor is kept beside that."""
+    ctx.values = None
+    if isinstance(values, Tensor):
+        return values
+    ctx.values = values
+    return None
 
 
 def _saved(ctx: Any) -> tuple[Any, Any, Any]:
@@ -160,9 +163,8 @@ class _Trace(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, t, values, table, _, k, ranges, workspace, _ = inputs
-        ctx.save_for_backward(x, t, _tensor(values), table, ranges)
+        ctx.save_for_backward(x, t, _kept(ctx, values), table, ranges)
         ctx.constants = k, workspace
-        ctx.values = None if isinstance(values, Tensor) else values
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:

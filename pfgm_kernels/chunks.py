@@ -38,7 +38,6 @@ REFERENCE_ROWS = 3
 FEWEST_READ = 256
 """References from files that a chunk has, if need be at the cost of reading them more often."""
 
-
 References = Tensor | OnDisk | Sharded
 """(N, d), or (N, *event), and what stands for that."""
 
@@ -77,8 +76,9 @@ class Chunks:
         self.workspace = workspace - share * (2 if copied else 1)
         ranges = inputs.ranges if batch else None
         self._absent = None
-        if self.shards and ranges is not None:  # what is computed of classes that are not here
-            self._absent = ranges[:, 0] == ranges[:, 1]  # counts for nothing
+        if self.shards and ranges is not None:
+            # Of a class that is not here some reference is taken, and counts for nothing.
+            self._absent = ranges[:, 0] == ranges[:, 1]
             ranges = torch.where(self._absent[:, None], ranges.new_tensor([0, 1]), ranges)
         held = None if ranges is None or on_disk else getattr(module, "RANGES", None)
         most = int(ranges.diff().max()) if ranges is not None and held == "seen" else count

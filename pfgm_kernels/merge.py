@@ -89,7 +89,7 @@ def join(a: Partial, b: Partial, nearer: Tensor | None = None) -> tuple[Partial,
 
 def lose_digits(k: float) -> bool:
     """Whether differences of log masses, which are some k, lose digits that are wanted."""
-    return not k <= 1e4
+    return k > 1e4
 
 
 def relative_logit(u_a: Tensor, u_b: Tensor, t: Tensor, k: float) -> Tensor:

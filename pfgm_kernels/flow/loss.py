@@ -27,7 +27,23 @@ from pfgm_kernels.references import ReferenceSet
 Network = Callable[..., Tensor]
 
 
-class FieldLoss:
+class _Mean:
+    """A loss that is the mean over its queries."""
+
+    per_query: Callable[..., tuple[Tensor, Tensor]]
+
+    def __call__(
+        self,
+        network: Network,
+        x0_batch: Tensor,
+        generator: torch.Generator | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """The mean of the losses of `per_query`, of the same arguments: a 0-dim tensor."""
+        return self.per_query(network, x0_batch, generator, labels)[1].mean()
+
+
+class FieldLoss(_Mean):
     """The loss of Eq. (12), Xu et al. 2022: regression on the normalised field of all references.
 
         mean over queries and over the d + 1 components of (network(x, t) − field(x, t))²
@@ -85,25 +101,6 @@ class FieldLoss:
         self.perturb = partial(perturb, sigma=sigma, tau=tau, M=M, restrict_M=restrict_M, D=self.D)
         self._watch = RangeWatch()
 
-    def __call__(
-        self,
-        network: Network,
-        x0_batch: Tensor,
-        generator: torch.Generator | None = None,
-        labels: Tensor | None = None,
-    ) -> Tensor:
-        """The loss of `network(x (B, *event), t (B,)) -> (B, d + 1)` around x0_batch (B, *event).
-
-        Where labels (B,) are given, the network is called with `labels=labels`, and the field is
-        that of the references of each query's class.
-
-        Returns a 0-dim tensor, differentiable in the network's parameters. Raises TypeError or
-        ValueError where the batch or the network's output does not fit. Warns where the first batch
-        is in another range than the references, as [0, 1] beside [-1, 1]; within a compiled or
-        captured call, which cannot look at values, nothing does.
-        """
-        return self.per_query(network, x0_batch, generator, labels)[1].mean()
-
     def per_query(
         self,
         network: Network,
@@ -111,7 +108,17 @@ class FieldLoss:
         generator: torch.Generator | None = None,
         labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The heights t (B,) of the queries and the loss of each (B,), whose mean is the loss."""
+        """The heights t (B,) of the queries and the loss of each (B,), of
+        `network(x (B, *event), t (B,)) -> (B, d + 1)` around x0_batch (B, *event).
+
+        Where labels (B,) are given, the network is called with `labels=labels`, and the field is
+        that of the references of each query's class.
+
+        Differentiable in the network's parameters. Raises TypeError or ValueError where the batch
+        or the network's output does not fit. Warns where the first batch is in another range than
+        the references, as [0, 1] beside [-1, 1]; within a compiled or captured call, which cannot
+        look at values, nothing does.
+        """
         x, t = self.perturb(x0_batch, generator=generator)
         options = _keywords(labels)
         with torch.no_grad():
@@ -122,7 +129,7 @@ class FieldLoss:
         return t, _squared_error(network(x, t, **options), target, "(B, d + 1)").mean(1)
 
 
-class PosteriorMeanLoss:
+class PosteriorMeanLoss(_Mean):
     """EDM's regression of a denoiser (Karras et al. 2022), for any D, on the exact posterior mean.
 
         mean over queries and over the d components of λ(σ) (denoiser(x, t) − E[x0 | x, t])²
@@ -177,21 +184,6 @@ class PosteriorMeanLoss:
         self.heights = partial(heights, D=self.D, mean=mean, std=std)
         self._watch = RangeWatch()
 
-    def __call__(
-        self,
-        denoiser: Network,
-        x0_batch: Tensor,
-        generator: torch.Generator | None = None,
-        labels: Tensor | None = None,
-    ) -> Tensor:
-        """The loss of `denoiser(x (B, *event), t (B,)) -> (B, *event)` around x0_batch (B, *event).
-
-        Where labels (B,) are given, the denoiser is called with `labels=labels`, and the mean is
-        over the references of each query's class. Returns, raises and warns as
-        `FieldLoss.__call__`.
-        """
-        return self.per_query(denoiser, x0_batch, generator, labels)[1].mean()
-
     def per_query(
         self,
         denoiser: Network,
@@ -199,7 +191,12 @@ class PosteriorMeanLoss:
         generator: torch.Generator | None = None,
         labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The heights t (B,) of the queries and the loss of each (B,), whose mean is the loss."""
+        """The heights t (B,) of the queries and the loss of each (B,), of
+        `denoiser(x (B, *event), t (B,)) -> (B, *event)` around x0_batch (B, *event).
+
+        Where labels (B,) are given, the denoiser is called with `labels=labels`, and the mean is
+        over the references of each query's class. Raises and warns as `FieldLoss.per_query`.
+        """
         x0 = points(x0_batch, "x0_batch")
         t = self.heights(len(x0), generator=generator, dtype=x0.dtype, device=x0.device)
         x = perturb_at(x0, t, D=self.D, generator=generator)
@@ -214,7 +211,7 @@ class PosteriorMeanLoss:
         return t, weight.to(error.dtype) * error
 
 
-class UnnormalizedLoss:
+class UnnormalizedLoss(_Mean):
     """The loss of Eq. (10), Xu et al. 2022: regression on the raw field of one source per query.
 
         mean over queries and over the d + 1 components of
@@ -247,16 +244,6 @@ class UnnormalizedLoss:
         sigma, tau, M, self.D = check_noise(sigma, tau, M, positive("D", D))
         self.perturb = partial(perturb, sigma=sigma, tau=tau, M=M, restrict_M=restrict_M, D=self.D)
 
-    def __call__(
-        self,
-        network: Network,
-        x0_batch: Tensor,
-        generator: torch.Generator | None = None,
-        labels: Tensor | None = None,
-    ) -> Tensor:
-        """As `FieldLoss.__call__`; labels are for the network alone."""
-        return self.per_query(network, x0_batch, generator, labels)[1].mean()
-
     def per_query(
         self,
         network: Network,
@@ -264,7 +251,7 @@ class UnnormalizedLoss:
         generator: torch.Generator | None = None,
         labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The heights t (B,) of the queries and the loss of each (B,), whose mean is the loss."""
+        """As `FieldLoss.per_query`; labels are for the network alone."""
         x0 = points(x0_batch, "x0_batch")
         x, t = self.perturb(x0, generator=generator)
         difference = torch.cat([(x.double() - x0.double()).flatten(1), t.double()[:, None]], 1)

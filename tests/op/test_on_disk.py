@@ -7,7 +7,6 @@ import copy
 import math
 import os
 import pickle
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +22,13 @@ from oracle import (
     float32_contract,
     solve,
 )
+from stored import assert_alike, problem, results
 from torch import Tensor
 
 from pfgm_kernels import (
     ReferenceSet,
-    divergence,
-    log_density,
     poisson_displacement,
     poisson_field,
-    posterior_mean,
 )
 from pfgm_kernels.flow import FieldLoss, constants
 from pfgm_kernels.memory import PeakMemory
@@ -71,46 +68,16 @@ def test_named_cases(backend, name, dtype, tmp_path):
     assert_gradients(expected, dx, dt)
 
 
-def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """References, those that they stand for in float64, and queries near and far."""
-    generator = seeded(3)
-    rows = torch.randn(301, 50, generator=generator, dtype=torch.float64).to(dtype)
-    if dtype == torch.uint8:
-        rows = torch.randint(256, (301, 50), generator=generator, dtype=torch.uint8)
-    rows[1::7] = rows[0]
-    exact = rows.double()
-    if dtype == torch.uint8:
-        exact = (exact / 127.5 - 1).float().double()
-    noise = torch.randn(20, 50, generator=generator, dtype=torch.float64)
-    return rows, exact, exact[:20] + torch.logspace(-3, 1, 20)[:, None] * noise
-
-
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("D", [1.0, 64.0, math.inf])
 def test_every_function_of_every_dtype(backend, dtype, D, tmp_path):
-    rows, exact, x = problem(dtype)
-    t = torch.logspace(-2, 2, 20, dtype=torch.float64)
+    rows, exact, x, t = problem(dtype)
     folder = cut_in_three(tmp_path / "files", rows)
-    files = ReferenceSet.from_files(folder, workspace=SMALL, backend=backend.name)
+    device = backend.device
+    files = ReferenceSet.from_files(folder, workspace=SMALL, backend=backend.name, device=device)
     assert (len(files), files.event_shape, files.nbytes) == (301, (50,), files.table.nbytes)
-    memory = ReferenceSet(exact, backend="eager")
-    for function in (posterior_mean, log_density, divergence, poisson_field):
-        found = function(x, t, files, D=D, backend=backend.name)
-        expected = function(x, t, memory, D=D)
-        scale = 1e-5 * (1 + expected.abs().max() + (50 / t.min() if function is divergence else 0))
-        torch.testing.assert_close(found, expected, rtol=0, atol=float(scale))
-        if function is divergence:
-            continue
-        tangents = [
-            torch.func.jvp(partial(function, t=t, x0=each, D=D), (x,), (x.cos(),))[1]
-            for each in (files, memory)
-        ]
-        torch.testing.assert_close(*tangents, rtol=1e-5, atol=1e-5 * float(tangents[1].abs().max()))
-    xs = x.clone().requires_grad_()
-    gradients = [
-        torch.autograd.grad(divergence(xs, t, each, D=D).sum(), xs)[0] for each in (files, memory)
-    ]
-    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6 * float(gradients[1].abs().max()))
+    expected = results(x, t, ReferenceSet(exact, backend="eager"), D)
+    assert_alike(results(x.to(device), t.to(device), files, D), expected, t)
 
 
 def test_each_sweep_reads_each_row_once(tmp_path, monkeypatch):
@@ -138,7 +105,7 @@ def test_each_sweep_reads_each_row_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("grouped", [True, False])
 def test_classes(backend, grouped, tmp_path):
-    rows, exact, x = problem(torch.uint8)
+    rows, exact, x, _ = problem(torch.uint8)
     labels = torch.arange(301) % 5
     labels = labels.sort().values if grouped else labels
     wanted = torch.tensor([0, 4, 2, 0, 3] * 4)

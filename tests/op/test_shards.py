@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,14 @@ from oracle import (
     float32_contract,
     solve,
 )
+from stored import assert_alike, problem, results
 from torch import Tensor
 
 from pfgm_kernels import (
     ReferenceSet,
-    divergence,
     log_density,
     poisson_displacement,
     poisson_field,
-    posterior_mean,
 )
 from pfgm_kernels.flow import FieldLoss, constants
 
@@ -108,40 +106,6 @@ def test_named_cases(tmp_path, world, name, dtype):
         assert_gradients(gradients, dx, dt)
 
 
-def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """References, those that they stand for in float64, and queries near and far."""
-    rows = torch.randn(301, 50, generator=seeded(3), dtype=torch.float64).to(dtype)
-    if dtype == torch.uint8:
-        rows = torch.randint(256, (301, 50), generator=seeded(3), dtype=torch.uint8)
-    rows[1::7] = rows[0]
-    exact = rows.double()
-    if dtype == torch.uint8:
-        exact = (exact / 127.5 - 1).float().double()
-    noise = torch.randn(20, 50, generator=seeded(4), dtype=torch.float64)
-    x = exact[:20] + torch.logspace(-3, 1, 20)[:, None] * noise
-    return rows, exact, x, torch.logspace(-2, 2, 20, dtype=torch.float64)
-
-
-FUNCTIONS = {
-    function.__name__: function
-    for function in (posterior_mean, log_density, divergence, poisson_field)
-}
-
-
-def results(x: Tensor, t: Tensor, references: ReferenceSet, D: float) -> dict:
-    found = {}
-    for name, function in FUNCTIONS.items():
-        xs, ts = x.clone().requires_grad_(), t.clone().requires_grad_()
-        result = function(xs, ts, references, D=D)
-        gradients = torch.autograd.grad(result.sum(), (xs, ts))
-        tangent = []
-        if function is not divergence:
-            at = partial(function, t=t, x0=references, D=D)
-            tangent = [torch.func.jvp(at, (x,), (x.cos(),))[1]]
-        found[name] = [result.detach(), *gradients, *tangent]
-    return found
-
-
 def references_of(
     folder: Path, rows: Tensor, rank: int, world: int, kind: str, **options: Any
 ) -> ReferenceSet:
@@ -163,9 +127,14 @@ def every_function(folder: Path, rank: int, world: int, kind: str, queries: str)
             mine = [slice(0, 13), slice(13, 20), slice(0, 0)][rank]
             x, t = x[mine], t[mine]
         for D in (1.0, 64.0, math.inf):
-            for name, each in results(x, t, references, D).items():
-                found[f"{name} {dtype} {D}"] = each
+            found[f"{dtype} {D}"] = results(x, t, references, D)
     return found
+
+
+def joined(ranks: list[dict[str, list[Tensor]]]) -> dict[str, list[Tensor]]:
+    """The rows of one rank after another."""
+    parts = {name: zip(*(rank[name] for rank in ranks), strict=True) for name in ranks[0]}
+    return {name: [torch.cat(each) for each in found] for name, found in parts.items()}
 
 
 @pytest.mark.parametrize("kind", ["memory", "files"])
@@ -175,18 +144,12 @@ def test_every_function_of_every_dtype(tmp_path, kind, queries):
     for dtype in (torch.uint8, torch.float16, torch.float32):
         _, exact, x, t = problem(dtype)
         for D in (1.0, 64.0, math.inf):
-            for name, expected in results(x, t, ReferenceSet(exact), D).items():
-                found = [rank[f"{name} {dtype} {D}"] for rank in ranks]
-                if queries == "local":
-                    found = [[torch.cat(parts) for parts in zip(*found, strict=True)]]
-                for each in found:
-                    for got, wanted in zip(each, expected, strict=True):
-                        scale = 1e-5 * (
-                            1 + wanted.abs().max() + (5000 if name == "divergence" else 0)
-                        )
-                        torch.testing.assert_close(
-                            got, wanted, rtol=0, atol=float(scale), msg=f"{name} {dtype} {D}"
-                        )
+            expected = results(x, t, ReferenceSet(exact), D)
+            found = [rank[f"{dtype} {D}"] for rank in ranks]
+            if queries == "local":
+                found = [joined(found)]
+            for each in found:
+                assert_alike(each, expected, t)
 
 
 def classes(folder: Path, rank: int, world: int) -> dict:

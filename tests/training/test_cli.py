@@ -11,28 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import assert_refused, pfgm
 from PIL import Image
-from typer.testing import CliRunner, Result
 
 import pfgm_kernels
 from pfgm_kernels import choice
-from pfgm_kernels.cli import app
 from pfgm_kernels.training.checkpoint import read
 from pfgm_kernels.training.settings import load
-
-
-def pfgm(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def assert_refused(result: Result, *expected: str) -> None:
-    """Exit code 2, and one sentence on the standard error that says what is expected."""
-    assert result.exit_code == 2
-    assert result.stderr.startswith("pfgm: ")
-    assert result.stderr.count("\n") == 1
-    assert "Traceback" not in result.output
-    for words in expected:
-        assert words in result.stderr
 
 
 @pytest.fixture(scope="module")

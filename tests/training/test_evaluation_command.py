@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import assert_refused, pfgm
 from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
-from typer.testing import CliRunner, Result
 
 from pfgm_kernels import figures
-from pfgm_kernels.cli import app
 from pfgm_kernels.training import data, evaluation
 from pfgm_kernels.training.evaluation import Evaluation
 from pfgm_kernels.training.generate import Sampler, Sampling
@@ -24,18 +23,6 @@ from pfgm_kernels.training.samples import collect
 from pfgm_kernels.training.trainer import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-
-
-def pfgm(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def assert_refused(result: Result, *expected: str) -> None:
-    assert result.exit_code == 2
-    assert result.stderr.startswith("pfgm: ")
-    assert result.stderr.count("\n") == 1
-    for words in expected:
-        assert words in result.stderr
 
 
 class Means(nn.Module):

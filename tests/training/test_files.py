@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import pfgm
 
 from pfgm_kernels import figures, files
-from pfgm_kernels.cli import app
 from pfgm_kernels.files import LOCK, locked, write_bytes
 from pfgm_kernels.training import checkpoint, data
 from pfgm_kernels.training.config import TrainConfig
@@ -137,10 +136,6 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         assert process.stdout.readline() == "locked\n"
         yield process
         process.kill()
-
-
-def pfgm(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_a_second_training_is_refused(tmp_path: Path, holder: subprocess.Popen[str]) -> None:

@@ -8,20 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from commands import pfgm
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
 from pfgm_kernels import figures
-from pfgm_kernels.cli import app
 from pfgm_kernels.training import data
 from pfgm_kernels.training.interpolation import paths
 from pfgm_kernels.training.trainer import load_model
-
-
-def pfgm(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

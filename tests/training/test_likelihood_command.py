@@ -11,21 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from commands import pfgm
 from rich.console import Console
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
 from pfgm_kernels import log_density, poisson_field
-from pfgm_kernels.cli import app
 from pfgm_kernels.training import data
 from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.likelihood import likelihood, with_noise
 
 QUIET = Console(quiet=True)
-
-
-def pfgm(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_the_exact_field_of_points() -> None:

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import pfgm
 from torch import Tensor
-from typer.testing import CliRunner
 
-from pfgm_kernels.cli import app
 from pfgm_kernels.flow import grid, sample, sample_prior
 from pfgm_kernels.flow._queries import root_of
 from pfgm_kernels.flow.grid import T_MIN
@@ -364,10 +363,6 @@ def test_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match="expects nets_to_export to be imported"):
         loaded(named)
     assert "nets_to_export" not in sys.modules
-
-
-def pfgm(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_the_command(folders: dict[str, Path], tmp_path: Path) -> None:

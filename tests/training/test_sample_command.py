@@ -14,13 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import assert_refused, pfgm
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
 from pfgm_kernels import figures
-from pfgm_kernels.cli import app
 from pfgm_kernels.cli.options import seeds_of
 from pfgm_kernels.files import locked
 from pfgm_kernels.training import data, generate
@@ -43,18 +42,6 @@ with joined("cpu"):
         app(["sample", "--model", sys.argv[1], *quick], standalone_mode=False)
         app(["sample", "--model", sys.argv[2], *quick[:-1], out + ".npz"], standalone_mode=False)
 """
-
-
-def pfgm(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def assert_refused(result: Result, *expected: str) -> None:
-    assert result.exit_code == 2, result.output
-    assert result.stderr.startswith("pfgm: ")
-    assert result.stderr.count("\n") == 1
-    for words in expected:
-        assert words in result.stderr
 
 
 def trained(tmp_path_factory: pytest.TempPathFactory, *options: object) -> Path:

@@ -10,16 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from commands import pfgm
 
-from pfgm_kernels.cli import app
 from pfgm_kernels.training import settings
 from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.data import DataSet
-
-
-def pfgm(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_values_have_the_types_of_their_keys() -> None:

@@ -8,28 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import assert_refused, pfgm
 from PIL import Image
-from typer.testing import CliRunner, Result
 
-from pfgm_kernels.cli import app
 from pfgm_kernels.training import data, trainer
 from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.data import DataSet
 from pfgm_kernels.training.state import Training
 
 TINY = ("--steps", 1, "--device", "cpu", "batch_size=8", "width=8", "depth=1")
-
-
-def pfgm(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def assert_refused(result: Result, *expected: str) -> None:
-    assert result.exit_code == 2, result.output
-    assert result.stderr.startswith("pfgm: ")
-    assert result.stderr.count("\n") == 1
-    for words in expected:
-        assert words in result.stderr
 
 
 @pytest.fixture
