@@ -194,7 +194,7 @@ class Chunks:
         """
         total: Partial | None = None
         to_nearest = to_anchor = nearer = None
-        asked = self.shards is not None or (len(seen) > 1 and lose_digits(self.k))
+        asked = self.shards is not None or (len(seen) > 1 and lose_digits(self.k, self.dtype))
         ranges = self.ranges(queries)
         within = [] if ranges is None else [ranges]
         for references in seen:

@@ -87,9 +87,11 @@ def join(a: Partial, b: Partial, nearer: Tensor | None = None) -> tuple[Partial,
     return (displacement, log_mass, anchor, log_weight), closer
 
 
-def lose_digits(k: float) -> bool:
-    """Whether differences of log masses, which are some k, lose digits that are wanted."""
-    return k > 1e4
+def lose_digits(k: float, dtype: torch.dtype) -> bool:
+    """Whether differences of log masses, which are some k, lose digits that a result of this dtype
+    should have.
+    """
+    return k > (1e4 if dtype == torch.float64 else 1e6)
 
 
 def relative_logit(u_a: Tensor, u_b: Tensor, t: Tensor, k: float) -> Tensor:

@@ -108,11 +108,9 @@ class OnDisk:
 
     @property
     def row_bytes(self) -> int:
-        """What a row takes while it is read, used and, beside it, the next: its bytes and codes,
-        and 16 bits as float32.
-        """
+        """What a row takes while it is used, 16 bits as float32, and the next one is read."""
         size = self.dtype.itemsize
-        return 2 * self.shape[1] * (size + 1 + (4 if size == 2 else 0))
+        return self.shape[1] * (2 * size + (4 if size == 2 else 0))
 
     def __getitem__(self, index: slice | Tensor) -> Tensor:
         """Rows (n, d), read now; index: a slice, (N,) bool or (n,) integers."""

@@ -170,7 +170,9 @@ class ReferenceSet:
             low, high: of uint8, the values of the pixels 0 and 255, low < high.
             labels: as for the constructor. Rows of a class are best stored side by side: where they
                 are not, each call gathers them.
-            workspace, backend: as for the constructor.
+            workspace: as for the constructor, but 768 MiB by default, and 2 GiB on a GPU. The
+                files are read once for as many queries as it holds, 512 (d + 8) bytes each.
+            backend: as for the constructor.
             device: where calls compute, that of their queries; the CPU by default.
 
         Raises:
@@ -203,7 +205,7 @@ class ReferenceSet:
         if queries not in QUERIES:
             raise ValueError(f"queries expects one of {', '.join(QUERIES)}, got {queries!r}")
         if workspace is None:
-            workspace = default_workspace(values.device)
+            workspace = default_workspace(values.device, isinstance(values, OnDisk))
         self.workspace = integer("workspace", workspace, LEAST_WORKSPACE)
         self.own, self.table, self.classes = values, table, classes
         self.values: References = values
@@ -394,5 +396,8 @@ def _table(low: float, high: float, device: torch.device) -> Tensor:
     return (low + (high - low) * codes / 255).float()
 
 
-def default_workspace(device: torch.device) -> int:
-    return 256 << 20 if device.type == "cpu" else 1 << 30
+def default_workspace(device: torch.device, on_disk: bool = False) -> int:
+    """Bytes. Files are read anew for every so many queries as it holds, so that more pays there."""
+    if device.type == "cpu":
+        return (768 if on_disk else 256) << 20
+    return (2 if on_disk else 1) << 30

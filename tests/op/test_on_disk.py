@@ -84,7 +84,7 @@ def test_each_sweep_reads_each_row_once(tmp_path, monkeypatch):
     """Of chunks, files and queries of which none is a multiple of another."""
     rows = torch.randn(5003, 77, generator=seeded())
     folder = saved(tmp_path / "files", rows, 1000, 1001, 1030, 4999)
-    x, t = torch.randn(530, 77, generator=seeded(1)).requires_grad_(), 0.3
+    x, t = torch.randn(450, 77, generator=seeded(1)).requires_grad_(), 0.3
     files = ReferenceSet.from_files(sorted(folder.iterdir()), workspace=1 << 22)
     read: list[int] = []
     reading = OnDisk.read_slice
