@@ -18,8 +18,8 @@ CPU = SOURCES / "cpu"
 CPU_SOURCES = sorted({str(f.relative_to(CPU))[:-4] for f in CPU.rglob("*.cpp")} - {"dispatch"})
 FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -Wall -Wextra -Wno-psabi"
 CUDA_FLAGS = "-std=c++17 -O3 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
-AVX512 = "-mavx512f -mavx512dq -mavx512vl -mfma"
-X86 = {"avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512vnni": f"{AVX512} -mavx512bw -mavx512vnni"}
+AVX512 = "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma"
+X86 = {"avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512vnni": f"{AVX512} -mavx512vnni"}
 ISA_FLAGS = {"portable": "", **(X86 if os.uname().machine == "x86_64" else {})}
 COMPILE = "$flags -MD -MF $out.d -c $in -o $out\n  deps = gcc\n  depfile = $out.d"
 

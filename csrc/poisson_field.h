@@ -11,6 +11,18 @@ enum class ValueType : int { kFloat32, kFloat64, kUint8 };
 // What the op makes of the displacement v: v, x + v, or scale · (v, −t)/(‖(v, −t)‖ + gamma).
 enum class Output : int { kDisplacement, kMean, kField };
 
+// The references in a few coordinates, 16-bit integers times unit (cpu/two_pass/sketch.h).
+struct Sketch {
+  int64_t dim;            // even
+  const double* basis;    // (dim, d) orthonormal rows P
+  const int16_t* points;  // (N, dim) P y_j / unit, of norm 32,000 at most
+  const float* rest;      // (N,) the norm of what P leaves of y_j, at least
+  double unit;
+  double residual;  // the norm of what rounding to integers leaves of P y_j, at most
+  double reach;     // the norm of what P leaves of a query for which few references are likely left
+};
+constexpr int kSketches = 2;
+
 // Arrays are contiguous and row-major. B = batch, N = count, d = dim; ld is d rounded up to a
 // multiple of 8 for the CPU kernels (columns beyond d are zero) and d for CUDA.
 struct FieldParams {
@@ -29,9 +41,10 @@ struct FieldParams {
   bool single;
   const float* x_single;  // (B, d) for CUDA
   // CPU: what prepare_references wrote, or null (cpu/common/operands.h).
-  double* norms;   // (N,)
-  uint8_t* codes;  // (N, d)
-  double* grid;    // (4 + d,)
+  double* norms;               // (N,)
+  uint8_t* codes;              // (N, d)
+  double* grid;                // (4 + d,)
+  Sketch sketches[kSketches];  // of more and more columns; those that there are come first
   // The same for CUDA (cuda/operands.cu): y = (x0 − origin)/unit as a sum of num_parts bfloat16
   // parts, one for 8-bit codes, two for floats, or three where d ≤ 128. Rows of a part are d
   // rounded up to a multiple of 64 long, the rest zeros, and aligned to 16 bytes.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels._checks import INTEGER, tensor
+from pfgm_kernels.on_disk import OnDisk
 
 
 class Classes(NamedTuple):
@@ -84,3 +85,17 @@ def _integers(labels: Tensor, count: int, device: torch.device) -> Tensor:
     if labels.device != device:
         raise ValueError(f"labels expects the device {device}, got {labels.device}")
     return labels.long()
+
+
+def grouped(
+    values: Tensor | OnDisk, labels: Tensor | None
+) -> tuple[Tensor | OnDisk, Classes | None]:
+    """values (N, d) class by class."""
+    if labels is None:
+        return values, None
+    classes = Classes.group(labels, len(values), values.device)
+    if classes.grouped:
+        return values, classes
+    if isinstance(values, OnDisk):
+        return values.reordered(classes.order), classes
+    return values[classes.order], classes

@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from pfgm_kernels._checks import check_references, check_shape, integer, number, tensor
+from pfgm_kernels._checks import check_references, check_shape, integer, tensor
 from pfgm_kernels.backends import BACKENDS
+from pfgm_kernels.backends._values import table_of
 from pfgm_kernels.choice import choose
 from pfgm_kernels.chunks import References, flatten
-from pfgm_kernels.classes import Classes
+from pfgm_kernels.classes import Classes, grouped
 from pfgm_kernels.edits import EDITED, version_of
 from pfgm_kernels.on_disk import OnDisk, Paths
 from pfgm_kernels.shards import QUERIES, Sharded
 
 LEAST_WORKSPACE = 1 << 20
+CALLS = 32
+"""After so many a set takes the time for a sketch, of some ten calls."""
 
 _preparing = threading.Lock()
 
@@ -98,9 +101,7 @@ class ReferenceSet:
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("ReferenceSet expects finite references, got NaN or Inf in x0")
         table = values.new_empty(0, dtype=torch.float32)
-        self._set(
-            *_grouped(values, labels), table, x0.shape[1:], workspace, backend, group, queries
-        )
+        self._set(*grouped(values, labels), table, x0.shape[1:], workspace, backend, group, queries)
 
     @classmethod
     def from_images(
@@ -131,10 +132,10 @@ class ReferenceSet:
             RuntimeError: as for the constructor.
         """
         tensor("images", images, (torch.uint8,), "a uint8 tensor (N, *event)")
-        table = _table(low, high, images.device)
+        table = table_of(low, high, images.device)
         check_shape("images", images)
         references = cls.__new__(cls)
-        values, classes = _grouped(flatten(images), labels)
+        values, classes = grouped(flatten(images), labels)
         event_shape = images.shape[1:]
         references._set(values, classes, table, event_shape, workspace, backend, group, queries)
         return references
@@ -185,10 +186,10 @@ class ReferenceSet:
         values = OnDisk.open(paths, torch.empty(0, device=device or "cpu").device)
         table = torch.empty(0, dtype=torch.float32, device=values.device)
         if values.dtype == torch.uint8:
-            table = _table(low, high, values.device)
+            table = table_of(low, high, values.device)
         references = cls.__new__(cls)
-        grouped, event_shape = _grouped(values, labels), values.event_shape
-        references._set(*grouped, table, event_shape, workspace, backend, group, queries)
+        sorted_out, event_shape = grouped(values, labels), values.event_shape
+        references._set(*sorted_out, table, event_shape, workspace, backend, group, queries)
         return references
 
     def _set(
@@ -214,7 +215,7 @@ class ReferenceSet:
             self.classes = classes and classes.among(self.values.class_counts(classes.counts))
         self.event_shape, self.backend = event_shape, backend
         self._version = version_of(self.own)
-        self.operands = {}
+        self.operands, self._calls = {}, 0
         codes = values.dtype == torch.uint8
         self._prepare(choose(backend, values.device, values.shape[1], codes, derivatives=False))
 
@@ -241,6 +242,10 @@ class ReferenceSet:
         """What a backend prepared of the references: now, where this is the first call for it."""
         if torch.compiler.is_compiling() or backend not in self.operands:
             self._prepare(backend)
+        elif hasattr(BACKENDS[backend], "sketch") and isinstance(self.own, Tensor):
+            self._calls += 1
+            if self._calls == CALLS:
+                self._sketch(backend)
         return self.operands[backend]
 
     def _prepare(self, backend: str) -> None:
@@ -253,6 +258,11 @@ class ReferenceSet:
                 with torch._C._DisableFuncTorch():
                     operands = BACKENDS[backend].prepare(values, table, values.nbytes)
                 self.operands = self.operands | {backend: operands}  # others may read the old one
+
+    def _sketch(self, backend: str) -> None:
+        with _preparing, torch._C._DisableFuncTorch():
+            operands = BACKENDS[backend].sketch(self.own, self.table, self.operands[backend])
+            self.operands = self.operands | {backend: operands}
 
     # A compiled function prepares while it is traced. This is torch.compiler.assume_constant_result
     # without its import of the compiler.
@@ -307,7 +317,7 @@ class ReferenceSet:
             index = self.classes.place()[index]
         values = values[index]
         check_shape("a subset", values)
-        return self._like(*_grouped(values, labels), table)
+        return self._like(*grouped(values, labels), table)
 
     def _like(
         self, values: Tensor | OnDisk, classes: Classes | None, table: Tensor
@@ -371,29 +381,6 @@ class ReferenceSet:
             f"ReferenceSet({len(self)} references of shape {tuple(self.event_shape)}, "
             f"{stored}, {where}{self.nbytes / 2**20:.1f} MiB on {self.device})"
         )
-
-
-def _grouped(
-    values: Tensor | OnDisk, labels: Tensor | None
-) -> tuple[Tensor | OnDisk, Classes | None]:
-    """values (N, d) class by class."""
-    if labels is None:
-        return values, None
-    classes = Classes.group(labels, len(values), values.device)
-    if classes.grouped:
-        return values, classes
-    if isinstance(values, OnDisk):
-        return values.reordered(classes.order), classes
-    return values[classes.order], classes
-
-
-def _table(low: float, high: float, device: torch.device) -> Tensor:
-    """(256,) float32, what 8-bit codes stand for."""
-    low, high = number("low", low), number("high", high)
-    if not -math.inf < low < high < math.inf:
-        raise ValueError(f"8-bit images expect finite low < high, got {low} and {high}")
-    codes = torch.arange(256, dtype=torch.float64, device=device)
-    return (low + (high - low) * codes / 255).float()
 
 
 def default_workspace(device: torch.device, on_disk: bool = False) -> int:

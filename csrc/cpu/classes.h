@@ -38,6 +38,10 @@ FieldParams cut(const FieldParams& p, int64_t first, int64_t last) {
   }
   advance(part.norms, start);
   advance(part.codes, start * p.dim);
+  for (Sketch& sketch : part.sketches) {
+    advance(sketch.points, start * sketch.dim);
+    advance(sketch.rest, start);
+  }
   const int64_t size = p.value_type == ValueType::kFloat64   ? 8
                        : p.value_type == ValueType::kFloat32 ? 4
                                                              : 1;

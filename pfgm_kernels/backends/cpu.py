@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels.backends import _native
+from pfgm_kernels.backends._sketch import Sketch, sketches
 from pfgm_kernels.rows import Cotangents, Rows
 
 PAD = 8  # the kernels read rows padded to a multiple of this
 TILE = 64  # queries that they take at a time
 WORK_PER_THREAD = 1 << 20  # columns of pairs that take longer than a thread takes to wake up
-WORK = 1 << 34  # columns of pairs in a chunk, so that an interrupt is noticed within a second or so
+WORK = 1 << 35  # columns of pairs in a chunk, so that an interrupt is noticed within a second or so
 MAX_DIRECT_DIM = 24  # up to here they need nothing prepared
 RANGES = "seen"  # of queries that see ranges of the references, a chunk holds these pairs
 
@@ -56,9 +57,27 @@ def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
     return [norms, grid, *(codes if grid[1] >= 0 else [])]
 
 
+def sketch(values: Tensor, table: Tensor, operands: list[Tensor]) -> list[Tensor]:
+    """The operands that `prepare` made, and sketches of the references where these may pay."""
+    return [*operands, *sketches(values, table, operands)]
+
+
 def operands_of(operands: list[Tensor], references: slice) -> list[Tensor]:
-    norms, grid, *codes = operands
-    return [norms[references], grid, *(rows[references] for rows in codes)]
+    norms, grid, *codes = _prepared(operands)
+    cut = [norms[references], grid, *(rows[references] for rows in codes)]
+    for points, rest, *basis in _sketches(operands):
+        cut += [points[references], rest[references], *basis]
+    return cut
+
+
+def _prepared(operands: list[Tensor]) -> list[Tensor]:
+    """Norms, grid and, where they were made, codes."""
+    return operands[: 3 if operands[2:] and operands[2].dtype == torch.uint8 else 2]
+
+
+def _sketches(operands: list[Tensor]) -> list[Sketch]:
+    more = operands[len(_prepared(operands)) :]
+    return [Sketch(*more[i : i + 4]) for i in range(0, len(more), 4)]
 
 
 def forward(
@@ -202,8 +221,18 @@ def _references(values: Tensor, table: Tensor, operands: list[Tensor]) -> dict[s
         "values": values.contiguous(),
         "table": table.contiguous(),
         "value_type": str(values.dtype).removeprefix("torch."),
-        **dict(zip(("norms", "grid", "codes"), operands, strict=False)),
+        **dict(zip(("norms", "grid", "codes"), _prepared(operands), strict=False)),
+        **_sketch_arguments(operands),
     }
+
+
+def _sketch_arguments(operands: list[Tensor]) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    for i, sketch in enumerate(_sketches(operands)):
+        each = sketch._asdict() | {"dim": len(sketch.basis)}
+        each |= zip(("unit", "residual", "reach"), each.pop("scale").tolist(), strict=True)
+        arguments |= {f"sketches[{i}].{name}": value for name, value in each.items()}
+    return arguments
 
 
 def _num_threads(work: int) -> int:

@@ -25,6 +25,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ("_C", "_checks", "files", "on_disk"),
     ("backends._native", "backends._shapes", "backends._values", "classes", "cuts", "outputs"),
+    ("backends._sketch",),
     ("edits", "rows"),
     ("backends.eager", "backends.cpu", "backends.triton", "backends.cuda"),
     ("backends", "merge"),

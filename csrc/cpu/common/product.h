@@ -13,6 +13,9 @@
 #if defined(__AVX512VNNI__)
 #define PFGM_INTEGER_PRODUCT
 #endif
+#if defined(__AVX2__)
+#define PFGM_SHORT_PRODUCT
+#endif
 
 namespace pfgm {
 namespace {
@@ -34,6 +37,15 @@ struct FloatProduct {
   static Sum add(Sum sum, float a, const float* packed) { return sum + a * load(packed); }
   static void put(float* out, Sum sum) { store(out, sum); }
   static void add_to(float* out, Sum sum) { store(out, load(out) + sum); }
+};
+
+struct DoubleProduct {
+  typedef double Element;
+  typedef Vec Sum;
+  static constexpr int kLanes = pfgm::kLanes;
+  static Sum add(Sum sum, double a, const double* packed) { return sum + a * load(packed); }
+  static void put(double* out, Sum sum) { store(out, sum); }
+  static void add_to(double* out, Sum sum) { store(out, load(out) + sum); }
 };
 
 struct SquaredDifferences {
@@ -60,6 +72,26 @@ struct IntegerProduct {
   }
   static void put(int32_t* out, Sum sum) { _mm512_storeu_si512(out, (__m512i)sum); }
   static void add_to(int32_t* out, Sum sum) { put(out, read(out) + sum); }
+};
+#endif
+
+#if defined(PFGM_SHORT_PRODUCT)
+// a holds two signed 16-bit integers, packed two for each query. Sums are exact where they fit.
+struct ShortProduct {
+  typedef int32_t Element;
+  typedef VecFInt Sum;
+  static constexpr int kLanes = kFloatLanes;
+  static Sum add(Sum sum, int32_t a, const int32_t* packed) {
+#if defined(__AVX512VNNI__)
+    return (Sum)_mm512_dpwssd_epi32((__m512i)sum, _mm512_set1_epi32(a), (__m512i)load(packed));
+#elif defined(__AVX512F__)
+    return sum + (Sum)_mm512_madd_epi16(_mm512_set1_epi32(a), (__m512i)load(packed));
+#else
+    return sum + (Sum)_mm256_madd_epi16(_mm256_set1_epi32(a), (__m256i)load(packed));
+#endif
+  }
+  static void put(int32_t* out, Sum sum) { *reinterpret_cast<VecFIntUnaligned*>(out) = sum; }
+  static void add_to(int32_t* out, Sum sum) { put(out, load(out) + sum); }
 };
 #endif
 

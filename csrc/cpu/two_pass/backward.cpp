@@ -88,6 +88,8 @@ struct Backward : TwoPass {
 
   double depth(int64_t b) const override { return cutoff_depth(p) + p.anchor_log_weight[b]; }
 
+  bool limited_by_smallest() const override { return false; }
+
   double limit(const Bound& bound, int64_t b, double) const override {
     return farthest_r(p, o, b, bound.offset, p.anchor_square[b], depth(b));
   }

@@ -2,6 +2,7 @@
 // The order of the two passes for larger d and float32 queries, the same for the field and for its
 // gradients:
 //
+//   0. products of a few columns spare most queries near the data all that follows (sketch.h);
 //   1. products of queries and references bound every s_j (screen.h); queries that few references
 //      can carry weight for are finished by direct differences in double (sparse.h). Products of
 //      8-bit integers are refined for the other queries, and these are screened again;
@@ -10,7 +11,7 @@
 #pragma once
 
 #include "differences.h"
-#include "screen_products.h"
+#include "sketch.h"
 
 namespace pfgm {
 namespace {
@@ -30,6 +31,9 @@ struct TwoPass {
   // Finishes queries by the references on their lists.
   virtual void finish_sparse(std::vector<SparseQuery>& queries) const = 0;
 
+  // Whether limits depend on the smallest r.
+  virtual bool limited_by_smallest() const { return true; }
+
   // The squared distance of the anchor, exactly; `nearest` is the reference with the smallest r.
   virtual double anchor_square(int64_t b, int64_t nearest) const = 0;
   // How far below the anchor's logit those lie that count.
@@ -46,9 +50,12 @@ struct TwoPass {
       uncertified[b] = !usable(b);
       if (!uncertified[b]) tiles.rows.push_back(b);
     }
+    std::vector<Candidates> candidates(p.batch);
+#if defined(PFGM_SHORT_PRODUCT)
+    tiles = sketch_passes(tiles, candidates);
+#endif
     if (tiles.rows.empty()) return;
     Screen screen(p, o, tiles);
-    std::vector<Candidates> candidates(p.batch);
     screen_references(screen);
     const Tiles dense = first_pass(screen, candidates, true);
     if (dense.rows.empty()) return;
@@ -57,6 +64,46 @@ struct TwoPass {
     if (refine(rest, candidates)) first_pass(rest, candidates, false);
     second_pass(rest, candidates);
   }
+
+#if defined(PFGM_SHORT_PRODUCT)
+  // Finishes the queries for which sketches leave few candidates and returns the others.
+  Tiles sketch_passes(const Tiles& tiles, std::vector<Candidates>& candidates) const {
+    if (!p.sketches[0].points || tiles.rows.empty()) return tiles;
+    Tiles others, rest = near_data(p, o, tiles, others);
+    std::vector<double> squares(p.batch);
+    for (const Sketch* sketch = p.sketches; sketch != p.sketches + kSketches; ++sketch) {
+      if (!sketch->points || rest.rows.empty()) break;
+      const SketchScreen screen(p, o, *sketch, rest);
+      if (limited_by_smallest() && sketch == p.sketches) near_squares(screen, squares);
+      screen.select(
+          [&](int64_t b) {
+            const double offset = screen.bounds[b].offset;
+            const double square = squares[b] * o.inverse_unit * o.inverse_unit * (1 + 0x1p-40);
+            return limit(screen.bounds[b], b, square - offset);
+          },
+          candidates);
+      const bool last = sketch + 1 == p.sketches + kSketches || !sketch[1].points;
+      choose_sparse(p, rest, last, static_cast<int64_t>(others.rows.size()), candidates);
+      rest = finish_few(rest, candidates);
+    }
+    rest.rows.insert(rest.rows.end(), others.rows.begin(), others.rows.end());
+    std::sort(rest.rows.begin(), rest.rows.end());
+    return rest;
+  }
+
+  // The squared distance of a reference near each query, if not of the nearest.
+  void near_squares(const SketchScreen& screen, std::vector<double>& squares) const {
+    const std::vector<int32_t> likely = screen.likely_nearest();
+    parallel_for(p.num_threads, screen.size(), [&](int64_t i, int) {
+      const int64_t b = screen.tiles.rows[i];
+      const double* x = p.x + b * round_up(p.dim, kPad);
+      squares[b] = INFINITY;
+      for (int64_t n = i * kLikely; n < (i + 1) * kLikely; ++n) {
+        squares[b] = std::min(squares[b], pair_sums(reader, x, nullptr, likely[n]).distance);
+      }
+    });
+  }
+#endif
 
   // Finishes the queries with few candidates and returns the others. fills_vectors: these will be
   // packed anew.
@@ -67,9 +114,13 @@ struct TwoPass {
     };
     select(screen, largest, candidates);
     if (fills_vectors) fill_vectors(screen, largest, candidates);
+    return finish_few(screen.tiles, candidates);
+  }
+
+  Tiles finish_few(const Tiles& tiles, const std::vector<Candidates>& candidates) const {
     Tiles dense;
     std::vector<SparseQuery> sparse;
-    for (const int64_t b : screen.tiles.rows) {
+    for (const int64_t b : tiles.rows) {
       if (candidates[b].too_many) {
         dense.rows.push_back(b);
       } else if (candidates[b].list.empty()) {
