@@ -195,7 +195,6 @@ class _Pairs:
         self.weights = logits.clamp_(max=0).exp_()
         if math.isfinite(k):
             self.singular = (self.nearest + _offset(t, k) == 0)[:, None]
-            self.weights.masked_fill_(self.singular, 0.0)
         counted = self._apart(self.weights).sum(1)
         self.regions = list(_regions(self.anchor_x0, counted, self.weights, self.squares))
 

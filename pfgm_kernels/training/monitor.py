@@ -56,7 +56,7 @@ class Monitor:
             data, train=torch.cat([data.train, data.held_out[:QUERIES]]), train_labels=labels
         )
         targets = "exact" if config.method == "pfgmpp" else config.targets
-        exact = replace(config, references=0, targets=targets)
+        exact = replace(config, targets=targets)
         references = methods.references_of(exact, known, self.device, self.ranks)
         return methods.make_loss(exact, references)
 

@@ -140,9 +140,12 @@ def test_any_basis_is_correct(seed):
     generator = seeded(seed)
     columns = [2 * int(q) for q in sorted(random.integers(1, 30, 2))]
     x0 = torch.randn(count, d, generator=generator) * torch.logspace(0, -random.uniform(0, 4), d)
-    x = x0[: min(count, 20)] + random.choice([0.01, 1.0, 30.0]) * torch.randn(
-        min(count, 20), d, generator=generator
-    )
+    x0 *= 2 * torch.rand(count, 1, generator=generator)
+    side = 1 - torch.arange(count)[:, None] % 2 * 2  # of two clusters, that may be far apart
+    x0 += random.choice([0.0, 100.0, 3000.0]) * side * torch.randn(d, generator=generator)
+    # Beside references, and half-way between one of large and one of small norm.
+    noise = random.choice([0.01, 1.0, 30.0]) * torch.randn(20, d, generator=generator)
+    x = torch.cat([x0[:20] + noise, (x0[:20] + x0[20:40]) / 2])
     t = random.choice([1e-3, 1.0, 40.0]) * torch.rand(len(x), generator=generator) + 1e-6
     normal = torch.randn(d, columns[1], dtype=torch.float64, generator=generator)
     basis = torch.linalg.qr(normal)[0].T.contiguous()

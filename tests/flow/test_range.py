@@ -152,6 +152,15 @@ def test_a_handful_of_references_or_equal_ones_have_no_range(batch):
         assert not warnings_of(references, batch(held_out))
 
 
+def test_sorted_references_are_seen_in_all_their_parts():
+    found = data.load("eight_gaussians")
+    known = found.decode(found.train)[found.train_labels.argsort()]
+    assert len(known) > 1024
+    for label in found.train_labels.unique():
+        part = found.decode(found.held_out[found.held_out_labels == label])
+        assert not warnings_of(known, part)
+
+
 def test_duplicates_have_the_range_of_what_they_repeat():
     known, held_out = parts("digits")
     assert not warnings_of(known[:40].repeat(5, 1, 1), held_out)

@@ -30,7 +30,7 @@ constexpr double kShortNorm = 32000;   // _sketch.NORM
 constexpr int64_t kSketchRows = 1024;  // references of a task
 constexpr int64_t kLikely = 4;  // references whose distance is taken, the least of which counts
 constexpr int64_t kSketchBlock = 48;     // of which products lie in the first cache
-constexpr double kFloatBound = 0x1p-21;  // of what a bound adds up, for its roundings to float
+constexpr double kFloatBound = 0x1p-21;  // of what is added up; a fortieth of what 16 bits leave
 constexpr int64_t kWorthVectors = 2;     // of queries, which the first pass has to be spared
 
 // Direct differences that take as long as the first pass of a vector of queries, and how many of
