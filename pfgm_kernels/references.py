@@ -208,8 +208,8 @@ class ReferenceSet:
         self.own, self.table, self.classes = values, table, classes
         self.values: References = values
         if group is not None:
-            self.values = Sharded(values, table, event_shape, group, queries)
-            self.classes = classes and classes.among(self.values.class_counts(classes.counts))
+            self.values = Sharded(values, table, event_shape, classes, group, queries)
+            self.classes = self.values.classes
         self.event_shape, self.backend = event_shape, backend
         self._version = version_of(self.own)
         self.operands = {}
