@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels._checks import INTEGER, tensor
+from pfgm_kernels.on_disk import OnDisk
 
 
 class Classes(NamedTuple):
@@ -75,6 +76,20 @@ class Classes(NamedTuple):
         everything = torch.stack([self.starts[0], self.starts[-1]])
         at = at.masked_fill(missing, last + 1)
         return torch.where(missing[:, None], everything, ranges), at, missing
+
+
+def grouped(
+    values: Tensor | OnDisk, labels: Tensor | None
+) -> tuple[Tensor | OnDisk, Classes | None]:
+    """values (N, d) class by class."""
+    if labels is None:
+        return values, None
+    classes = Classes.group(labels, len(values), values.device)
+    if classes.grouped:
+        return values, classes
+    if isinstance(values, OnDisk):
+        return values.reordered(classes.order), classes
+    return values[classes.order], classes
 
 
 def _integers(labels: Tensor, count: int, device: torch.device) -> Tensor:

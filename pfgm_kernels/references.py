@@ -15,10 +15,11 @@ from pfgm_kernels._checks import check_references, check_shape, integer, number,
 from pfgm_kernels.backends import BACKENDS
 from pfgm_kernels.choice import choose
 from pfgm_kernels.chunks import References, flatten
-from pfgm_kernels.classes import Classes
+from pfgm_kernels.classes import Classes, grouped
 from pfgm_kernels.edits import EDITED, version_of
 from pfgm_kernels.on_disk import OnDisk, Paths
-from pfgm_kernels.shards import QUERIES, Sharded
+from pfgm_kernels.roll_call import telling
+from pfgm_kernels.shards import COMPILED, QUERIES, Sharded
 
 LEAST_WORKSPACE = 1 << 20
 
@@ -51,7 +52,7 @@ class ReferenceSet:
             references, of one shape, dtype and D. Every call is then one of all ranks, and answers
             for the references of all; its gradients are whole on each rank.
         queries: of a group's calls: "replicated", the same on each rank, or "local", each rank's
-            own, which all ranks answer together (without labels).
+            own, with its own labels, which all ranks answer together.
 
     Raises:
         TypeError: an argument of the wrong type, dtype or layout.
@@ -59,7 +60,8 @@ class ReferenceSet:
             (a ReferenceSet is constant: pass the tensor itself to the op instead); `workspace` is
             too small; `backend` is not a backend's name.
         RuntimeError: the backend asked for cannot run here; the message says why.
-        ConnectionError: in calls of a group, where a rank is lost; ValueError where calls differ.
+        ConnectionError: in calls of a group, where a rank is lost or failed by itself: by gloo it
+            is named, on each rank, and the group answers no more; ValueError where calls differ.
     """
 
     values: References
@@ -77,6 +79,7 @@ class ReferenceSet:
     operands: dict[str, list[Tensor]]
     """What each backend that ran, or will run, prepared of the references, by its name."""
 
+    @telling
     def __init__(
         self,
         x0: Tensor,
@@ -98,11 +101,10 @@ class ReferenceSet:
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("ReferenceSet expects finite references, got NaN or Inf in x0")
         table = values.new_empty(0, dtype=torch.float32)
-        self._set(
-            *_grouped(values, labels), table, x0.shape[1:], workspace, backend, group, queries
-        )
+        self._set(*grouped(values, labels), table, x0.shape[1:], workspace, backend, group, queries)
 
     @classmethod
+    @telling
     def from_images(
         cls,
         images: Tensor,
@@ -134,12 +136,13 @@ class ReferenceSet:
         table = _table(low, high, images.device)
         check_shape("images", images)
         references = cls.__new__(cls)
-        values, classes = _grouped(flatten(images), labels)
+        values, classes = grouped(flatten(images), labels)
         event_shape = images.shape[1:]
         references._set(values, classes, table, event_shape, workspace, backend, group, queries)
         return references
 
     @classmethod
+    @telling
     def from_files(
         cls,
         paths: Paths,
@@ -185,8 +188,8 @@ class ReferenceSet:
         if values.dtype == torch.uint8:
             table = _table(low, high, values.device)
         references = cls.__new__(cls)
-        grouped, event_shape = _grouped(values, labels), values.event_shape
-        references._set(*grouped, table, event_shape, workspace, backend, group, queries)
+        rows, event_shape = grouped(values, labels), values.event_shape
+        references._set(*rows, table, event_shape, workspace, backend, group, queries)
         return references
 
     def _set(
@@ -221,10 +224,13 @@ class ReferenceSet:
 
         Raises:
             RuntimeError: the values were edited since they were prepared.
+            NotImplementedError: they are not in memory, or not all, and a function is compiled.
         """
         if torch.compiler.is_compiling() and not isinstance(self.values, Tensor):
-            what = "in files" if isinstance(self.values, OnDisk) else "of several processes"
-            raise RuntimeError(f"a compiled function expects references in memory, got some {what}")
+            what = COMPILED
+            if isinstance(self.values, OnDisk):
+                what = what.replace("of several processes", "in files")
+            raise NotImplementedError(what)
         if torch.compiler.is_compiling():
             # Versions are known when the graph runs. CUDA graphs run on copies, an exported
             # program elsewhere: nothing was remembered of those.
@@ -305,7 +311,7 @@ class ReferenceSet:
             index = self.classes.place()[index]
         values = values[index]
         check_shape("a subset", values)
-        return self._like(*_grouped(values, labels), table)
+        return self._like(*grouped(values, labels), table)
 
     def _like(
         self, values: Tensor | OnDisk, classes: Classes | None, table: Tensor
@@ -369,20 +375,6 @@ class ReferenceSet:
             f"ReferenceSet({len(self)} references of shape {tuple(self.event_shape)}, "
             f"{stored}, {where}{self.nbytes / 2**20:.1f} MiB on {self.device})"
         )
-
-
-def _grouped(
-    values: Tensor | OnDisk, labels: Tensor | None
-) -> tuple[Tensor | OnDisk, Classes | None]:
-    """values (N, d) class by class."""
-    if labels is None:
-        return values, None
-    classes = Classes.group(labels, len(values), values.device)
-    if classes.grouped:
-        return values, classes
-    if isinstance(values, OnDisk):
-        return values.reordered(classes.order), classes
-    return values[classes.order], classes
 
 
 def _table(low: float, high: float, device: torch.device) -> Tensor:

@@ -14,13 +14,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 POLL = timedelta(milliseconds=250)
 GRACE = 2.0
@@ -50,7 +53,7 @@ class RollCall:
         self.calls = self.sets = 0
         self.broken: str | None = None
         self._peers = [peer for peer in range(self.world) if peer != self.rank]
-        self._entered = self._alike = self._told = False
+        self._entered = self._alike = self._told = self._raised = False
         self._posted: dict[int, tuple[Tensor, dist.Work]] = {}
         self._sent: list[dist.Work] = []
         self._timeout: timedelta | None = None
@@ -69,6 +72,7 @@ class RollCall:
         try:
             yield
         except BaseException as error:
+            self._raised = True
             if not self._alike and self.broken is None:
                 sentence = self._failed(error)
                 self.broken = sentence if self._entered else None
@@ -78,11 +82,13 @@ class RollCall:
     @contextmanager
     def before(self) -> Iterator[None]:
         """What leads to a call. An error there is that of a call that others may be waiting in."""
+        self._raised = False
         try:
             yield
         except BaseException as error:
-            self._begin()
-            self._tell(self._failed(error))
+            if not self._raised:  # not by a call within
+                self._begin()
+                self._tell(self._failed(error))
             raise
 
     def alike(self, error: ValueError) -> ValueError:
@@ -231,6 +237,20 @@ def of(group: dist.ProcessGroup) -> RollCall:
     if group not in _of_groups:
         _of_groups[group] = RollCall(group)
     return _of_groups[group]
+
+
+def telling(make: Function) -> Function:
+    """The same function, of whose errors the other ranks of its group, if it has one, are told."""
+
+    @wraps(make)
+    def run(*args: Any, **options: Any) -> Any:
+        group = options.get("group")
+        if not isinstance(group, dist.ProcessGroup):
+            return make(*args, **options)
+        with of(group).before():
+            return make(*args, **options)
+
+    return cast(Function, run)
 
 
 def is_lost(error: RuntimeError) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,10 @@ from pfgm_kernels.on_disk import OnDisk
 QUERIES = ("replicated", "local")
 RANGES = 6
 """Where functions of `ops` have the ranges of the queries among their arguments."""
+COMPILED = (
+    "a compiled function expects references in memory, got some of several processes: call the op "
+    "outside of it, or leave out fullgraph=True"
+)
 HEADER = 512
 """Bytes that ranks compare at a time: always as many, so that calls that differ can."""
 
@@ -123,6 +128,16 @@ class Sharded:
         self, name: str, function: Callable[..., Any], args: Sequence[Any], rows: set[int]
     ) -> Any:
         """What a function of `ops` gives; rows: which of its arguments have a row a query."""
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(COMPILED)
+        run = self._answer
+        if "torch._dynamo" in sys.modules:  # which is not to trace collectives
+            run = torch.compiler.disable(run)
+        return run(name, function, args, rows)
+
+    def _answer(
+        self, name: str, function: Callable[..., Any], args: Sequence[Any], rows: set[int]
+    ) -> Any:
         with self.roll.call():
             self._asked = name
             if self.queries == "local":
