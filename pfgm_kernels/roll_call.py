@@ -74,9 +74,10 @@ class RollCall:
         except BaseException as error:
             self._raised = True
             if not self._alike and self.broken is None:
-                sentence = self._failed(error)
-                self.broken = sentence if self._entered else None
-                self._tell(sentence)
+                if self._entered:
+                    self._end(self._failed(error))
+                else:
+                    self._tell(self._failed(error))
             raise
 
     @contextmanager
@@ -88,7 +89,9 @@ class RollCall:
         except BaseException as error:
             if not self._raised:  # not by a call within
                 self._begin()
-                self._tell(self._failed(error))
+                self._tell(sentence := self._failed(error))
+                if sentence in self._heard().values():  # they waited, and that was the end
+                    self.broken = sentence
             raise
 
     def alike(self, error: ValueError) -> ValueError:
@@ -173,10 +176,17 @@ class RollCall:
     def _end(self, sentence: str) -> ConnectionError:
         self.broken = sentence
         self._tell(sentence)
+        if self._timeout is not None:
+            # What is left of the call would keep the process from ending until the timeout: a
+            # receive that waits in vain makes gloo close all connections.
+            peer = self._peers[0]
+            with suppress(RuntimeError):
+                nothing = torch.zeros(1, device="cpu")
+                self.group.recv([nothing], peer, TAGS[1]).wait(timedelta(milliseconds=1))
         return ConnectionError(sentence)
 
     def _failed(self, error: BaseException) -> str:
-        what = " ".join(str(error).split())
+        what = " ".join(str(error).split())[: WORD // 2]
         return f"rank {self.rank}, which holds references, failed: {type(error).__name__}: {what}"
 
     def _tell(self, sentence: str) -> None:

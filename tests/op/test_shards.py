@@ -4,11 +4,6 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
-import time
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import CASES, build, seeded, truth
-from lives import ends, fork, said
+from groups import SMALL, part, run
 from oracle import (
     FLOAT64,
     assert_displacement,
@@ -37,31 +32,6 @@ from pfgm_kernels import (
     poisson_field,
 )
 from pfgm_kernels.flow import FieldLoss, constants
-
-SMALL = 1 << 20
-
-
-def run(folder: Path, world: int, work: Callable[..., None], *given: Any) -> list[dict]:
-    """What `work(rank, *given)` returns on each rank of a group."""
-    codes = ends(fork(folder / "ranks", rank_of, [(work, folder, *given)] * world))
-    assert codes == [0] * world, said(folder / "ranks", 0)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
-
-
-def rank_of(work: Callable[..., dict], folder: Path, *given: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank = dist.get_rank()
-    torch.save(work(folder, rank, dist.get_world_size(), *given), folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def part(rows: Tensor, rank: int, world: int) -> Tensor:
-    """Uneven ones: of each two ranks the second has but a few rows."""
-    sizes = [len(rows) // world * (2 if i % 2 == 0 else 1) // 2 or 1 for i in range(world)]
-    cuts = [min(sum(sizes[: i + 1]), len(rows) - world + i + 1) for i in range(world - 1)]
-    return rows.tensor_split(cuts)[rank]
 
 
 def named_cases(folder: Path, rank: int, world: int, backend: str, dtype: torch.dtype) -> dict:
@@ -207,7 +177,10 @@ def test_constants_and_losses(tmp_path):
 def disagreements(folder: Path, rank: int, world: int) -> dict:
     x0, group = torch.randn(20, 8, generator=seeded()), dist.group.WORLD
     for mine, sentence in (
-        (x0 if rank else x0.double(), "expect one dtype, got torch.float64 on rank 0 and torch.float32 on rank 1"),
+        (
+            x0 if rank else x0.double(),
+            "expect one dtype, got torch.float64 on rank 0 and torch.float32 on rank 1",
+        ),
         (x0[:, : 8 - rank], r"expect one event shape, got \(8,\) on rank 0 and \(7,\) on rank 1"),
     ):
         with pytest.raises(ValueError, match=sentence):
@@ -231,25 +204,3 @@ def test_ranks_that_disagree_are_told(tmp_path):
     x, x0 = torch.randn(6, 8, generator=seeded()), torch.randn(20, 8, generator=seeded())
     for rank in run(tmp_path, 2, disagreements):
         torch.testing.assert_close(rank["sound"], poisson_field(x, 1.0, torch.cat([x0, x0])))
-
-
-def lost(folder: Path, when: str) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=3))
-    rank = dist.get_rank()
-    references = ReferenceSet(torch.randn(20, 8, generator=seeded(rank)), group=dist.group.WORLD)
-    x = torch.randn(6, 8, generator=seeded()).requires_grad_()
-    field = poisson_field(x, 1.0, references)
-    if rank == 1:
-        if when == "silent":
-            time.sleep(60)
-        os.kill(os.getpid(), signal.SIGKILL)
-    with pytest.raises(ConnectionError, match="rank 1, which holds references, is lost"):
-        field.sum().backward() if when == "backward" else poisson_field(x, 1.0, references)
-    (folder / "told").touch()
-
-
-@pytest.mark.parametrize("when", ["forward", "backward"])
-def test_a_lost_rank_is_an_error(tmp_path, when):
-    codes = ends(fork(tmp_path / "ranks", lost, [(tmp_path, when)] * 2))
-    assert codes[1] == -signal.SIGKILL
-    assert (tmp_path / "told").exists(), said(tmp_path / "ranks", 0)
