@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
@@ -53,12 +54,15 @@ def lose(how: str, folder: Path, x: Tensor, references: ReferenceSet) -> None:
             "backward": (Sharded, "sum"),
             "stopped": (Sharded, "rows"),
             "interrupted": (OnDisk, "read"),
+            "broken disk": (os, "preadv"),
         }[how]
         method, ends = getattr(owner, name), {"stopped": signal.SIGSTOP}.get(how, signal.SIGKILL)
 
         def instead(*args):
             if how == "interrupted":
                 raise KeyboardInterrupt("by hand")
+            if how == "broken disk":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
             os.kill(os.getpid(), ends)
             return method(*args)
 
@@ -70,7 +74,15 @@ def lost(folder: Path, how: str) -> None:
     join(60)
     rank, group = dist.get_rank(), dist.group.WORLD
     np.save(folder / f"{rank}.npy", torch.randn(20, 8, generator=seeded(rank)).numpy())
-    references = ReferenceSet.from_files(folder / f"{rank}.npy", group=group)
+    if how == "missing" and rank == VICTIM:
+        (folder / f"{rank}.npy").unlink()
+    try:
+        references = ReferenceSet.from_files(folder / f"{rank}.npy", group=group)
+    except ConnectionError as error:
+        (folder / f"{rank}.told").write_text(str(error))
+        return
+    except FileNotFoundError:
+        return
     if how in ("silent", "stopped"):
         references.values.roll._timeout = timedelta(seconds=1)
     x = torch.randn(6, 8, generator=seeded()).requires_grad_()
@@ -89,8 +101,8 @@ def lost(folder: Path, how: str) -> None:
         with pytest.raises(ConnectionError, match="rank 1, which holds references"):
             ReferenceSet(x.detach(), group=group)
         return
-    except (ValueError, KeyboardInterrupt) as error:
-        (folder / f"{rank}.failed").write_text(str(error))
+    except (ValueError, OSError, KeyboardInterrupt):
+        assert how in FAILS
 
 
 HOW = {
@@ -105,7 +117,11 @@ MORE = {
     "stopped": "is silent: .* the timeout of the group, 1 s",
     "finished": "is lost: killed, or ended",
     "interrupted": "failed: KeyboardInterrupt: by hand",
+    "broken disk": r"failed: OSError: \[Errno 5\] Input/output error: .*1\.npy",
+    "missing": r"failed: FileNotFoundError: expected the file .*1\.npy; it does not exist",
 }
+FAILS = ("file", "argument", "interrupted", "broken disk", "missing")
+"""What the rank is told itself, and goes on with."""
 
 
 @pytest.mark.parametrize(
@@ -122,8 +138,8 @@ def test_the_others_are_told_who(tmp_path, how):
         assert re.search((HOW | MORE)[how], told), told
     if how in ("silent", "stopped"):
         processes[VICTIM].kill()
-    kept = how in ("finished", "file", "argument", "interrupted")
-    assert ends(processes)[VICTIM] == (0 if kept else -signal.SIGKILL)
+    lives = how == "finished" or how in FAILS
+    assert ends(processes)[VICTIM] == (0 if lives else -signal.SIGKILL)
 
 
 def in_a_loop(folder: Path, victim: int, delay: float) -> None:
