@@ -99,8 +99,10 @@ def measured(job: Job, rank: int, group: dist.ProcessGroup | None) -> dict[str, 
     assert problem.images is not None
     references = ReferenceSet.from_images(problem.images.tensor_split(job.world)[rank], group=group)
     field = poisson_field(problem.x, problem.t, references, gamma=GAMMA)
-    alone = poisson_field(problem.x, problem.t, problem.reference_set(), gamma=GAMMA)
-    error = ((field - alone).norm(dim=1) / alone.norm(dim=1)).max().item()
+    error = 0.0
+    if rank == 0:
+        alone = poisson_field(problem.x, problem.t, problem.reference_set(), gamma=GAMMA)
+        error = ((field - alone).norm(dim=1) / alone.norm(dim=1)).max().item()
     x, t = problem.x.clone().requires_grad_(), problem.t.clone().requires_grad_()
 
     def gradients() -> None:
@@ -145,9 +147,8 @@ def run(given: list[Job]) -> list[Measured]:
 
 
 def table(found: list[Measured]) -> str:
-    lines = [
-        ("scaling", "processes", "references", "call", "ms", "efficiency", "MB sent", "floors")
-    ]
+    head = "scaling", "processes", "references", "call", "ms", "efficiency", "MB sent", "floors"
+    lines: list[tuple[str, ...]] = [head]
     one = {each.job.scaling: each for each in found if each.job.world == 1}
     for each in found:
         job = each.job
@@ -156,10 +157,8 @@ def table(found: list[Measured]) -> str:
             gain /= job.world if job.scaling == "strong" else 1
             sent = each.bytes_sent[name]
             wire = (f"{sent / 1e6:.2f}", f"{sent / each.floor:.2f}") if job.world > 1 else ("", "")
-            lines.append(
-                (job.scaling, f"{job.world}", f"{job.references:,}", name)
-                + (figures(1e3 * median(seconds)), f"{gain:.2f}", *wire)
-            )
+            row = job.scaling, f"{job.world}", f"{job.references:,}", name
+            lines.append((*row, figures(1e3 * median(seconds)), f"{gain:.2f}", *wire))
     return markdown(lines)
 
 
