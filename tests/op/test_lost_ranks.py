@@ -26,7 +26,7 @@ from pfgm_kernels import ReferenceSet, poisson_displacement, poisson_field
 from pfgm_kernels.on_disk import OnDisk
 from pfgm_kernels.shards import Sharded
 
-KILLS = int(os.environ.get("PFGM_KILLS", "5"))
+KILLS = int(os.environ.get("PFGM_KILLS") or "5")
 """Of how many one is at a random moment of a loop."""
 WORLD, VICTIM = 3, 1
 
