@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pfgm_kernels._checks import FLOATING
 from pfgm_kernels.cuts import Part, by_range, slices
 from pfgm_kernels.merge import Partial, join, lose_digits, relative_logit
 from pfgm_kernels.on_disk import OnDisk, Reader
@@ -117,11 +116,16 @@ class Chunks:
                 "labels of sharded references expect them in memory, a backend with kernels for "
                 f"classes and a workspace for a class; got one of {self.workspace} bytes"
             )
-        sums = [each.double().nan_to_num().sum().item() for each in (x, t)]
-        numbers = [rows, x.shape[0], self.k, labels, FLOATING.index(x.dtype), *sums]
-        names = ("rows", "number of queries", "d + D", "call with labels or without", "dtype of x")
-        found = self.shards.agreed(numbers, *names, "x", "t", free=1)
-        return min(int(row[0]) for row in found)
+        alike = {
+            "number of queries": x.shape[0],
+            "d + D": self.k,
+            "call with labels or without": labels,
+            "dtype of x": x.dtype,
+        }
+        alike |= {
+            name: each.double().nan_to_num().sum().item() for name, each in (("x", x), ("t", t))
+        }
+        return min(row for (row,) in self.shards.agreed([rows], alike))
 
     @property
     def _in_place(self) -> bool:

@@ -78,15 +78,6 @@ class Classes(NamedTuple):
         return torch.where(missing[:, None], everything, ranges), at, missing
 
 
-def _integers(labels: Tensor, count: int, device: torch.device) -> Tensor:
-    tensor("labels", labels, INTEGER, "integers, one a row")
-    if labels.shape != (count,):
-        raise ValueError(f"labels expects shape ({count},), got {tuple(labels.shape)}")
-    if labels.device != device:
-        raise ValueError(f"labels expects the device {device}, got {labels.device}")
-    return labels.long()
-
-
 def grouped(
     values: Tensor | OnDisk, labels: Tensor | None
 ) -> tuple[Tensor | OnDisk, Classes | None]:
@@ -99,3 +90,12 @@ def grouped(
     if isinstance(values, OnDisk):
         return values.reordered(classes.order), classes
     return values[classes.order], classes
+
+
+def _integers(labels: Tensor, count: int, device: torch.device) -> Tensor:
+    tensor("labels", labels, INTEGER, "integers, one a row")
+    if labels.shape != (count,):
+        raise ValueError(f"labels expects shape ({count},), got {tuple(labels.shape)}")
+    if labels.device != device:
+        raise ValueError(f"labels expects the device {device}, got {labels.device}")
+    return labels.long()

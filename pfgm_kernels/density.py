@@ -11,7 +11,7 @@ from torch import Tensor
 from pfgm_kernels._checks import holds, positive
 from pfgm_kernels._traced import traceable
 from pfgm_kernels.autograd import apply_trace
-from pfgm_kernels.field import expand_t, poisson_displacement, resolve, seen
+from pfgm_kernels.field import expand_t, poisson_displacement, resolve, seen, told
 from pfgm_kernels.references import ReferenceSet
 
 
@@ -102,6 +102,7 @@ def divergence(
     Returns:
         (B,) float64.
     """
-    call = resolve(x, t, x0, D, labels, backend, derivatives=True)
+    with told(x0):
+        call = resolve(x, t, x0, D, labels, backend, derivatives=True)
     trace = apply_trace(*call.inputs, *traceable(call.k), call.ranges, *call.ending)
     return call.restore((math.prod(x.shape[1:]) - trace) / call.inputs[1].double())

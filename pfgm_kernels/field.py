@@ -12,6 +12,7 @@ Generative Models"; D as in Xu et al. 2023, "PFGM++"):
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from pfgm_kernels.autograd import apply, forward_mode
 from pfgm_kernels.choice import choose
 from pfgm_kernels.chunks import References
 from pfgm_kernels.references import ReferenceSet, default_workspace
+from pfgm_kernels.shards import Sharded
 
 
 def poisson_field(
@@ -148,10 +150,18 @@ def _run(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The result (see `outputs`) and the log mass of the op, after a look at the arguments."""
-    call = resolve(x, t, x0, D, labels, backend)
+    with told(x0):
+        call = resolve(x, t, x0, D, labels, backend)
     k, gamma, scale = traceable(call.k, gamma, scale)
     result, log_mass = apply(*call.inputs, k, call.ranges, output, gamma, scale, *call.ending)
     return call.restore(result), call.restore(log_mass) if output == "displacement" else log_mass
+
+
+def told(x0: Tensor | ReferenceSet) -> AbstractContextManager[None]:
+    """Where references are those of a group, its other ranks are told of an error in it."""
+    if not isinstance(x0, ReferenceSet) or torch.compiler.is_compiling():
+        return nullcontext()
+    return x0.values.roll.before() if isinstance(x0.values, Sharded) else nullcontext()
 
 
 class Call(NamedTuple):
@@ -223,6 +233,8 @@ def resolve(
     if labels is None:
         return Call((x, t, values, table, operands), d + D, None, ending)
     ranges, classes, missing = seen(labels, x0, x)
+    if isinstance(values, Sharded) and values.queries == "local":
+        ranges = classes[:, None]  # ranges are each rank's own
     order = classes.argsort(stable=True)  # so that kernels take those of a class together
     x, t, ranges = (each.index_select(0, order) for each in (x, t, ranges))
     inputs = x, t, values, table, operands

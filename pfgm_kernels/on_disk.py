@@ -65,6 +65,8 @@ class OnDisk:
         """
         files, counts, first = [], [], None
         for path in _listed(paths):
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                raise ValueError(f"{path}: expected a regular file, got a pipe or another device")
             try:
                 # It maps the file, reads nothing but the header and unpickles nothing.
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -171,15 +173,14 @@ class OnDisk:
         view = memoryview(out.view(torch.uint8).flatten().numpy())  # type: ignore[arg-type]
         at = file.offset + row * self.shape[1] * out.element_size()
         try:
-            with open(file.path, "rb", buffering=0) as opened:
-                status = os.fstat(opened.fileno())
-                if (status.st_size, status.st_mtime_ns) != (file.size, file.changed):
-                    raise _changed(file, status.st_size)
+            with open(file.path, "rb", buffering=0, opener=_without_waiting) as opened:
+                _look_at(file, opened.fileno())
                 while view:
                     done = os.preadv(opened.fileno(), [view], at)
                     if not done:
                         raise _changed(file, at)
                     view, at = view[done:], at + done
+                _look_at(file, opened.fileno())
         except OSError as error:
             error.filename = error.filename or file.path
             raise
@@ -257,6 +258,18 @@ def _damaged(path: Path, error: Exception) -> Exception:
     if isinstance(error, OSError):
         return error
     return ValueError(f"damaged file {path}: expected a whole .npy array, got {error}")
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens what has become a pipe, too, at once."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _look_at(file: _File, opened: int) -> None:
+    """Raises ValueError where the file is not what it was."""
+    status = os.fstat(opened)
+    if (status.st_size, status.st_mtime_ns) != (file.size, file.changed):
+        raise _changed(file, status.st_size)
 
 
 def _changed(file: _File, size: int) -> ValueError:

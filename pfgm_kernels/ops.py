@@ -166,8 +166,8 @@ def call(name: str, *args: Any) -> Any:
     values = args[2]
     if isinstance(values, Tensor):
         return getattr(torch.ops.pfgm, name)(*args)
-    if isinstance(values, Sharded) and values.queries == "local":
-        return values.for_all(COMPUTED[name], args, QUERY_ROWS[name])
+    if isinstance(values, Sharded):
+        return values.call(name, COMPUTED[name], args, QUERY_ROWS[name])
     return COMPUTED[name](*args)
 
 

@@ -19,7 +19,8 @@ from pfgm_kernels.chunks import References, flatten
 from pfgm_kernels.classes import Classes, grouped
 from pfgm_kernels.edits import EDITED, version_of
 from pfgm_kernels.on_disk import OnDisk, Paths
-from pfgm_kernels.shards import QUERIES, Sharded
+from pfgm_kernels.roll_call import telling
+from pfgm_kernels.shards import COMPILED, QUERIES, Sharded
 
 LEAST_WORKSPACE = 1 << 20
 CALLS = 32
@@ -54,7 +55,7 @@ class ReferenceSet:
             references, of one shape, dtype and D. Every call is then one of all ranks, and answers
             for the references of all; its gradients are whole on each rank.
         queries: of a group's calls: "replicated", the same on each rank, or "local", each rank's
-            own, which all ranks answer together (without labels).
+            own, with its own labels, which all ranks answer together.
 
     Raises:
         TypeError: an argument of the wrong type, dtype or layout.
@@ -62,7 +63,8 @@ class ReferenceSet:
             (a ReferenceSet is constant: pass the tensor itself to the op instead); `workspace` is
             too small; `backend` is not a backend's name.
         RuntimeError: the backend asked for cannot run here; the message says why.
-        ConnectionError: in calls of a group, where a rank is lost; ValueError where calls differ.
+        ConnectionError: in calls of a group, where a rank is lost or failed by itself: by gloo it
+            is named, on each rank, and the group answers no more; ValueError where calls differ.
     """
 
     values: References
@@ -80,6 +82,7 @@ class ReferenceSet:
     operands: dict[str, list[Tensor]]
     """What each backend that ran, or will run, prepared of the references, by its name."""
 
+    @telling
     def __init__(
         self,
         x0: Tensor,
@@ -104,6 +107,7 @@ class ReferenceSet:
         self._set(*grouped(values, labels), table, x0.shape[1:], workspace, backend, group, queries)
 
     @classmethod
+    @telling
     def from_images(
         cls,
         images: Tensor,
@@ -141,6 +145,7 @@ class ReferenceSet:
         return references
 
     @classmethod
+    @telling
     def from_files(
         cls,
         paths: Paths,
@@ -188,8 +193,8 @@ class ReferenceSet:
         if values.dtype == torch.uint8:
             table = table_of(low, high, values.device)
         references = cls.__new__(cls)
-        sorted_out, event_shape = grouped(values, labels), values.event_shape
-        references._set(*sorted_out, table, event_shape, workspace, backend, group, queries)
+        rows, event_shape = grouped(values, labels), values.event_shape
+        references._set(*rows, table, event_shape, workspace, backend, group, queries)
         return references
 
     def _set(
@@ -211,8 +216,8 @@ class ReferenceSet:
         self.own, self.table, self.classes = values, table, classes
         self.values: References = values
         if group is not None:
-            self.values = Sharded(values, table, event_shape, group, queries)
-            self.classes = classes and classes.among(self.values.class_counts(classes.counts))
+            self.values = Sharded(values, table, event_shape, classes, group, queries)
+            self.classes = self.values.classes
         self.event_shape, self.backend = event_shape, backend
         self._version = version_of(self.own)
         self.operands, self._calls = {}, 0
@@ -224,10 +229,13 @@ class ReferenceSet:
 
         Raises:
             RuntimeError: the values were edited since they were prepared.
+            NotImplementedError: they are not in memory, or not all, and a function is compiled.
         """
         if torch.compiler.is_compiling() and not isinstance(self.values, Tensor):
-            what = "in files" if isinstance(self.values, OnDisk) else "of several processes"
-            raise RuntimeError(f"a compiled function expects references in memory, got some {what}")
+            what = COMPILED
+            if isinstance(self.values, OnDisk):
+                what = what.replace("of several processes", "in files")
+            raise NotImplementedError(what)
         if torch.compiler.is_compiling():
             # Versions are known when the graph runs. CUDA graphs run on copies, an exported
             # program elsewhere: nothing was remembered of those.

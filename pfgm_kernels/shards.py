@@ -3,21 +3,31 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pfgm_kernels import roll_call
 from pfgm_kernels.backends._values import decode
+from pfgm_kernels.classes import Classes
 from pfgm_kernels.merge import Partial, relative_logit
-from pfgm_kernels.on_disk import DTYPES, OnDisk
+from pfgm_kernels.on_disk import OnDisk
 
 QUERIES = ("replicated", "local")
-AXES = 8
+RANGES = 6
+"""Where functions of `ops` have the ranges of the queries among their arguments."""
+COMPILED = (
+    "a compiled function expects references in memory, got some of several processes: call the op "
+    "outside of it, or leave out fullgraph=True"
+)
+HEADER = 512
+"""Bytes that ranks compare at a time: always as many, so that calls that differ can."""
 
 
 class Sharded:
@@ -38,66 +48,101 @@ class Sharded:
         part: Tensor | OnDisk,
         table: Tensor,
         event_shape: torch.Size,
+        classes: Classes | None,
         group: dist.ProcessGroup,
         queries: str,
     ) -> None:
         self.part, self.group, self.queries = part, group, queries
-        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.dtype, self.device = part.dtype, part.device
-        axes = [*event_shape][:AXES]
-        kinds = [*DTYPES.values(), torch.bfloat16]
-        ends = [table[0].item(), table[-1].item()] if len(table) else [0.0, 0.0]
-        mine = [len(part), kinds.index(part.dtype), *ends, QUERIES.index(queries), len(axes), *axes]
-        found = self.agreed(
-            mine + [0] * (AXES - len(axes)),
-            "its own number of references", "dtype", "low", "high", "queries",
-            *["event shape"] * (AXES + 1),
-            free=1,
-        )  # fmt: skip
-        counts = [int(row[0]) for row in found]
-        self.start = sum(counts[: self.rank])
-        self.shape = torch.Size([sum(counts), math.prod(event_shape)])
+        self.roll = roll_call.of(group)
+        self.rank, self.world = self.roll.rank, self.roll.world
+        self.roll.sets += 1
+        self._number, self._asked = self.roll.sets, "ReferenceSet"
+        alike = {
+            "dtype": part.dtype,
+            "event shape": tuple(event_shape),
+            "low and high": table[[0, -1]].tolist() if len(table) else None,
+            "queries": queries,
+            "set with labels or without": classes is not None,
+        }
+        with self.roll.call():
+            here = len(classes.counts) if classes else 0
+            found = self.agreed([len(part), here], alike)
+            counts = [count for count, _ in found]
+            self.start = sum(counts[: self.rank])
+            self.shape = torch.Size([sum(counts), math.prod(event_shape)])
+            self.classes = classes
+            if classes:
+                of_all = classes.counts.new_zeros(max(most for _, most in found))
+                of_all[:here] = classes.counts
+                self.sum(of_all)
+                self.classes = classes.among(of_all)
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def class_counts(self, counts: Tensor) -> Tensor:
-        """How many references of each class there are in all, from those here (C,)."""
-        most = max(int(row[0]) for row in self.agreed([len(counts)], "number of classes", free=1))
-        total = counts.new_zeros(most)
-        total[: len(counts)] = counts
-        self.sum(total)
-        return total
-
-    def agreed(self, numbers: Sequence[float], *names: str, free: int = 0) -> list[list[float]]:
-        """The numbers of every rank. Raises ValueError, on each, where ranks differ in others than
-        the first ``free`` ones, and says in what.
+    def agreed(self, own: Sequence[int], alike: Mapping[str, object]) -> list[list[int]]:
+        """Every rank's own numbers. Raises ValueError, on each, where ranks are not alike in what
+        is to be the same, by its name.
         """
-        mine = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        found = self.gathered(mine).tolist()
-        for i, name in enumerate(names):
-            if i < free:
-                continue
-            for rank, row in enumerate(found):
-                if row[i] != found[0][i] and not (math.isnan(row[i]) and math.isnan(found[0][i])):
-                    raise ValueError(
-                        f"ranks of sharded references expect one {name}, got {found[0][i]:g} on "
-                        f"rank 0 and {row[i]:g} on rank {rank}"
+        same = {
+            "number of calls": self.roll.calls,
+            "set of those made": self._number,
+            "function": self._asked,
+            **alike,
+        }
+        text = json.dumps([[*own], {name: str(value)[:48] for name, value in same.items()}])
+        header = torch.tensor(list(text.encode().ljust(HEADER)), dtype=torch.uint8)
+        found = [json.loads(bytes(each)) for each in self.gathered(header.to(self.device)).tolist()]
+        (_, first), *others = found
+        for rank, (_, other) in enumerate(others, 1):
+            for name in [*first, *other]:
+                if first.get(name) != other.get(name):
+                    raise self.roll.alike(
+                        ValueError(
+                            f"ranks of sharded references expect one {name}, got "
+                            f"{first.get(name)} on rank 0 and {other.get(name)} on rank {rank}"
+                        )
                     )
-        return found
+        return [numbers for numbers, _ in found]
 
     def gathered(self, tensor: Tensor) -> Tensor:
         """(world, *shape) from tensors of one shape."""
-        out = [torch.empty_like(tensor) for _ in range(self.world)]
-        with lost_ranks():
-            dist.all_gather(out, tensor.contiguous(), group=self.group)
-        return torch.stack(out)
+        return self.roll.gather(tensor)
 
     def sum(self, *tensors: Tensor) -> None:
         """Puts the sums over the ranks in their place."""
         for tensor in tensors:
-            with lost_ranks():
-                dist.all_reduce(tensor, group=self.group)
+            self.roll.sum(tensor)
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks, as a call by itself."""
+        with self.roll.call():
+            self._asked = "sum"
+            self.agreed([], {"shape": tuple(tensor.shape)})
+            total = tensor.clone()
+            self.sum(total)
+        return total
+
+    def call(
+        self, name: str, function: Callable[..., Any], args: Sequence[Any], rows: set[int]
+    ) -> Any:
+        """What a function of `ops` gives; rows: which of its arguments have a row a query."""
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(COMPILED)
+        run = self._answer
+        if "torch._dynamo" in sys.modules:  # which is not to trace collectives
+            run = torch.compiler.disable(run)
+        return run(name, function, args, rows)
+
+    def _answer(
+        self, name: str, function: Callable[..., Any], args: Sequence[Any], rows: set[int]
+    ) -> Any:
+        with self.roll.call():
+            self._asked = name
+            if self.queries == "local":
+                return self._for_all(function, args, rows)
+            return function(*args)
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows (n, d) of all references, 16 bits as float32, from the ranks that have them."""
@@ -142,13 +187,15 @@ class Sharded:
         self.sum(v)
         return (v, logit + total, index.long(), -total), rows
 
-    def for_all(self, function: Callable[..., Any], args: Sequence[Any], rows: set[int]) -> Any:
-        """What `function` of `ops` gives for this rank's queries, where each rank has its own.
+    def _for_all(self, function: Callable[..., Any], args: Sequence[Any], rows: set[int]) -> Any:
+        """What the function gives for this rank's queries, where each rank has its own.
 
-        rows: which of the arguments have a row a query.
+        The queries' ranges are here their classes (B, 1), of which each rank has its own range.
         """
+        given = {i: args[i] for i in rows if isinstance(args[i], Tensor)}
         count = len(args[0])
-        counts = [int(row[0]) for row in self.agreed([count], "number of queries", free=1)]
+        kinds = " ".join(f"{i}:{str(each.dtype)[6:]}" for i, each in sorted(given.items()))
+        counts = [each[0] for each in self.agreed([count], {"kind of arguments": kinds})]
         start, most = sum(counts[: self.rank]), max(counts)
 
         def everyones(tensor: Tensor) -> Tensor:
@@ -157,34 +204,20 @@ class Sharded:
             found = self.gathered(padded)
             return torch.cat([part[:n] for part, n in zip(found, counts, strict=True)])
 
-        whole = [
-            everyones(each) if i in rows and isinstance(each, Tensor) else each
-            for i, each in enumerate(args)
-        ]
-        results = function(*whole)
+        whole = {i: everyones(given[i]) for i in sorted(given)}
+        order = back = None
+        if RANGES in whole and self.classes is not None:
+            classes = whole[RANGES][:, 0].clamp(max=len(self.classes.counts) - 1)
+            order = classes.argsort(stable=True)  # those of a class together
+            back = order.argsort()
+            whole[RANGES] = self.classes.starts[classes[:, None] + classes.new_tensor([0, 1])]
+            whole = {i: each[order] for i, each in whole.items()}
+        results = function(*(whole.get(i, each) for i, each in enumerate(args)))
 
         def own(tensor: Tensor) -> Tensor:
-            return tensor[start : start + count] if len(tensor) == sum(counts) else tensor
+            if len(tensor) != sum(counts):
+                return tensor
+            tensor = tensor if back is None else tensor[back]
+            return tensor[start : start + count]
 
         return own(results) if isinstance(results, Tensor) else tuple(map(own, results))
-
-
-def is_lost(error: RuntimeError) -> bool:
-    """Whether it says that another rank is gone: gloo's errors have no type of their own, but name
-    its sources.
-    """
-    return "/gloo/" in str(error) or isinstance(error, dist.DistError)
-
-
-@contextmanager
-def lost_ranks() -> Iterator[None]:
-    """Raises ConnectionError where another rank is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_lost(error):
-            raise
-        raise ConnectionError(
-            "a rank that holds references is lost: it was killed, ended with an error, which it "
-            "tells itself, or was silent for the timeout of the group"
-        ) from error

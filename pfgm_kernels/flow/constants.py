@@ -106,7 +106,7 @@ def _mean_norm(references: ReferenceSet) -> float:
     parts = (decode(part, table).norm(dim=1).sum() for part in values.split(rows))
     total = torch.stack([*parts]).sum()
     if isinstance(references.values, Sharded):
-        references.values.sum(total)
+        total = references.values.summed(total)
     return total.item() / len(references)
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pfgm_kernels.shards import is_lost
+from pfgm_kernels.roll_call import is_lost
 
 DEVICES = ("auto", "cpu", "cuda")
 TIMEOUT = timedelta(minutes=5)

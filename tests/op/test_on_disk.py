@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import math
 import os
 import pickle
@@ -207,6 +208,41 @@ def test_a_file_that_changes_is_an_error(tmp_path, how):
     for _ in range(2):
         with pytest.raises((ValueError, OSError), match=match):
             poisson_field(x, t, files)
+
+
+@pytest.mark.parametrize("how", ["cut", "touched", "disk", "pipe"])
+def test_a_fault_in_the_middle_of_a_read(tmp_path, monkeypatch, how):
+    """Of the second of three chunks."""
+    x, t = torch.randn(9, 400, generator=seeded(1)), 0.7
+    folder = saved(tmp_path / "files", torch.randn(300, 400, generator=seeded()))
+    path, read, count = folder / "000.npy", os.preadv, 0
+    files = ReferenceSet.from_files(folder, workspace=SMALL)
+
+    def preadv(file, buffers, offset):
+        nonlocal count
+        count += 1
+        if count == 2:
+            if how == "cut":
+                os.truncate(path, offset)
+            elif how == "touched":
+                os.utime(path, ns=(1, 1))
+            elif how == "disk":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            elif how == "pipe":
+                path.unlink()
+                os.mkfifo(path)
+        return read(file, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with pytest.raises((ValueError, OSError), match=r"000.npy"):
+        poisson_field(x, t, files)
+    assert count in (2, 3)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.npy")
+    with pytest.raises(ValueError, match=r"pipe.npy: expected a regular file"):
+        ReferenceSet.from_files(tmp_path)
 
 
 def test_compiled_functions_take_none(tmp_path):

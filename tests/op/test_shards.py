@@ -4,11 +4,6 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
-import time
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import CASES, build, seeded, truth
-from lives import ends, fork, said
+from groups import SMALL, part, run
 from oracle import (
     FLOAT64,
     assert_displacement,
@@ -32,49 +27,26 @@ from torch import Tensor
 
 from pfgm_kernels import (
     ReferenceSet,
+    divergence,
     log_density,
     poisson_displacement,
     poisson_field,
 )
 from pfgm_kernels.flow import FieldLoss, constants
 
-SMALL = 1 << 20
 
-
-def run(folder: Path, world: int, work: Callable[..., None], *given: Any) -> list[dict]:
-    """What `work(rank, *given)` returns on each rank of a group."""
-    codes = ends(fork(folder / "ranks", rank_of, [(work, folder, *given)] * world))
-    assert codes == [0] * world, said(folder / "ranks", 0)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
-
-
-def rank_of(work: Callable[..., dict], folder: Path, *given: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank = dist.get_rank()
-    torch.save(work(folder, rank, dist.get_world_size(), *given), folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def part(rows: Tensor, rank: int, world: int) -> Tensor:
-    """Uneven ones: of each two ranks the second has but a few rows."""
-    sizes = [len(rows) // world * (2 if i % 2 == 0 else 1) // 2 or 1 for i in range(world)]
-    cuts = [min(sum(sizes[: i + 1]), len(rows) - world + i + 1) for i in range(world - 1)]
-    return rows.tensor_split(cuts)[rank]
-
-
-def named_cases(folder: Path, rank: int, world: int, backend: str, dtype: torch.dtype) -> dict:
+def named_cases(
+    folder: Path, rank: int, world: int, kind: str, backend: str, dtype: torch.dtype
+) -> dict:
     found = {}
     for name in CASES:
         case = build(name)
         if len(case.x0) < world:
             continue
         x, t = case.x.to(dtype, copy=True).requires_grad_(), (case.t + 0.0).requires_grad_()
-        group, x0 = dist.group.WORLD, case.x0.to(dtype)
-        references = ReferenceSet(
-            part(x0, rank, world), workspace=SMALL, backend=backend, group=group
-        )
+        x0, options = case.x0.to(dtype), {"workspace": SMALL, "backend": backend}
+        options["group"] = dist.group.WORLD
+        references = references_of(folder, x0, rank, world, kind, **options)
         assert len(references) == len(x0)
         v, log_mass = poisson_displacement(x, t, references, D=case.D)
         g_v, g_m = cotangents(name)
@@ -89,11 +61,21 @@ def cotangents(name: str) -> tuple[Tensor, Tensor]:
     return g_v, torch.randn(len(case.x), dtype=torch.float64, generator=seeded(2))
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    ("world", "kind"),
+    [
+        (2, "memory"),
+        pytest.param(1, "memory", marks=pytest.mark.exhaustive),
+        pytest.param(4, "memory", marks=pytest.mark.exhaustive),
+        pytest.param(1, "files", marks=pytest.mark.exhaustive),
+        pytest.param(2, "files", marks=pytest.mark.exhaustive),
+        pytest.param(4, "files", marks=pytest.mark.exhaustive),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", ["cpu", "eager"])
-def test_named_cases(tmp_path, world, name, dtype):
-    ranks = run(tmp_path, world, named_cases, name, dtype)
+def test_named_cases(tmp_path, world, kind, name, dtype):
+    ranks = run(tmp_path, world, named_cases, kind, name, dtype)
     assert len(ranks[0]) > 100
     for case_name, (v, log_mass, dx, dt) in ranks[0].items():
         case, expected = build(case_name), truth(case_name)
@@ -152,27 +134,35 @@ def test_every_function_of_every_dtype(tmp_path, kind, queries):
                 assert_alike(each, expected, t)
 
 
-def classes(folder: Path, rank: int, world: int) -> dict:
+def classes(folder: Path, rank: int, world: int, queries: str) -> dict:
     rows, _, x, _ = problem(torch.uint8)
     labels = part(torch.arange(301) // 61, rank, world)  # no rank has all of them
     references = ReferenceSet.from_images(
-        part(rows, rank, world), labels=labels, group=dist.group.WORLD
+        part(rows, rank, world), labels=labels, group=dist.group.WORLD, queries=queries
     )
     wanted = torch.tensor([0, 4, 2, 0, 3] * 4)
+    if queries == "local":
+        mine = [slice(0, 13), slice(13, 20), slice(0, 0)][rank]
+        x, wanted = x[mine], wanted[mine]
     xs = x.clone().requires_grad_()
     v, log_mass = poisson_displacement(xs, 1.0, references, labels=wanted)
     dx = torch.autograd.grad(v.square().sum(), xs)[0]
     density = log_density(x, 1.0, references, labels=wanted)
-    with pytest.raises(ValueError, match="labels expects classes of 0 … 4"):
-        poisson_field(x, 1.0, references, labels=5)
-    return {"found": [v.detach(), log_mass.detach(), dx, density]}
+    spread = divergence(x, 1.0, references, labels=wanted)
+    if len(x):
+        with pytest.raises(ValueError, match="labels expects classes of 0 … 4"):
+            poisson_field(x, 1.0, references, labels=5)
+    return {"found": [v.detach(), log_mass.detach(), dx, density, spread]}
 
 
-def test_classes(tmp_path):
+@pytest.mark.parametrize(("world", "queries"), [(2, "replicated"), (3, "local")])
+def test_classes(tmp_path, world, queries):
     _, exact, x, _ = problem(torch.uint8)
     labels, wanted = torch.arange(301) // 61, torch.tensor([0, 4, 2, 0, 3] * 4)
-    for rank in run(tmp_path, 2, classes):
-        v, log_mass, dx, density = rank["found"]
+    ranks = run(tmp_path, world, classes, queries)
+    ranks = [joined(ranks)] if queries == "local" else ranks
+    for rank in ranks:
+        v, log_mass, dx, density, spread = rank["found"]
         for label in (0, 2, 3, 4):
             here, of = wanted == label, exact[labels == label]
             expected = solve(x[here], 1.0, of)
@@ -181,6 +171,7 @@ def test_classes(tmp_path):
             gradients = differentiate(expected, x[here], of, 2 * expected.v, torch.zeros(sum(here)))
             assert_gradients(gradients, dx[here])
             torch.testing.assert_close(density[here], log_density(x[here], 1.0, of))
+            torch.testing.assert_close(spread[here], divergence(x[here], 1.0, of))
 
 
 def what_is_made_of_a_set(folder: Path, rank: int, world: int) -> dict:
@@ -207,20 +198,30 @@ def test_constants_and_losses(tmp_path):
 def disagreements(folder: Path, rank: int, world: int) -> dict:
     x0, group = torch.randn(20, 8, generator=seeded()), dist.group.WORLD
     for mine, sentence in (
-        (x0 if rank else x0.double(), "expect one dtype, got 3 on rank 0 and 2 on rank 1"),
-        (x0[:, : 8 - rank], "expect one event shape, got 8 on rank 0 and 7 on rank 1"),
+        (
+            x0 if rank else x0.double(),
+            "expect one dtype, got torch.float64 on rank 0 and torch.float32 on rank 1",
+        ),
+        (x0[:, : 8 - rank], r"expect one event shape, got \(8,\) on rank 0 and \(7,\) on rank 1"),
     ):
         with pytest.raises(ValueError, match=sentence):
             ReferenceSet(mine, group=group)
+    with pytest.raises(ValueError, match="one set with labels or without, got False on rank 0"):
+        ReferenceSet(x0, labels=torch.arange(20) if rank else None, group=group)
     with pytest.raises(ValueError, match="queries expects one of replicated, local, got 'all'"):
         ReferenceSet(x0, group=group, queries="all")
     references = ReferenceSet(x0, group=group)
+    other = ReferenceSet(x0, group=group, queries="local")
     x = torch.randn(6, 8, generator=seeded())
     for calls, sentence in (
         (lambda: poisson_field(x[rank:], 1.0, references), "number of queries, got 6 on rank 0"),
-        (lambda: poisson_field(x, 1.0, references, D=1 + rank), r"d \+ D, got 9 on rank 0"),
+        (lambda: poisson_field(x, 1.0, references, D=1 + rank), r"d \+ D, got 9.0 on rank 0"),
         (lambda: poisson_field(x + rank, 1.0, references), "one x, got"),
         (lambda: poisson_field(x, 1.0 + rank, references), "one t, got"),
+        (lambda: poisson_field(x, 1.0, other if rank else references), "one set of those made"),
+        (lambda: (divergence if rank else poisson_field)(x, 1.0, references), "one function, got"),
+        (lambda: poisson_field(x.double() if rank else x, 1.0, other), "one kind of arguments"),
+        (lambda: poisson_field(x, 1.0, other, D=1 + rank), r"d \+ D, got 9.0 on rank 0"),
     ):
         with pytest.raises(ValueError, match=sentence):
             calls()
@@ -233,23 +234,26 @@ def test_ranks_that_disagree_are_told(tmp_path):
         torch.testing.assert_close(rank["sound"], poisson_field(x, 1.0, torch.cat([x0, x0])))
 
 
-def lost(folder: Path, when: str) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=3))
-    rank = dist.get_rank()
-    references = ReferenceSet(torch.randn(20, 8, generator=seeded(rank)), group=dist.group.WORLD)
-    x = torch.randn(6, 8, generator=seeded()).requires_grad_()
-    field = poisson_field(x, 1.0, references)
-    if rank == 1:
-        if when == "silent":
-            time.sleep(60)
-        os.kill(os.getpid(), signal.SIGKILL)
-    with pytest.raises(ConnectionError, match="a rank that holds references is lost"):
-        field.sum().backward() if when == "backward" else poisson_field(x, 1.0, references)
-    (folder / "told").touch()
+def compiled(folder: Path, rank: int, world: int) -> dict:
+    x0 = torch.randn(40, 8, generator=seeded())
+    references = ReferenceSet(part(x0, rank, world), group=dist.group.WORLD)
+
+    def run(x: Tensor) -> Tensor:
+        return 2 * poisson_field(3 * x, 1.0, references)
+
+    with pytest.raises(Exception, match="call the op outside of it, or leave out fullgraph=True"):
+        torch.compile(run, fullgraph=True, backend="eager")(x0)
+    torch._dynamo.reset()
+    x = x0.clone().requires_grad_()
+    found = torch.compile(run, backend="aot_eager")(x)
+    return {"found": [found.detach(), *torch.autograd.grad(found.square().sum(), x)]}
 
 
-@pytest.mark.parametrize("when", ["forward", "backward"])
-def test_a_lost_rank_is_an_error(tmp_path, when):
-    codes = ends(fork(tmp_path / "ranks", lost, [(tmp_path, when)] * 2))
-    assert codes[1] == -signal.SIGKILL
-    assert (tmp_path / "told").exists(), said(tmp_path / "ranks", 0)
+def test_a_compiled_function_breaks_its_graph(tmp_path):
+    """Around the call, or it says what to do; it does not hang."""
+    x0 = torch.randn(40, 8, generator=seeded())
+    x = x0.clone().requires_grad_()
+    expected = 2 * poisson_field(3 * x, 1.0, ReferenceSet(x0))
+    expected = [expected.detach(), *torch.autograd.grad(expected.square().sum(), x)]
+    for rank in run(tmp_path, 2, compiled):
+        torch.testing.assert_close(rank["found"], expected)

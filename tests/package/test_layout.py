@@ -23,7 +23,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports run from higher layers to lower ones; within a layer, between modules of one package only.
 LAYERS = [
-    ("_C", "_checks", "files", "on_disk"),
+    ("_C", "_checks", "files", "on_disk", "roll_call"),
     ("backends._native", "backends._shapes", "backends._values", "classes", "cuts", "outputs"),
     ("backends._sketch",),
     ("edits", "rows"),
