@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -82,6 +83,30 @@ def test_the_perceptron_as_any_network(predicts: str, num_classes: int) -> None:
         assert torch.equal(output[1], other[1])
         with pytest.raises(ValueError, match="expects labels, got none"):
             model(x, torch.tensor([0.3, 5.0]))
+
+
+def test_the_field_network_normalises() -> None:
+    """It sees the direction from the centre, the radius beside the spread, and answers in both."""
+    center, spread, d = torch.tensor([3.0, -1.0, 2.0]), 0.5, 3
+    torch.manual_seed(0)
+    model = networks.FieldNetwork(
+        d, width=8, depth=1, gamma=0.25, scale=7.0, center=center, spread=spread
+    ).double()
+    seen: list[Tensor] = []
+
+    def body(x: Tensor, conditions: Tensor, labels: Tensor | None) -> Tensor:
+        seen[:] = x, conditions
+        return torch.full_like(x, 0.1)
+
+    model.body = body
+    offset = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 0.0]]).double()
+    t = torch.tensor([2.0, 0.5]).double()
+    field = model(center + offset, t)
+    radius = (offset.square().mean(1) + spread**2).sqrt()
+    torch.testing.assert_close(seen[0], offset / radius[:, None])
+    torch.testing.assert_close(seen[1], torch.stack([t, radius], 1).log())
+    whole = torch.cat([spread * 0.1 - offset, -t[:, None]], 1)
+    torch.testing.assert_close(field, 7 * whole / (whole.norm(dim=1, keepdim=True) + 0.25))
 
 
 def test_a_published_field_knows_the_height_and_both_parts() -> None:
@@ -218,6 +243,8 @@ def test_what_data_takes_by_default() -> None:
         assert (found.method, found.D) == expected
         assert found.T == constants(found_data.references, D=expected[1]).T
         assert found.predicts == {"unet": "denoiser", "perceptron": "mean"}[name]
+        spread = found_data.moments.spread
+        assert found.log_sigma_mean == pytest.approx(math.log(2 * spread) - 1.2)
         published = TrainConfig.for_data(found_data, method="pfgm")
         assert published.predicts == {"unet": "field", "perceptron": "mean"}[name]
     points = TrainConfig.for_data(data.load("two_moons"))
