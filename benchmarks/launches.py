@@ -30,10 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pfgm_kernels import loops
 from pfgm_kernels.backends import BACKENDS, _native
-from pfgm_kernels.chunks import Inputs
+from pfgm_kernels.chunks import Inputs, default_workspace
 from pfgm_kernels.loops import Saved
 from pfgm_kernels.outputs import Output
-from pfgm_kernels.references import default_workspace
 
 H100 = (9, 0), 132  # capability and multiprocessors
 NO_LAUNCH = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "_unsafe_view")

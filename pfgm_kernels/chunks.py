@@ -220,6 +220,13 @@ class Chunks:
         return total, to_nearest
 
 
+def default_workspace(device: torch.device, on_disk: bool = False) -> int:
+    """Bytes. Files are read anew for every so many queries as it holds, so that more pays there."""
+    if device.type == "cpu":
+        return (768 if on_disk else 256) << 20
+    return (2 if on_disk else 1) << 30
+
+
 def result_dtype(x: Tensor, values: References, table: Tensor) -> torch.dtype:
     """That of the result, and of the queries as backends take them: float32 or float64."""
     stored = table.dtype if values.dtype == torch.uint8 else values.dtype

@@ -31,8 +31,8 @@ from pfgm_kernels._checks import (
 from pfgm_kernels._traced import traceable
 from pfgm_kernels.autograd import apply, forward_mode
 from pfgm_kernels.choice import choose
-from pfgm_kernels.chunks import References
-from pfgm_kernels.references import ReferenceSet, default_workspace
+from pfgm_kernels.chunks import References, default_workspace
+from pfgm_kernels.references import ReferenceSet
 from pfgm_kernels.shards import Sharded
 
 

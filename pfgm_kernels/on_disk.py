@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,7 +54,9 @@ class OnDisk:
         device: torch.device,
         order: Tensor | None = None,
     ) -> None:
-        self._files, self._starts, self._order = files, starts, order
+        self._files, self._starts, self.order = files, starts, order
+        self.near: Any = None
+        """What finds those near a query (`nearby.Nearby`), where that was asked for."""
         self.event_shape, self.dtype, self.device = event_shape, dtype, device
         self.shape = torch.Size([starts[-1], math.prod(event_shape)])
 
@@ -95,15 +97,31 @@ class OnDisk:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> OnDisk:
         """The same, whose rows are put on another device."""
-        return self._like(device, self._order)
+        return self._like(device, self.order)
 
     def reordered(self, order: Tensor) -> OnDisk:
         """Row i of it is row order[i] of this one."""
         order = order.cpu()
-        return self._like(self.device, order if self._order is None else self._order[order])
+        return self._like(self.device, order if self.order is None else self.order[order])
 
     def _like(self, device: torch.device, order: Tensor | None) -> OnDisk:
-        return OnDisk(self._files, self._starts, self.event_shape, self.dtype, device, order)
+        made = OnDisk(self._files, self._starts, self.event_shape, self.dtype, device, order)
+        if self.near is not None and order is self.order:
+            made.near = self.near.to(made)
+        return made
+
+    def in_order(self) -> OnDisk:
+        """The same references, as they lie in the files."""
+        return self._like(self.device, None)
+
+    def identity(self) -> bytes:
+        """Tells these files, as they are, from others: by names, sizes, times of the last change
+        and some of the content.
+        """
+        ends = [at for start, end in pairwise(self._starts) for at in (start, end - 1)]
+        rows = self.in_order()[torch.tensor(ends, device="cpu")].cpu()
+        known = [(Path(file.path).name, *file[1:]) for file in self._files]
+        return repr((known, self.shape, self.dtype)).encode() + rows.numpy().tobytes()
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -116,12 +134,12 @@ class OnDisk:
 
     def __getitem__(self, index: slice | Tensor) -> Tensor:
         """Rows (n, d), read now; index: a slice, (N,) bool or (n,) integers."""
-        if isinstance(index, slice) and self._order is None and index.step in (None, 1):
+        if isinstance(index, slice) and self.order is None and index.step in (None, 1):
             start, stop, _ = index.indices(len(self))
             rows = self.empty(max(0, stop - start))
             self.read(start, rows)
         else:
-            places = torch.arange(len(self), device="cpu") if self._order is None else self._order
+            places = torch.arange(len(self), device="cpu") if self.order is None else self.order
             rows = self._gathered(places[index if isinstance(index, slice) else index.cpu()])
         return rows.to(self.device)
 
@@ -146,8 +164,8 @@ class OnDisk:
 
     def read_slice(self, references: slice, out: Tensor) -> Tensor:
         """Rows of a slice, in the memory of out where they lie together in the files."""
-        if self._order is not None:
-            return self._gathered(self._order[references])
+        if self.order is not None:
+            return self._gathered(self.order[references])
         rows = out[: references.stop - references.start]
         self.read(references.start, rows)
         return rows

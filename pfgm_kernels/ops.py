@@ -168,6 +168,8 @@ def call(name: str, *args: Any) -> Any:
         return getattr(torch.ops.pfgm, name)(*args)
     if isinstance(values, Sharded):
         return values.call(name, COMPUTED[name], args, QUERY_ROWS[name])
+    if values.near is not None:
+        return values.near.call(name, COMPUTED[name], args, QUERY_ROWS[name])
     return COMPUTED[name](*args)
 
 

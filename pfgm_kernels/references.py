@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +17,10 @@ from pfgm_kernels._checks import check_references, check_shape, integer, tensor
 from pfgm_kernels.backends import BACKENDS
 from pfgm_kernels.backends._values import table_of
 from pfgm_kernels.choice import choose
-from pfgm_kernels.chunks import References, flatten
+from pfgm_kernels.chunks import References, default_workspace, flatten
 from pfgm_kernels.classes import Classes, grouped
 from pfgm_kernels.edits import EDITED, version_of
+from pfgm_kernels.nearby import Nearby
 from pfgm_kernels.on_disk import OnDisk, Paths
 from pfgm_kernels.roll_call import telling
 from pfgm_kernels.shards import COMPILED, QUERIES, Sharded
@@ -158,6 +161,7 @@ class ReferenceSet:
         group: ProcessGroup | None = None,
         queries: str = "replicated",
         device: torch.device | str | None = None,
+        sketch: str | os.PathLike[str] | None = None,
     ) -> ReferenceSet:
         """References that stay in .npy files, for data larger than memory.
 
@@ -180,6 +184,8 @@ class ReferenceSet:
                 files are read once for as many queries as it holds, 512 (d + 8) bytes each.
             backend: as for the constructor.
             device: where calls compute, that of their queries; the CPU by default.
+            sketch: a file of coordinates in few dimensions, by which queries near the data read the
+                references near them alone. Made where it is not there, in two passes over all.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: a file that is missing, damaged, of another
@@ -193,8 +199,11 @@ class ReferenceSet:
         if values.dtype == torch.uint8:
             table = table_of(low, high, values.device)
         references = cls.__new__(cls)
-        rows, event_shape = grouped(values, labels), values.event_shape
-        references._set(*rows, table, event_shape, workspace, backend, group, queries)
+        rows, classes = grouped(values, labels)
+        if sketch is not None and isinstance(rows, OnDisk):
+            rows.near = Nearby.open(Path(sketch), rows, table)
+        event_shape = values.event_shape
+        references._set(rows, classes, table, event_shape, workspace, backend, group, queries)
         return references
 
     def _set(
@@ -389,10 +398,3 @@ class ReferenceSet:
             f"ReferenceSet({len(self)} references of shape {tuple(self.event_shape)}, "
             f"{stored}, {where}{self.nbytes / 2**20:.1f} MiB on {self.device})"
         )
-
-
-def default_workspace(device: torch.device, on_disk: bool = False) -> int:
-    """Bytes. Files are read anew for every so many queries as it holds, so that more pays there."""
-    if device.type == "cpu":
-        return (768 if on_disk else 256) << 20
-    return (2 if on_disk else 1) << 30

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels.backends._values import decode
+from pfgm_kernels.on_disk import OnDisk
 
 COLUMNS = (32, 256)
 LEAST_DIM, LEAST_COUNT = 400, 8192
@@ -24,7 +25,9 @@ FEW, LOOKED_AT = 1 / 500, 2048
 """References that may be left of how many, where it is measured when a sketch pays."""
 NORM = 32000  # kShortNorm
 BASIS_ERROR = 1e-11  # kBasisError
-SAMPLE, ROUNDS, ROWS = 4096, 3, 1024
+SAMPLE, ROUNDS, BYTES = 4096, 3, 1 << 27
+
+Values = Tensor | OnDisk
 
 
 class Sketch(NamedTuple):
@@ -40,28 +43,35 @@ class Sketch(NamedTuple):
     """
 
 
-def sketches(values: Tensor, table: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors of the sketches that are likely to pay, one sketch after the other.
+def columns_of(row_bytes: int) -> list[int]:
+    """How many columns the sketches of references of this size may have."""
+    most = int(row_bytes * MOST_BYTES / 2) // 2 * 2
+    columns = [q for q in (COLUMNS[0], min(COLUMNS[1], most)) if q <= most]
+    # The next one would else hardly be cheaper than all columns.
+    return columns if len(columns) < 2 or columns[1] >= 4 * columns[0] else columns[:1]
 
-    values (N, d) float32 or uint8, table and operands as of `cpu.prepare`.
+
+def sketches(
+    values: Values, table: Tensor, norms: Tensor, grid: Tensor, columns: Sequence[int]
+) -> list[Sketch]:
+    """Those that are likely to pay.
+
+    values (N, d) float32 or uint8, table, norms and grid as of `cpu.prepare`.
     """
     count, d = values.shape
-    if not operands or d < LEAST_DIM or count < LEAST_COUNT:
+    if not columns or d < LEAST_DIM or count < LEAST_COUNT:
         return []
-    norms, grid = operands[:2]
-    most = int(d * (1 if grid[1] >= 0 else 4) * MOST_BYTES / 2) // 2 * 2
-    columns = [q for q in (COLUMNS[0], min(COLUMNS[1], most)) if q <= most]
-    if columns[-1] < 4 * columns[0]:
-        columns = columns[:1]  # the next one would hardly be cheaper than the first pass
-    sample = _shifted(values[:: max(1, count // SAMPLE)][:SAMPLE], table, grid)
+    wanted = min(SAMPLE, BYTES // (8 * d), count)
+    places = torch.arange(wanted, device=values.device) * count // wanted
+    sample = _shifted(values[places], table, grid)
     basis = _basis(sample, columns[-1])
     if (sample @ basis[: columns[0]].T).square().sum() < LEAST_SHARE * sample.square().sum():
         return []
-    return [each for one in in_basis(values, table, norms, grid, basis, columns) for each in one]
+    return in_basis(values, table, norms, grid, basis, columns)
 
 
 def in_basis(
-    values: Tensor,
+    values: Values,
     table: Tensor,
     norms: Tensor,
     grid: Tensor,
@@ -79,8 +89,9 @@ def in_basis(
         )
         for q in columns
     ]
-    for start in range(0, count, ROWS):
-        part = slice(start, start + ROWS)
+    rows = max(1, BYTES // (32 * d))
+    for start in range(0, count, rows):
+        part = slice(start, start + rows)
         y = _shifted(values[part], table, grid)
         squared, exact = y.square().sum(1), y @ basis.T
         for points, rest, lost in found:
@@ -101,10 +112,12 @@ def in_basis(
     return sketches
 
 
-def _decided(values: Tensor, table: Tensor, grid: Tensor, basis: Tensor) -> float:
+def _decided(values: Values, table: Tensor, grid: Tensor, basis: Tensor) -> float:
     """Up to what norm noise on a reference leaves few others that may be near, as measured."""
-    d = values.shape[1]
-    y = _shifted(values[:: max(1, len(values) // LOOKED_AT)], table, grid)
+    count, d = values.shape
+    wanted = min(LOOKED_AT, BYTES // (8 * d), count)
+    places = torch.arange(wanted, device=values.device) * count // wanted
+    y = _shifted(values[places], table, grid)
     others, squared = y @ basis.T, y.square().sum(1)
     rest = (squared - others.square().sum(1)).clamp(min=0)
     x, x_rest = others[::32], rest[::32, None]

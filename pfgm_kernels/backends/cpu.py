@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels.backends import _native
-from pfgm_kernels.backends._sketch import Sketch, sketches
+from pfgm_kernels.backends._sketch import Sketch, columns_of, sketches
 from pfgm_kernels.rows import Cotangents, Rows
 
 PAD = 8  # the kernels read rows padded to a multiple of this
@@ -59,7 +59,12 @@ def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:
 
 def sketch(values: Tensor, table: Tensor, operands: list[Tensor]) -> list[Tensor]:
     """The operands that `prepare` made, and sketches of the references where these may pay."""
-    return [*operands, *sketches(values, table, operands)]
+    if not operands:
+        return []
+    norms, grid = operands[:2]
+    columns = columns_of(values.shape[1] * (1 if grid[1] >= 0 else 4))
+    found = sketches(values, table, norms, grid, columns)
+    return [*operands, *(each for one in found for each in one)]
 
 
 def operands_of(operands: list[Tensor], references: slice) -> list[Tensor]:

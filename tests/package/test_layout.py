@@ -26,7 +26,7 @@ LAYERS = [
     ("_C", "_checks", "files", "on_disk", "roll_call"),
     ("backends._native", "backends._shapes", "backends._values", "classes", "cuts", "outputs"),
     ("backends._sketch",),
-    ("edits", "rows"),
+    ("edits", "nearby", "rows"),
     ("backends.eager", "backends.cpu", "backends.triton", "backends.cuda"),
     ("backends", "merge"),
     ("shards",),

@@ -29,10 +29,9 @@ from unittest import mock
 
 import torch
 
-from pfgm_kernels.chunks import Inputs
+from pfgm_kernels.chunks import Inputs, default_workspace
 from pfgm_kernels.loops import Saved, field_backward, field_forward
 from pfgm_kernels.outputs import Output
-from pfgm_kernels.references import default_workspace
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""References in files of which a call reads those that are near its queries, found by a sketch.
+
+A sketch (`backends/_sketch.py`) bounds r_j = (‖x − x0_j‖² − ‖x − origin‖²)/unit² from below:
+
+    r_j ≥ ‖y_j‖² − 2 P x'·P y_j − 2 ‖Q x'‖ ‖Q y_j‖
+
+Queries for which that leaves few references see these alone, as if they were classes in memory; the
+others see all, as ever. It is kept in a file of its own, made in two passes over the references.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import math
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pfgm_kernels.backends._sketch import Sketch, columns_of, sketches
+from pfgm_kernels.backends._values import decode
+from pfgm_kernels.files import write_bytes
+from pfgm_kernels.on_disk import OnDisk
+
+SPLIT = {"field_forward", "field_backward", "field_jvp", "field_trace"}
+ANCHOR = 11
+"""Where derivatives have the anchors among their arguments; 3: among the results."""
+MOST_BYTES = 1 << 28
+"""Of the points of a sketch."""
+LIKELY = 4
+FEW = 256
+"""References that a query may have left."""
+CUTOFF = {torch.float32: 16.0, torch.float64: 40.0}
+"""Weights below exp(-CUTOFF)/N of the nearest's cannot be seen in results of these dtypes."""
+ROUNDING = 1e-11
+
+
+class Found(NamedTuple):
+    queries: Tensor
+    """(n,)"""
+    references: Tensor
+    """(m,), those of one query after those of another"""
+    ranges: Tensor
+    """(n, 2), which of them are whose"""
+
+
+class Nearby:
+    """What finds the references near a query.
+
+    levels: sketches of more and more columns, none where they would not pay; norms ‖y_j‖² (N,) and
+    grid as of `cpu.prepare`.
+    """
+
+    def __init__(
+        self, source: OnDisk, table: Tensor, levels: Sequence[Sketch], norms: Tensor, grid: Tensor
+    ) -> None:
+        self.source, self.table, self.norms = source, table, norms
+        self.unit, self.origin, self.levels = float(grid[0]), grid[4:], levels
+
+    def call(
+        self, name: str, function: Callable[..., Any], args: Sequence[Any], rows: set[int]
+    ) -> Any:
+        """What a function of `ops` gives; rows: which of its arguments have a row a query."""
+        x, t, ranges, k = args[0], args[1], args[6], args[5]
+        if name not in SPLIT or ranges is not None or len(x) == 0 or not self.levels:
+            return function(*args)
+        anchor = args[ANCHOR] if len(args) > ANCHOR and name != "field_forward" else None
+        found = self.find(x, t, k, args[-2] // 4, anchor)
+        far = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        far[found.queries] = False
+        parts = []
+        if len(found.queries):
+            near = _of_queries(args, rows, found.queries)
+            near[2], near[4], near[6] = self.source[found.references], [], found.ranges
+            if anchor is not None:
+                place = found.references == near[ANCHOR].repeat_interleave(
+                    found.ranges.diff().flatten()
+                )
+                near[ANCHOR] = place.nonzero().flatten()
+            results = function(*near)
+            if name == "field_forward" and len(results[3]):
+                results[3].copy_(found.references[results[3]])
+            parts.append((found.queries, results))
+        if far.any():
+            others = far.nonzero().flatten()
+            parts.append((others, function(*_of_queries(args, rows, others))))
+        return _joined(len(x), parts)
+
+    def find(self, x: Tensor, t: Tensor, k: float, workspace: int, anchor: Tensor | None) -> Found:
+        """The queries (B, *event) that few references may carry weight for, and these.
+
+        anchor: (B,) the nearest reference, where it is known.
+        """
+        d, device = self.source.shape[1], x.device
+        x, t = x.reshape(len(x), d), t.double()
+        queries, references, counts = [], [], []
+        single = torch.promote_types(x.dtype, self.source.dtype) != torch.float64
+        depth = CUTOFF[torch.float32 if single else torch.float64]
+        depth += math.log(max(len(self.norms), 1 << 20))
+        left = workspace // self.source.row_bytes
+        step = max(1, workspace // (32 * d))
+        for start in range(0, len(x), step):
+            some = slice(start, start + step)
+            nearest = None if anchor is None else anchor[some]
+            lists = self._lists(x[some].double(), t[some], k, depth, nearest, workspace)
+            for b, found in sorted(lists.items(), key=lambda each: len(each[1])):
+                if len(found) <= left:
+                    left -= len(found)
+                    queries.append(start + b)
+                    references.append(found)
+                    counts.append(len(found))
+        ends = torch.tensor([0, *counts], device=device).cumsum(0)
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        return Found(
+            torch.tensor(queries, dtype=torch.int64, device=device),
+            torch.cat([none, *references]),
+            torch.stack([ends[:-1], ends[1:]], 1),
+        )
+
+    def _lists(
+        self,
+        x: Tensor,
+        t: Tensor,
+        k: float,
+        depth: float,
+        anchor: Tensor | None,
+        workspace: int,
+    ) -> dict[int, Tensor]:
+        """Of queries (n, d) those with few references, which they are."""
+        shifted = (x - self.origin) / self.unit
+        squared = shifted.square().sum(1)
+        rest = torch.arange(len(x), device=x.device)
+        squares: Tensor | None = None
+        lists: dict[int, Tensor] = {}
+        for level in self.levels:
+            bounds = _Bounds(level, self.norms, shifted[rest], squared[rest], workspace)
+            if squares is None:
+                near = (bounds.outside <= level.scale[2]).nonzero().flatten()
+                rest, bounds = rest[near], bounds.of(near)
+                if len(rest) == 0:
+                    break
+                likely = bounds.likely() if anchor is None else anchor[rest, None]
+                squares = x.new_full((len(x),), torch.inf)
+                squares[rest] = self._nearest(x[rest], likely)
+            limit = _farthest(squares[rest], t[rest], k, depth) / self.unit**2
+            more = []
+            for b, found in zip(rest.tolist(), bounds.within(limit - squared[rest]), strict=True):
+                if found is None:
+                    more.append(b)
+                elif len(found):  # else x is not finite
+                    lists[b] = found
+            rest = rest.new_tensor(more)
+            if len(rest) == 0:
+                break
+        return lists
+
+    def _nearest(self, x: Tensor, likely: Tensor) -> Tensor:
+        """The least squared distance (n,) of x (n, d) to the references (n, c)."""
+        wanted, back = likely.unique(return_inverse=True)
+        rows = decode(self.source[wanted], self.table)
+        each = [(x - rows[back[:, c]]).square().sum(1) for c in range(likely.shape[1])]
+        return torch.stack(each).amin(0)
+
+    def to(self, source: OnDisk) -> Nearby:
+        """The same of a source on another device."""
+        device = source.device
+        levels = [Sketch(*(each.to(device) for each in level)) for level in self.levels]
+        made = copy.copy(self)
+        made.source, made.table, made.levels = source, self.table.to(device), levels
+        made.norms, made.origin = self.norms.to(device), self.origin.to(device)
+        return made
+
+    @staticmethod
+    def open(path: Path, source: OnDisk, table: Tensor) -> Nearby:
+        """That of a file, which is made where it is not there. Raises ValueError where it is
+        damaged or of other references, OSError where it cannot be read or written.
+        """
+        known = source.identity() + table.numpy(force=True).tobytes()
+        identity = np.frombuffer(hashlib.blake2b(known).digest(), np.uint8)
+        if not path.exists():
+            write_bytes(path, _packed(identity, *_make(source, table)))
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+            found = arrays.pop("identity").numpy()
+        except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"damaged file {path}: expected a sketch, got {error}") from error
+        if not np.array_equal(found, identity):
+            raise ValueError(
+                f"{path} is a sketch of other references than these, or of these before they were "
+                "changed: delete it, and it is made anew"
+            )
+        arrays = {name: array.to(source.device) for name, array in arrays.items()}
+        levels = [
+            Sketch(*(arrays[f"{field}{i}"] for field in Sketch._fields))
+            for i in range(sum(name.startswith("points") for name in arrays))
+        ]
+        if source.order is not None:
+            order = source.order.to(source.device)
+            arrays["norms"] = arrays["norms"][order]
+            levels = [
+                level._replace(points=level.points[order], rest=level.rest[order])
+                for level in levels
+            ]
+        return Nearby(source, table, levels, arrays["norms"], arrays["grid"])
+
+
+class _Bounds:
+    """Of r_j for queries x' (n, d) float64, ‖x'‖² (n,)."""
+
+    def __init__(
+        self, level: Sketch, norms: Tensor, x: Tensor, squared: Tensor, workspace: int
+    ) -> None:
+        self.level, self.norms, self.workspace = level, norms, workspace
+        self.inside = x @ level.basis.T
+        held = self.inside.square().sum(1)
+        self.outside = ((squared - held).clamp(min=0) + ROUNDING * squared).sqrt()
+        self.error = 2 * held.sqrt() * level.scale[1] + ROUNDING * (squared + norms.max())
+
+    def of(self, queries: Tensor) -> _Bounds:
+        """Those of some of the queries."""
+        made = object.__new__(_Bounds)
+        made.level, made.norms, made.workspace = self.level, self.norms, self.workspace
+        for name in ("inside", "outside", "error"):
+            setattr(made, name, getattr(self, name)[queries])
+        return made
+
+    def _parts(self) -> Any:
+        """Chunks of references: the first, and what their r is at least (n, m)."""
+        size = max(
+            64, self.workspace // (32 * max(1, len(self.inside)) + 16 * len(self.level.basis))
+        )
+        for start in range(0, len(self.norms), size):
+            part = slice(start, start + size)
+            points = self.level.points[part].double()
+            products = (self.inside * (2 * self.level.scale[0])) @ points.T
+            products += 2 * self.outside[:, None] * self.level.rest[part].double()
+            yield start, products.neg_().add_(self.norms[part]).sub_(self.error[:, None])
+
+    def likely(self) -> Tensor:
+        """(n, LIKELY) references that seem to be the nearest."""
+        count = min(LIKELY, len(self.norms))
+        least = self.inside.new_empty((len(self.inside), 0))
+        places = least.long()
+        for start, r in self._parts():
+            some = r.topk(min(count, r.shape[1]), largest=False)
+            least = torch.cat([least, some.values], 1)
+            places = torch.cat([places, some.indices + start], 1)
+            least, order = least.topk(min(count, least.shape[1]), largest=False)
+            places = places.gather(1, order)
+        return places
+
+    def within(self, limit: Tensor) -> list[Tensor | None]:
+        """The references whose r may be within the limit (n,), of each query; None of more than
+        FEW.
+        """
+        counts = torch.zeros_like(limit, dtype=torch.int64)
+        hits = []
+        for start, r in self._parts():
+            near = r <= limit[:, None]
+            counts += near.sum(1)
+            near[counts > FEW] = False  # nonzero would list them all
+            hits.append(near.nonzero() + torch.tensor([0, start], device=near.device))
+        listed = torch.cat(hits)
+        listed = listed[listed[:, 0].argsort(stable=True)]
+        held = listed[:, 0].bincount(minlength=len(limit)).tolist()
+        lists = zip(counts.tolist(), listed[:, 1].split(held), strict=True)
+        return [None if count > FEW else each for count, each in lists]
+
+
+def _farthest(square: Tensor, t: Tensor, k: float, depth: float) -> Tensor:
+    """The squared distance (n,) at which a logit is so far below that at `square`."""
+    if math.isinf(k):
+        return square + 2 * t.square() * depth
+    s = square + t.square()
+    return s * math.exp(2 * depth / k) - t.square()
+
+
+def _of_queries(args: Sequence[Any], rows: set[int], index: Tensor) -> list[Any]:
+    return [
+        each[index] if i in rows and isinstance(each, Tensor) and len(each) else each
+        for i, each in enumerate(args)
+    ]
+
+
+def _joined(batch: int, parts: list[tuple[Tensor, Any]]) -> Any:
+    """Results by query, in the place of those of some queries each."""
+    if isinstance(parts[0][1], Tensor):
+        return _joined(batch, [(queries, (result,)) for queries, result in parts])[0]
+    joined = []
+    for results in zip(*(results for _, results in parts), strict=True):
+        first = results[0]
+        if len(first) == 0 or len(first) != len(parts[0][0]):
+            joined.append(first)  # what is not wanted has no rows
+            continue
+        whole = first.new_empty((batch, *first.shape[1:]))
+        for (queries, _), result in zip(parts, results, strict=True):
+            whole[queries] = result
+        joined.append(whole)
+    return tuple(joined)
+
+
+def _make(source: OnDisk, table: Tensor) -> tuple[Tensor, Tensor, list[Sketch]]:
+    source = source.to(torch.device("cpu")).in_order()
+    table = table.cpu()
+    count, d = source.shape
+    sample = decode(source[:: max(1, count // 64)], table)
+    unit = (float(table[255]) - float(table[0])) / 255 if len(table) else 1.0
+    header = torch.tensor([unit, 0.0 if len(table) else -1.0, 0.0, 0.0], dtype=torch.float64)
+    grid = torch.cat([header, sample.mean(0)])
+    rows = max(1, (1 << 25) // (8 * d))
+    norms = torch.cat(
+        [((decode(part, table) - grid[4:]) / unit).square().sum(1) for part in source.split(rows)]
+    )
+    columns = columns_of(min(d * source.dtype.itemsize, 8 * MOST_BYTES // count))
+    return norms, grid, sketches(source, table, norms, grid, columns)
+
+
+def _packed(
+    identity: np.ndarray[Any, Any], norms: Tensor, grid: Tensor, levels: list[Sketch]
+) -> bytes:
+    arrays = {"identity": identity, "norms": norms.numpy(), "grid": grid.numpy()}
+    for i, level in enumerate(levels):
+        arrays |= {f"{field}{i}": each.numpy() for field, each in level._asdict().items()}
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, **arrays)
+    return file.getvalue()
