@@ -124,7 +124,7 @@ def test_what_is_derived_in_other_ways(tmp_path):
     )
 
 
-def test_classes_and_their_order(tmp_path):
+def test_classes_and_their_order(tmp_path, read):
     paths, x0 = saved(tmp_path, torch.float32)
     labels = torch.arange(COUNT) % 3
     kept = tmp_path / "sketch.npz"
@@ -138,6 +138,9 @@ def test_classes_and_their_order(tmp_path):
         here = wanted == label
         expected = solve(x[here].flatten(1), t[here], x0[labels == label])
         assert_displacement(v[here].flatten(1), expected, 1e-6)
+    read.clear()
+    poisson_field(*queries(x0, torch.full((5,), 1e-3)), files)
+    assert 0 < sum(read) < COUNT / 5
     ReferenceSet.from_files(paths, sketch=kept)  # the file is of the references, as they lie
 
 
