@@ -44,6 +44,7 @@ from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import (
     as_double,
     load_values,
+    log_count,
     logit_of,
     logits_float,
     relative_logit,
@@ -99,7 +100,7 @@ def fused_kernel(
     query = tl.minimum(b, B - 1)
     unit, half_k = tl.load(header_ptr), as_double(half_k)
     half_k_float = half_k.to(tl.float32)
-    depth = -(tl.log(tl.cast(N, tl.float64)) + DEPTH).to(tl.float32)
+    depth = -(log_count(N) + DEPTH).to(tl.float32)
     t = tl.load(t_ptr + query)
     error = (half_k * error_of_r(header_ptr, tl.load(squares_ptr + query))).to(tl.float32)
     if GAUSSIAN:
@@ -276,7 +277,7 @@ def finish_kernel(
 
         # What was listed in splits in which it counts.
         total = light
-        meant = tl.where(factor * taken * N >= tl.exp(0 * base - DEPTH), counts, 0)
+        meant = tl.where(factor * taken >= tl.exp(-log_count(N) - DEPTH), counts, 0)
         ends = tl.cumsum(meant, 0)
         count = tl.sum(meant, 0)
         start = 0

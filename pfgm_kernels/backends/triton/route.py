@@ -23,6 +23,7 @@ from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import (
     as_double,
     load_values,
+    log_count,
     logits_float,
     pitch,
     place,
@@ -109,7 +110,7 @@ def route_kernel(
         if smallest < nearest:
             nearest = smallest
             nearest_tile = tl.min(tl.where(minima == smallest, ids, tiles), 0)
-    depth = tl.log(tl.cast(N, tl.float64)) + DEPTH
+    depth = log_count(N) + DEPTH
     heavy = tl.log(0 * depth + HEAVY)
     if BACKWARD:
         base = tl.load(base_ptr + b)
