@@ -160,8 +160,8 @@ def test_products_of_parts_are_nearly_float32(generator):
     call = Call(a.float().to(DEVICE), torch.ones(3), x0.to(DEVICE), x0.new_empty(0), 71.0)
     prepared = operands.prepare(call.values, call.table)
     given = call.x, call.t, call.t
-    parts = operands.split(a.to(DEVICE), call.table, prepared, 2, cotangents=given).parts
-    out, _ = compare(call, prepared, parts, None, distances=False)
+    parts = operands.split(a.to(DEVICE), call.table, prepared, 2, 0, cotangents=given).parts
+    out = compare(call, prepared, parts)
     y = (x0.to(DEVICE).double() - prepared.origin).cpu()
     error = (out.cpu().double() - a @ y.T).abs()
     assert (error <= 3 * 2**-18 * (a.abs() @ y.abs().T)).all()

@@ -23,30 +23,35 @@ Blocks = dict[str, int]
 # products.
 TABLE: dict[str, dict[str, Blocks]] = {
     "small": {
+        "screen": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=2),
         "compare": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=4),
         "sum": dict(BLOCK_M=128, BLOCK_D=128, BLOCK_K=32, num_warps=8, num_stages=4),
         "fused 64": dict(BLOCK_M=64, BLOCK_N=32, SLICE=32, SLICES=2, num_warps=4, num_stages=2),
         "fused 128": dict(BLOCK_M=32, BLOCK_N=32, SLICE=64, SLICES=2, num_warps=4, num_stages=2),
     },
     "ampere": {
+        "screen": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
         "compare": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=4),
         "sum": dict(BLOCK_M=128, BLOCK_D=128, BLOCK_K=32, num_warps=8, num_stages=4),
         "fused 64": dict(BLOCK_M=64, BLOCK_N=32, SLICE=32, SLICES=2, num_warps=4, num_stages=2),
         "fused 128": dict(BLOCK_M=32, BLOCK_N=32, SLICE=64, SLICES=2, num_warps=4, num_stages=2),
     },
     "hopper": {
+        "screen": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
         "compare": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=2),
         "sum": dict(BLOCK_M=64, BLOCK_D=128, BLOCK_K=64, num_warps=4, num_stages=2),
         "fused 64": dict(BLOCK_M=64, BLOCK_N=32, SLICE=64, SLICES=1, num_warps=4, num_stages=2),
         "fused 128": dict(BLOCK_M=64, BLOCK_N=32, SLICE=64, SLICES=2, num_warps=4, num_stages=2),
     },
     "blackwell": {
+        "screen": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
         "compare": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
         "sum": dict(BLOCK_M=64, BLOCK_D=128, BLOCK_K=64, num_warps=4, num_stages=3),
         "fused 64": dict(BLOCK_M=32, BLOCK_N=32, SLICE=64, SLICES=1, num_warps=4, num_stages=2),
         "fused 128": dict(BLOCK_M=32, BLOCK_N=32, SLICE=64, SLICES=2, num_warps=4, num_stages=2),
     },
     "interpreter": {
+        "screen": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
         "compare": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
         "sum": dict(BLOCK_M=128, BLOCK_D=256, BLOCK_K=64),
         "exact": dict(TILE=1024, GROUP=128, BLOCK_D=1024),
