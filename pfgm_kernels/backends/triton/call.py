@@ -355,6 +355,7 @@ def distances(
         operands.digits.stride(0),
         ALL=wanted is None,
         Y_DIGITS=len(operands.digits),
+        LONG=queries.digits.shape[2] > products.SUMMED.value,
         **sizes,
     )
     return out[:, : call.N], minima

@@ -24,6 +24,7 @@ from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import pitch, place
 
 PROMOTED = tl.constexpr(128)
+SUMMED = tl.constexpr(32768)  # columns of three products of −128 … 127
 CUT = tl.constexpr(1.25 * 2.0**-23)
 
 
@@ -36,6 +37,51 @@ def dot_parts(a_high, a_low, b_high, b_low, B_PARTS: tl.constexpr):
     if B_PARTS == 2:
         total = tl.dot(a_high, b_low, total, input_precision="ieee")
     return tl.dot(a_high, b_high, total, input_precision="ieee")
+
+
+@triton.jit
+def add_product(total, a, b, CARRY: tl.constexpr):
+    """total + a @ b of 8-bit integers. CARRY: total may be of an earlier iteration of a loop."""
+    if CARRY:
+        return tl.dot(a, b, total)
+    else:
+        return total + tl.dot(a, b)
+
+
+@triton.jit
+def sum_digits(
+    x_ptr,
+    y_ptr,
+    first,
+    end,
+    x_plane,
+    y_plane,
+    Y_DIGITS: tl.constexpr,
+    CARRY: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Products of rows x (BLOCK_M, 1) and y (1, BLOCK_N) over columns, of the places that
+    three digits have.
+    """
+    high = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    middle = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    low = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for start in range(first, end, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x, y = x_ptr + k[None, :], y_ptr + k[:, None]
+        x_high, x_middle = tl.load(x), tl.load(x + x_plane)
+        x_low, y_high = tl.load(x + 2 * x_plane), tl.load(y)
+        high = add_product(high, x_high, y_high, CARRY)
+        middle = add_product(middle, x_middle, y_high, CARRY)
+        low = add_product(low, x_low, y_high, CARRY)
+        if Y_DIGITS == 3:
+            y_middle, y_low = tl.load(y + y_plane), tl.load(y + 2 * y_plane)
+            middle = add_product(middle, x_high, y_middle, CARRY)
+            low = add_product(low, x_middle, y_middle, CARRY)
+            low = add_product(low, x_high, y_low, CARRY)
+    return ((high.to(tl.int64) * 256 + middle) * 256 + low).to(tl.float64)
 
 
 @Kernel
@@ -54,6 +100,8 @@ def screen_kernel(
     y_plane,
     ALL: tl.constexpr,
     Y_DIGITS: tl.constexpr,
+    LONG: tl.constexpr,
+    CARRY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -61,8 +109,8 @@ def screen_kernel(
     """r_j = ‖y_j‖² − 2 x'·y_j and for each query its smallest over a tile of BLOCK_N references.
     Nothing where none of BLOCK_M queries is wanted.
 
-    Of three digits each, products of a place lower than the sixth of nine bytes are left out
-    (route.py). Sums of integers are exact: of 2¹⁷ columns they fit 32 bits.
+    Of three digits each, products of lower places than the third of five are left out (route.py).
+    Sums of integers are exact: those of SUMMED columns fit 32 bits, for LONG there are more.
     """
     # Programs that run together share references: there are far more of these than of queries.
     block, tile = place(tl.cdiv(B, BLOCK_M))
@@ -74,30 +122,26 @@ def screen_kernel(
     row = tl.minimum(b, B - 1).to(tl.int64)[:, None] * width
     column = tl.minimum(j, N - 1).to(tl.int64)[None, :] * width
     x_plane, y_plane = tl.cast(B, tl.int64) * width, tl.cast(y_plane, tl.int64)
-    high = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    middle = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    low = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for first in range(0, width, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        x, y = x_ptr + row + k[None, :], y_ptr + column + k[:, None]
-        x_high, x_middle = tl.load(x), tl.load(x + x_plane)
-        x_low, y_high = tl.load(x + 2 * x_plane), tl.load(y)
-        high = tl.dot(x_high, y_high, high)
-        middle = tl.dot(x_middle, y_high, middle)
-        low = tl.dot(x_low, y_high, low)
-        if Y_DIGITS == 3:
-            y_middle, y_low = tl.load(y + y_plane), tl.load(y + 2 * y_plane)
-            middle = tl.dot(x_high, y_middle, middle)
-            low = tl.dot(x_middle, y_middle, low)
-            low = tl.dot(x_high, y_low, low)
-    total = (high.to(tl.int64) * 256 + middle) * 256 + low
+    x_ptr, y_ptr = x_ptr + row, y_ptr + column
+    if LONG:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float64)
+        for first in range(0, width, SUMMED):
+            total += sum_digits(
+                *(x_ptr, y_ptr, first, tl.minimum(first + SUMMED, width), x_plane, y_plane),
+                *(Y_DIGITS, CARRY, BLOCK_M, BLOCK_N, BLOCK_K),
+            )
+    else:
+        total = sum_digits(
+            *(x_ptr, y_ptr, 0, width, x_plane, y_plane),
+            *(Y_DIGITS, CARRY, BLOCK_M, BLOCK_N, BLOCK_K),
+        )
     # Not j: 32 comparisons of it would stay in each thread's registers throughout the loop.
     reference = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     step = 2 * tl.load(x_steps_ptr + tl.minimum(b, B - 1))[:, None]
     if Y_DIGITS == 3:
         step *= 65536 * tl.load(y_steps_ptr + reference, mask=reference < N, other=0.0)[None, :]
     norms = tl.load(norms_ptr + reference, mask=reference < N, other=float("inf"))
-    r = (norms[None, :] - total.to(tl.float64) * step).to(tl.float32)
+    r = (norms[None, :] - total * step).to(tl.float32)
     to = minima_ptr + b.to(tl.int64) * tl.cdiv(N, BLOCK_N) + tile
     tl.store(to, tl.min(r, 1), mask=b < B)
     out = out_ptr + b.to(tl.int64)[:, None] * pitch(N) + j[None, :]
