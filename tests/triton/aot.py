@@ -261,13 +261,17 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def carried_products(ttir: str, integers: bool = True) -> int:
-    """How many products, of integers or of floats alone, are added to what a loop hands from one
-    iteration to the next.
+def carried_products(ttir: str, chip: str) -> int:
+    """How many products are added to what a loop hands from one iteration to the next. Sums of
+    integers are exact; a Blackwell's are wrong where others follow (configurations.py).
     """
     handed = set(re.findall(r"(%\w+) = ", " ".join(re.findall(r"iter_args\((.*?)\)", ttir))))
-    accumulators = re.findall(r"tt\.dot %\w+, %\w+, (%\w+)(.*)", ttir)
-    return sum(name in handed and (integers or "xi32>" not in rest) for name, rest in accumulators)
+    found = re.findall(r"(%\w+) = tt\.dot %\w+, %\w+, (%\w+)(.*)", ttir)
+    followed = {accumulator for _, accumulator, _ in found}
+    return sum(
+        accumulator in handed and ("xi32>" not in rest or (chip == "sm_100" and result in followed))
+        for result, accumulator, rest in found
+    )
 
 
 def inspect(name: str, use: str, chip: str, kernel: Any) -> Compiled | Failed:
@@ -291,8 +295,7 @@ def inspect(name: str, use: str, chip: str, kernel: Any) -> Compiled | Failed:
         dots=ttir.count("tt.dot "),
         instructions=dict(Counter(found)),
         narrow=ptx.count("ld.global.b16"),
-        # Sums of integers are exact, but see configurations.py about a Blackwell's.
-        carried=carried_products(ttir, integers=chip == "sm_100"),
+        carried=carried_products(ttir, chip),
     )
 
 

@@ -176,6 +176,7 @@ class Screen:
         limit, cut = (torch.empty_like(call.t, dtype=torch.float32) for _ in range(2))
         backward = base is not None
         base = torch.empty_like(call.t) if base is None else base
+        tile = blocks("screen", call.x.device)["BLOCK_N"]
         scales = torch.empty(4, call.B, dtype=torch.float32, device=call.x.device)
         route.route_kernel[call.B,](
             call.x,
@@ -203,8 +204,8 @@ class Screen:
             GAUSSIAN=call.gaussian,
             BACKWARD=backward,
             ALL=wanted is None,
-            TILE=blocks("screen", call.x.device)["BLOCK_N"],
-            GROUP=8,
+            TILE=tile,
+            GROUP=1024 // tile,
             BLOCK_D=min(1024, triton.next_power_of_2(call.d)),
         )
         return Screen(call, operands, queries.steps, r, limit, cut, base, scales)

@@ -18,7 +18,7 @@ Blocks = dict[str, int]
 # asynchronous copy may overwrite what others still multiply. No kernel with products has more.
 # Before 3.9, too, a Blackwell's sums of several products are wrong where they go on from one
 # iteration of a loop to the next. Here each iteration sums its products from zero, however wide its
-# block of columns; of those of integers, which need it nowhere else, where CARRY is not set. But
+# block of columns; several of integers, which need it nowhere else, where CARRY is not set. But
 # before 3.8 what threads compute and then multiply may be read too early, and with 3.6 the one pass
 # (fused.py) does not compile there: by 32 rows it keeps to synchronous products.
 TABLE: dict[str, dict[str, Blocks]] = {
@@ -37,7 +37,7 @@ TABLE: dict[str, dict[str, Blocks]] = {
         "fused 128": dict(BLOCK_M=32, BLOCK_N=32, SLICE=64, SLICES=2, num_warps=4, num_stages=2),
     },
     "hopper": {
-        "screen": dict(CARRY=True, BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
+        "screen": dict(CARRY=True, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
         "compare": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=2),
         "sum": dict(BLOCK_M=64, BLOCK_D=128, BLOCK_K=64, num_warps=4, num_stages=2),
         "fused 64": dict(BLOCK_M=64, BLOCK_N=32, SLICE=64, SLICES=1, num_warps=4, num_stages=2),

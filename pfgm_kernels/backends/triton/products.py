@@ -40,15 +40,6 @@ def dot_parts(a_high, a_low, b_high, b_low, B_PARTS: tl.constexpr):
 
 
 @triton.jit
-def add_product(total, a, b, CARRY: tl.constexpr):
-    """total + a @ b of 8-bit integers. CARRY: total may be of an earlier iteration of a loop."""
-    if CARRY:
-        return tl.dot(a, b, total)
-    else:
-        return total + tl.dot(a, b)
-
-
-@triton.jit
 def sum_digits(
     x_ptr,
     y_ptr,
@@ -73,15 +64,26 @@ def sum_digits(
         x, y = x_ptr + k[None, :], y_ptr + k[:, None]
         x_high, x_middle = tl.load(x), tl.load(x + x_plane)
         x_low, y_high = tl.load(x + 2 * x_plane), tl.load(y)
-        high = add_product(high, x_high, y_high, CARRY)
-        middle = add_product(middle, x_middle, y_high, CARRY)
-        low = add_product(low, x_low, y_high, CARRY)
+        high = tl.dot(x_high, y_high, high)
         if Y_DIGITS == 3:
             y_middle, y_low = tl.load(y + y_plane), tl.load(y + 2 * y_plane)
-            middle = add_product(middle, x_high, y_middle, CARRY)
-            low = add_product(low, x_middle, y_middle, CARRY)
-            low = add_product(low, x_high, y_low, CARRY)
-    return ((high.to(tl.int64) * 256 + middle) * 256 + low).to(tl.float64)
+            if CARRY:
+                middle = tl.dot(x_high, y_middle, tl.dot(x_middle, y_high, middle))
+                low = tl.dot(x_middle, y_middle, tl.dot(x_low, y_high, low))
+                low = tl.dot(x_high, y_low, low)
+            else:
+                middle += tl.dot(x_high, y_middle, tl.dot(x_middle, y_high))
+                sums = tl.dot(x_middle, y_middle, tl.dot(x_low, y_high))
+                low += tl.dot(x_high, y_low, sums)
+        else:
+            middle = tl.dot(x_middle, y_high, middle)
+            low = tl.dot(x_low, y_high, low)
+    if (
+        Y_DIGITS == 3
+    ):  # rounded to whole middles: by less than what is left out, for fewer registers
+        return (high.to(tl.int64) * 256 + (middle + ((low + 128) >> 8))).to(tl.float64) * 256
+    else:
+        return ((high.to(tl.int64) * 256 + middle) * 256 + low).to(tl.float64)
 
 
 @Kernel

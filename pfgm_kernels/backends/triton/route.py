@@ -133,7 +133,7 @@ def route_kernel(
     # root mean square, if these are like random ones.
     rest, rest_y = tl.load(marks_ptr + 2 * B + b), tl.load(header_ptr + 5)
     places = tl.load(steps_ptr + b) * tl.load(header_ptr + 6)
-    error = rest * radius + rest_y * (length + rest) + places * d * 8421376.0
+    error = rest * radius + rest_y * (length + rest) + places * (d + 2) * 8421376.0
     error += deviation * (radius + length)
     error = 2 * error + 1.2e-7 * radius * (radius + 2 * length)
 
