@@ -25,12 +25,12 @@ import triton.language as tl
 from torch import Tensor
 
 from pfgm_kernels.backends.triton.configurations import INTERPRETED, blocks
+from pfgm_kernels.backends.triton.digits import CODE_ORIGIN, last_digit, load_centred, multiple
 from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import load_values, round_to_bfloat16
 
 PART = torch.float32 if INTERPRETED else torch.bfloat16
 DIM_MULTIPLE = 64  # rows are padded to this many columns, with zeros
-CODE_ORIGIN = tl.constexpr(128)
 FUSED_MAX_DIM = 128  # columns up to which queries take one pass (fused.py)
 MEAN_SAMPLE = tl.constexpr(256)  # references whose mean is that of all, nearly
 SAMPLE = tl.constexpr(1024)  # references among which equal ones are looked for
@@ -79,47 +79,6 @@ def origin_kernel(
     tl.store(header_ptr + 1, deviation)
     tl.store(origin_ptr + column, origin, mask=column < d)
     tl.store(mean_ptr + column, mean, mask=column < d)
-
-
-@triton.jit
-def multiple(y, step):
-    """The integer nearest to y/step, in float64; 0 where that is not finite, or y not at most 127
-    · 2¹⁶ steps, as all of a row are.
-    """
-    near = tl.floor(y / step + 0.5)
-    return tl.where(tl.abs(near) <= 8323072, near, 0.0)
-
-
-@triton.jit
-def last_digit(n):
-    """n − 256 m, from −128 to 127, and m."""
-    digit = ((n + 128) & 255) - 128
-    return digit, (n - digit) >> 8
-
-
-@triton.jit
-def load_centred(
-    values_ptr,
-    table_ptr,
-    header_ptr,
-    origin_ptr,
-    index,
-    mask,
-    column,
-    d,
-    CODES: tl.constexpr,
-    REFERENCES: tl.constexpr,
-    COTANGENTS: tl.constexpr,
-):
-    """y, or of cotangents g, as float64; 0 where masked."""
-    y = load_values(values_ptr, table_ptr, index, mask, False)
-    if CODES:
-        y -= CODE_ORIGIN
-    elif not COTANGENTS:
-        y -= tl.load(origin_ptr + column, mask=column < d, other=0.0)[None, :]
-        if not REFERENCES:
-            y /= tl.load(header_ptr)
-    return tl.where(mask, y, 0.0)
 
 
 @Kernel

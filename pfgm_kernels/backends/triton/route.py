@@ -19,6 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pfgm_kernels.backends.triton.digits import multiple
 from pfgm_kernels.backends.triton.exact import sum_tiles, summed_factor
 from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import (
@@ -31,7 +32,6 @@ from pfgm_kernels.backends.triton.maths import (
     round_to_bfloat16,
     s_offset,
 )
-from pfgm_kernels.backends.triton.operands import multiple
 
 FEW = tl.constexpr(64)  # candidates up to which a query is always finished by direct differences
 HEAVY = tl.constexpr(64.0)  # one over the share of the weight that is left to these
