@@ -12,7 +12,8 @@ class Chip:
 
     device: the name that the driver gives it; one chip is sold in versions of different speed.
     float64: by tensor cores where the chip has such; float64_units: without them. bfloat16:
-    products with float32 sums. cache: the L2's bandwidth, about; vendors do not give it.
+    products with float32 sums; int8: those of 8-bit integers. cache: the L2's bandwidth, about;
+    vendors do not give it.
     """
 
     name: str
@@ -21,6 +22,7 @@ class Chip:
     float64: float
     float64_units: float
     bfloat16: float
+    int8: float
     bandwidth: float
     cache: float
     multiprocessors: int
@@ -31,23 +33,60 @@ class Chip:
 
 CHIPS = (
     Chip(
-        *("H200 SXM", "NVIDIA H200", 66.9, 66.9, 33.5, 989.4, 4.8, 5.5, 132, 232_448, (9, 0)),
+        *(
+            "H200 SXM",
+            "NVIDIA H200",
+            66.9,
+            66.9,
+            33.5,
+            989.4,
+            1978.9,
+            4.8,
+            5.5,
+            132,
+            232_448,
+            (9, 0),
+        ),
         "NVIDIA H100 architecture whitepaper (the same GPU), H200 datasheet (memory)",
     ),
     Chip(
-        *("H100 SXM", "NVIDIA H100 80GB HBM3", 66.9, 66.9, 33.5, 989.4, 3.35, 5.5, 132),
+        *("H100 SXM", "NVIDIA H100 80GB HBM3", 66.9, 66.9, 33.5, 989.4, 1978.9, 3.35, 5.5, 132),
         *(232_448, (9, 0), "NVIDIA H100 architecture whitepaper and datasheet"),
     ),
     Chip(
-        *("A100 SXM 80 GB", "NVIDIA A100-SXM4-80GB", 19.5, 19.5, 9.7, 312, 2.039, 4.5, 108),
+        *("A100 SXM 80 GB", "NVIDIA A100-SXM4-80GB", 19.5, 19.5, 9.7, 312, 624, 2.039, 4.5, 108),
         *(166_912, (8, 0), "NVIDIA A100 datasheet"),
     ),
     Chip(
-        *("RTX 5090", "NVIDIA GeForce RTX 5090", 104.8, 1.64, 1.64, 209.5, 1.792, 6, 170, 101_376),
+        *(
+            "RTX 5090",
+            "NVIDIA GeForce RTX 5090",
+            104.8,
+            1.64,
+            1.64,
+            209.5,
+            838,
+            1.792,
+            6,
+            170,
+            101_376,
+        ),
         *((12, 0), "NVIDIA RTX Blackwell GPU architecture whitepaper"),
     ),
     Chip(
-        *("RTX 4090", "NVIDIA GeForce RTX 4090", 82.6, 1.29, 1.29, 165.2, 1.008, 4.9, 128, 101_376),
+        *(
+            "RTX 4090",
+            "NVIDIA GeForce RTX 4090",
+            82.6,
+            1.29,
+            1.29,
+            165.2,
+            660.6,
+            1.008,
+            4.9,
+            128,
+            101_376,
+        ),
         *((8, 9), "NVIDIA Ada GPU architecture whitepaper"),
     ),
 )

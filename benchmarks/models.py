@@ -19,8 +19,9 @@ from benchmarks.routing import Routing
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes of memory, and through the L2 cache; operations on tensor cores and on the float32 and
-    float64 units; values looked up in a table; steps of the longest program and of all together.
+    """Bytes of memory, and through the L2 cache; operations on tensor cores, of bfloat16 and of
+    8-bit integers, and on the float32 and float64 units; values looked up in a table; steps of the
+    longest program and of all together.
     resident: programs that a multiprocessor holds. working: those that do the work, where these are
     alike and long, and each keeps a multiprocessor busy: the last ones take as long as the others.
     """
@@ -28,6 +29,7 @@ class Work:
     memory: float = 0
     cache: float = 0
     tensor: float = 0
+    integer: float = 0
     float32: float = 0
     float64: float = 0
     lookups: float = 0
@@ -42,12 +44,27 @@ Model = Callable[[Sizes, Routing], Work]
 
 def split(a: Sizes, r: Routing) -> Work:
     divided = not (a.CODES or a.REFERENCES or a.COTANGENTS)
+    steps = ceil(a.width / a.BLOCK_D) * (2 if a.DIGITS == 3 else 1)
     return Work(
-        memory=a.rows * (a.d * (a.values_ptr + 4 * a.COTANGENTS) + 2 * a.PARTS * a.width),
-        float64=2 * a.rows * a.d * (32 if divided else 12),
-        longest=2 * ceil(a.width / a.BLOCK_D),
-        steps=2 * a.programs * ceil(a.width / a.BLOCK_D),
+        memory=a.rows
+        * (a.d * (a.values_ptr + 4 * a.COTANGENTS) + (2 * a.PARTS + a.DIGITS) * a.width),
+        float64=2 * a.rows * a.d * (32 if divided else 12) * (2 if a.DIGITS == 3 else 1),
+        longest=2 * steps,
+        steps=2 * a.programs * steps,
         resident=4,
+    )
+
+
+def screen(a: Sizes, r: Routing) -> Work:
+    block, out, products = a.BLOCK_M * a.BLOCK_N, 4 * a.B * a.N, 3 if a.Y_DIGITS == 1 else 6
+    return Work(
+        memory=a.width * (3 * a.B + a.Y_DIGITS * a.N) + 16 * a.N + out,
+        cache=a.width * a.programs * (3 * a.BLOCK_M + a.Y_DIGITS * a.BLOCK_N) + out,
+        integer=2 * block * a.width * a.programs * products,
+        float64=2 * 3 * block * a.programs,
+        float32=2 * 8 * block * a.programs,
+        resident=2,
+        working=a.programs,
     )
 
 
@@ -164,9 +181,10 @@ def gather(a: Sizes, r: Routing) -> Work:
 
 
 def combine(a: Sizes, r: Routing) -> Work:
-    longest = 1 + (5 + ceil(a.tiles / 128)) * (r.dense > 0)
+    longest = 1 + (4 + ceil(a.tiles / 128) + 2 * ceil(a.d / a.BLOCK_D)) * (r.dense > 0)
     return Work(
-        memory=r.dense * a.B * a.d * (4 * a.SPLITS + 20),
+        memory=r.dense * a.programs * a.d * (4 * a.SPLITS + 20),
+        float64=2 * 40 * r.dense * a.programs * a.d,
         longest=longest,
         steps=a.programs * (1 + r.dense * longest),
         resident=7,
@@ -211,6 +229,7 @@ def fused_finish(a: Sizes, r: Routing) -> Work:
 
 TRITON: dict[str, Model] = {
     "operands.split": split,
+    "products.screen": screen,
     "products.compare": compare,
     "products.list": list_tiles,
     "products.sum": sum_tiles,

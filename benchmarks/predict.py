@@ -17,7 +17,16 @@ from benchmarks.chips import CHIPS, Chip
 from benchmarks.launches import Launch, Problem, default_backend, record
 from benchmarks.models import TRITON, Work
 from benchmarks.models_cuda import CUDA
-from benchmarks.routing import CIFAR10, CIFAR10_8BIT, LEFT_64, NONE, NORMAL_64, Routing
+from benchmarks.routing import (
+    CIFAR10,
+    CIFAR10_8BIT,
+    CUDA_8BIT,
+    CUDA_CIFAR10,
+    LEFT_64,
+    NONE,
+    NORMAL_64,
+    Routing,
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,8 @@ CASES: list[tuple[Problem, dict[str, Routing]]] = [
     )
 ]
 """With how their queries are routed, by direction."""
+BY_CUDA = ((CIFAR10, CUDA_CIFAR10), (CIFAR10_8BIT, CUDA_8BIT))
+"""How `cuda` routes what `triton` routes so."""
 SHOWN = CASES[:2]
 """Those whose kernels are listed."""
 
@@ -95,7 +106,8 @@ def time_of(work: Work, chip: Chip, backend: str, rates: Rates = RATES) -> tuple
     """Seconds of one launch, and which of LETTERS takes them."""
     held = chip.multiprocessors * work.resident
     units = {
-        "tensor": work.tensor / (rates.tensor(chip, backend) * chip.bfloat16 * 1e12),
+        "tensor": (work.tensor / chip.bfloat16 + work.integer / chip.int8)
+        / (rates.tensor(chip, backend) * 1e12),
         "float32": work.float32 / (rates.float32 * chip.float32 * 1e12),
         "float64": work.float64 / (rates.float64 * chip.float64_units * 1e12),
         "lookups": work.lookups / (rates.lookups * chip.multiprocessors),
@@ -150,6 +162,11 @@ def _together(launches: list[Kernel]) -> Kernel:
     )
 
 
+def routed(routing: Routing, backend: str) -> Routing:
+    other = (there for here, there in BY_CUDA if backend == "cuda" and here is routing)
+    return next(other, routing)
+
+
 def total(
     problem: Problem,
     routing: Routing,
@@ -201,6 +218,8 @@ def page() -> str:
         [
             _routing("CIFAR-10", CIFAR10),
             _routing("CIFAR-10, 8-bit", CIFAR10_8BIT),
+            _routing("… by `cuda`", CUDA_8BIT),
+            _routing("CIFAR-10 by `cuda`", CUDA_CIFAR10),
             _routing("normal, 8,192 with d = 64, backward", NORMAL_64),
             _routing("… forward", LEFT_64),
         ],
@@ -214,12 +233,12 @@ def page() -> str:
             "default at that d; in brackets by `cuda` where that is not it. Wanted on an H100 at "
             "512 × 50,000, d = 3,072: 1.6 ms (float32) and 1 ms (8-bit), then 0.5.\n",
             calls,
-            "## What the data have kernels do\n\nCounted as the kernels route 512 queries "
-            "(`python -m benchmarks.routing`), of a query the mean: references taken by direct "
-            "differences in float64; tiles of 256 with such. Queries that more than 64 references "
-            "may matter to; those that the second product sums, since its error is certain to be "
-            "small; blocks of 128 queries that have one. Most references in float64. Up to d = 32 "
-            "there are none.\n",
+            "## What the data have kernels do\n\nOf 512 queries (`python -m benchmarks.routing` "
+            "counts them), of a query the mean: references taken by direct differences in float64; "
+            "tiles of 256 with such. Queries that more than 64 references may matter to; those "
+            "that the second product sums, since its error is certain to be small; blocks of 128 "
+            "queries that have one. Most references in float64. Up to d = 32 there are none. "
+            "CIFAR-10 by `triton`: by the rule of its kernels on distances in float64.\n",
             data,
             *_kernels(),
             "## What the assumptions move\n\nThe calls whose kernels are above, on an H100.\n",
@@ -237,7 +256,8 @@ def _calls() -> Iterator[tuple[str, ...]]:
             cells = []
             for chip in CHIPS:
                 times = [
-                    time(total(problem, routing, chip, backend, direction)) for backend in backends
+                    time(total(problem, routed(routing, backend), chip, backend, direction))
+                    for backend in backends
                 ]
                 cells.append(" ".join([times[0], *(f"({other})" for other in times[1:])]))
             yield (*_shape(problem), direction, *cells)
@@ -256,8 +276,8 @@ def _routing(name: str, r: Routing) -> tuple[str, ...]:
 def _kernels() -> Iterator[str]:
     h100 = CHIPS[1]
     for problem, routings in SHOWN:
-        routing = routings["forward"]
         for backend in ("triton", "cuda"):
+            routing = routed(routings["forward"], backend)
             yield (
                 f"## {', '.join(_shape(problem))}, {backend}, forward\n\nOf the longest launch of "
                 f"each kernel on an {h100.name}: programs, waves, megabytes of memory and through "
@@ -269,13 +289,14 @@ def _kernels() -> Iterator[str]:
             rows = []
             for i, kernel in enumerate(on[h100.name]):
                 work = kernel.work
+                products = work.tensor + work.integer
                 rows.append(
                     (
                         f"{kernel.name} × {kernel.launches}",
                         f"{kernel.programs:,}",
                         f"{kernel.waves:.2f}",
                         *(f"{n / 1e6:,.0f}" for n in (work.memory, work.cache)),
-                        *(f"{n / 1e9:,.0f}" for n in (work.tensor, work.float32, work.float64)),
+                        *(f"{n / 1e9:,.0f}" for n in (products, work.float32, work.float64)),
                         *(
                             f"{time(on[name][i].seconds)} {LETTERS[on[name][i].bound]}"
                             for name in names

@@ -46,6 +46,12 @@ PFGM_HOST_DEVICE double decode(const FieldParams& p, int64_t index) {
   }
 }
 
+// log N, of a million at least: these may be a chunk of a call's references, whose weights are cut
+// as all of them together would have them cut.
+PFGM_HOST_DEVICE double log_count(const FieldParams& p) {
+  return ::log(static_cast<double>(p.count < 1 << 20 ? 1 << 20 : p.count));
+}
+
 // For scalars; the CPU kernels have a vector twin (cpu/common/simd.h).
 struct ScalarMath {
   PFGM_HOST_DEVICE static double log1p(double u) { return ::log1p(u); }

@@ -33,7 +33,7 @@ struct BackwardPass {
       if (!kernel.singular(base)) {
         w = ::exp(kernel.relative_logit<ScalarMath>(square, base) + p.anchor_log_weight[b]);
       }
-      if (w * p.count <= ::exp(-kCutoff)) {
+      if (w <= ::exp(-kCutoff - log_count(p))) {
         w = 0;
       } else {
         const double pull = scratch.pull[threadIdx.x] - p.projection[b] + p.grad_log_mass[b];

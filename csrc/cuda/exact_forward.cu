@@ -17,7 +17,9 @@ struct ForwardPass {
   int64_t anchor = 0;
 
   __device__ ForwardPass(const ExactArguments& a, const Task& task)
-      : kernel(a.p.half_k, a.p.t[task.b]), nearest(INFINITY), cutoff(::exp(-kCutoff) / a.p.count) {
+      : kernel(a.p.half_k, a.p.t[task.b]),
+        nearest(INFINITY),
+        cutoff(::exp(-kCutoff - log_count(a.p))) {
     const double base = a.summed.base == nullptr ? NAN : a.summed.base[task.b];
     chosen = base == base;
     if (chosen) nearest = base;

@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t b = blockIdx.x;
   const Query q(a, b);
   const float nearest = smallest_r(a, b);
-  double depth = ::log(static_cast<double>(a.p.count)) + kDepth, heavy = ::log(kHeavy), base;
+  double depth = log_count(a.p) + kDepth, heavy = ::log(kHeavy), base;
   double alike = 0;
   if (a.backward) {
     base = a.p.anchor_square[b];

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from benchmarks.launches import Problem
 from benchmarks.models import TRITON, Work
 from benchmarks.models_cuda import CUDA
 from benchmarks.predict import CASES, RATES, Rates, kernels_of, launches_on, time_of, total
-from benchmarks.routing import CIFAR10, Routing, routing_of
+from benchmarks.routing import CIFAR10, CUDA_CIFAR10, Routing, routing_of
 
 pytest.importorskip("triton", "3.6")
 
@@ -38,26 +39,29 @@ def test_every_kernel_has_a_model(problem: Problem) -> None:
 
 
 def test_products_by_hand() -> None:
-    """Two chunks of 256 queries and 391 tiles of 128 references: sums of 3072 terms, thrice."""
-    compare = predicted("products.compare", chip=A100)
-    assert compare.launches == 2
-    assert compare.work.tensor == 3 * 2 * 256 * 391 * 128 * 3072
-    rounds = -(-compare.programs // 108)
-    seconds = compare.work.tensor / (RATES.mma * 312e12) * rounds / (compare.programs / 108)
-    assert (compare.seconds, compare.bound) == (pytest.approx(2 * seconds), "tensor")
-    assert predicted("compare", "cuda").work.tensor == compare.work.tensor
+    """512 queries and 391 tiles of 128 references, one chunk: sums of 3072 terms, of digits six
+    times; by `cuda` two chunks, of parts thrice.
+    """
+    screen = predicted("products.screen", chip=A100)
+    assert screen.launches == 1
+    assert screen.work.integer == 6 * 2 * 512 * 391 * 128 * 3072
+    rounds = -(-screen.programs // 108)
+    seconds = screen.work.integer / (RATES.mma * 624e12) * rounds / (screen.programs / 108)
+    assert (screen.seconds, screen.bound) == (pytest.approx(seconds), "tensor")
+    assert predicted("compare", "cuda").work.tensor == 3 * 2 * 256 * 391 * 128 * 3072
 
 
 def test_direct_differences_by_hand() -> None:
-    """A conversion, a subtraction and a multiply-add of each of 256 × 8,594 × 3,072 elements, and
+    """A conversion, a subtraction and a multiply-add of each of 512 × 8,594 × 3,072 elements, and
     the conversion of a query for each group of eight.
     """
-    work = predicted("exact.distances").work
-    assert work.float64 == 2 * 3072 * 256 * (3 * 8594 + 1085)
+    many = partial(predicted, "exact.distances", routing=CUDA_CIFAR10)
+    work = many().work
+    assert work.float64 == 2 * 3072 * 512 * (3 * 8594 + 1085)
     assert work.memory > 4 * 3072 * 50_000
-    on_4090 = predicted("exact.distances", chip=RTX_4090)
+    on_4090 = many(chip=RTX_4090)
     assert on_4090.bound == "float64"
-    assert on_4090.seconds == pytest.approx(2 * work.float64 / (RATES.float64 * 1.29e12))
+    assert on_4090.seconds == pytest.approx(work.float64 / (RATES.float64 * 1.29e12))
 
 
 @pytest.mark.parametrize(("backend", "name"), [("triton", "products.sum"), ("cuda", "sum")])
@@ -88,10 +92,11 @@ def test_programs_that_are_alike_are_done_in_rounds() -> None:
 
 
 def test_work_follows_the_data() -> None:
-    less = replace(CIFAR10, candidates=3, tiles=2, groups=2, most=64)
+    less = replace(CUDA_CIFAR10, candidates=3, tiles=2, groups=2, most=64)
     for backend in ("triton", "cuda"):
         for chip in CHIPS:
-            assert total(HEADLINE, less, chip, backend) < total(HEADLINE, CIFAR10, chip, backend)
+            more = total(HEADLINE, CUDA_CIFAR10, chip, backend)
+            assert total(HEADLINE, less, chip, backend) < more
     more = replace(less, dense=0.25, blocks=1)
     assert total(HEADLINE, more, H100, "triton") > total(HEADLINE, less, H100, "triton")
 

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from cases import seeded
 from oracle import (
     assert_displacement,
     assert_gradients,
+    assert_log_mass,
     differentiate,
     float32_contract,
     solve,
@@ -16,7 +19,7 @@ from oracle import (
 from torch import Tensor
 
 from pfgm_kernels import ReferenceSet, poisson_displacement
-from pfgm_kernels.backends import cpu, eager
+from pfgm_kernels.backends import BACKENDS, cpu, eager
 from pfgm_kernels.rows import begin
 
 CHUNK = 7  # references
@@ -121,3 +124,22 @@ def test_codes_are_cut_with_the_references(backend):
     g_v, g_m = torch.ones_like(v), torch.ones_like(log_mass)
     gradient = torch.autograd.grad([v, log_mass], x, [g_v, g_m])
     assert_gradients(differentiate(truth, x, x0, g_v, g_m), *gradient)
+
+
+def test_weights_are_cut_as_those_of_all_references(backend, monkeypatch):
+    """Of 16 chunks each has references with e^−16.1 of all weight together, 60 times as far as the
+    nearest: what a chunk might leave out for itself, all must not for the gradients.
+    """
+    chunks, count, d = 16, 8, 40
+    monkeypatch.setattr(BACKENDS[backend.name], "chunk_shape", lambda *_: (1, count))
+    x = torch.zeros(1, d, requires_grad=True)
+    x0 = 0.01 * torch.randn(chunks * count, d, generator=seeded())
+    x0[:, 0] += (2 * (16.1 + math.log(count))) ** 0.5
+    x0[0] = 0.1 * d**-0.5
+    truth = solve(x, 1.0, x0, math.inf)
+    v, log_mass = backend.displacement(x, 1.0, x0, D=math.inf)
+    assert_displacement(v.detach(), truth, float32_contract(backend.name))
+    assert_log_mass(log_mass.detach(), truth)
+    g_v, g_m = torch.zeros_like(v), torch.ones_like(log_mass)
+    (dx,) = torch.autograd.grad([v, log_mass], x, [g_v, g_m])
+    assert_gradients(differentiate(truth, x, x0, g_v, g_m, math.inf), dx)

@@ -116,5 +116,5 @@ CARRIED = """
 
 
 def test_sums_of_products_that_go_through_a_loop_are_seen():
-    assert aot.carried_products(CARRIED) == 0
-    assert aot.carried_products(CARRIED.replace("%b, %zero", "%b, %sum_1")) == 1
+    assert aot.carried_products(CARRIED, "sm_90") == 0
+    assert aot.carried_products(CARRIED.replace("%b, %zero", "%b, %sum_1"), "sm_90") == 1

@@ -26,7 +26,7 @@ if REASON is None:
     import triton.language as tl
 
     from pfgm_kernels.backends.triton import call, fused, maths, operands, products
-    from pfgm_kernels.backends.triton.call import Call, Screen, compare
+    from pfgm_kernels.backends.triton.call import Call, Screen, compare, distances
     from pfgm_kernels.backends.triton.configurations import INTERPRETED
     from pfgm_kernels.backends.triton.launch import Kernel
 
@@ -154,14 +154,40 @@ def test_flat_rows_of_images_take_the_dense_path_and_others_do_not(eight_bit, ge
     assert (log_mass.cpu() - truth.log_mass).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("d", [70, 140_000])
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_distances_of_digits(d, eight_bit, generator):
+    """To what the digits leave and one rounding to float32; sums of 140,000 products of 127 and 127
+    do not fit 32 bits.
+    """
+    x = 127 + 0.01 * torch.randn(3, d, generator=generator)
+    values, table = torch.full((40, d), 255), torch.arange(256.0)
+    values[1:, ::9] = torch.randint(256, (39, d), generator=generator)[:, ::9]
+    values = values.byte() if eight_bit else values.float()
+    table = (table - 128).to(DEVICE) if eight_bit else x.new_empty(0)
+    x0 = values.double() - 128 if eight_bit else values.double()
+    call = Call(x.to(DEVICE), torch.ones(3), values.to(DEVICE), table, d + 1.0)
+    prepared = operands.prepare(call.values, call.table)
+    queries = operands.split(call.x, call.table, prepared, 0, 3)
+    r, minima = distances(call, prepared, queries, None)
+    offset = queries.norms + prepared.header[4] - 2 * queries.marks[0]
+    found = (r.double() + offset[:, None]).cpu()
+    exact = (x.double()[:, None] - x0).square().sum(2)
+    size = (x.double() - prepared.origin.cpu()).norm(dim=1, keepdim=True) + (
+        x0 - prepared.origin.cpu()
+    ).norm(dim=1)
+    assert ((found - exact).abs() <= (6e-8 + 6e-7 / d**0.5) * size**2).all()
+    assert torch.equal(minima.cpu(), r.cpu().amin(1, keepdim=True))
+
+
 def test_products_of_parts_are_nearly_float32(generator):
     a = torch.randn(3, 70, generator=generator, dtype=torch.float64)
     x0 = torch.randn(200, 70, generator=generator)
     call = Call(a.float().to(DEVICE), torch.ones(3), x0.to(DEVICE), x0.new_empty(0), 71.0)
     prepared = operands.prepare(call.values, call.table)
     given = call.x, call.t, call.t
-    parts = operands.split(a.to(DEVICE), call.table, prepared, 2, cotangents=given).parts
-    out, _ = compare(call, prepared, parts, None, distances=False)
+    parts = operands.split(a.to(DEVICE), call.table, prepared, 2, 0, cotangents=given).parts
+    out = compare(call, prepared, parts)
     y = (x0.to(DEVICE).double() - prepared.origin).cpu()
     error = (out.cpu().double() - a @ y.T).abs()
     assert (error <= 3 * 2**-18 * (a.abs() @ y.abs().T)).all()

@@ -3,21 +3,8 @@
 // (PFGM_ISA); dispatch.cpp chooses among them at run time.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-
 #include "../../poisson_field.h"
 #include "parallel.h"
-
-namespace pfgm {
-namespace {
-
-// log N, of a million at least: these may be a chunk of a call's references, whose weights are cut
-// as all of them together would have them cut.
-inline double log_count(const FieldParams& p) { return ::log(std::max<double>(p.count, 1 << 20)); }
-
-}  // namespace
-}  // namespace pfgm
 
 #define PFGM_DECLARE_KERNELS(isa)                     \
   namespace pfgm::isa {                               \

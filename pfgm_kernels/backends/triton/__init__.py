@@ -67,8 +67,8 @@ def chunk_shape(
     batch: int, count: int, d: int, workspace: int, prepared: bool, values_grad: bool
 ) -> tuple[int, int]:
     """A pair takes a float64 s and, for the gradients, a projection; beyond direct differences also
-    a float32 r, a weight in two parts and another projection: 32 bytes in all. Queries as parts,
-    and sums of references, take up to 40 bytes of a column.
+    a float32 r, a weight in two parts and another projection, and a tile a few bytes: 29 in all.
+    Queries as digits, and sums of references, take up to 40 bytes of a column.
     """
     from pfgm_kernels.backends.triton import direct, operands
 
@@ -78,7 +78,7 @@ def chunk_shape(
     if not prepared:
         references = workspace * 5 // 8 // operands.bytes_per_reference(d)
         workspace = workspace * 3 // 8
-    return fit(batch, count, workspace // 4 // (40 * d), workspace // 32, references)
+    return fit(batch, count, workspace // 4 // (40 * d), workspace // 29, references)
 
 
 def prepare(values: Tensor, table: Tensor, workspace: int) -> list[Tensor]:

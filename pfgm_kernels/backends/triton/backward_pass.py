@@ -71,11 +71,11 @@ def two_pass_backward(
     screen = Screen.make(call, operands, base=base, log_weight=log_weight)
     # a_j + g_m = unit (g·y_j + constant)
     given = call.x, cotangents.g_m, cotangents.projection
-    rows = split(cotangents.g, call.table, operands, 2, cotangents=given)
-    pull, _ = compare(call, operands, rows.parts, None, distances=False)
+    rows = split(cotangents.g, call.table, operands, 2, 0, cotangents=given)
+    pull = compare(call, operands, rows.parts)
     dense = screen.sum_dense(pull, rows.marks, log_weight)
     exact_backward(call, screen.limit, cotangents, log_weight, screen.r, operands, dense)
-    screen.combine(dense, None, cotangents.dx)
+    screen.combine(dense, cotangents.dx)
 
 
 def references_backward(call: Call, cotangents: Cotangents, log_weight: Tensor) -> Tensor:

@@ -145,6 +145,8 @@ class Screen:
 
     call: Call
     operands: Operands
+    steps: Tensor
+    """(B,) float64, of the queries' digits"""
     r: Tensor
     """(B, N) float32"""
     limit: Tensor
@@ -169,11 +171,12 @@ class Screen:
         """Of all queries, or of those that are wanted (B,) int8. The forward pass has their anchors
         written to anchor (B,) int64, the backward pass gives base and log_weight (B,) of these.
         """
-        queries = queries or split(call.x, call.table, operands, 2)
-        r, minima = compare(call, operands, queries.parts, wanted, distances=True)
+        queries = queries or split(call.x, call.table, operands, 0, 3)
+        r, minima = distances(call, operands, queries, wanted)
         limit, cut = (torch.empty_like(call.t, dtype=torch.float32) for _ in range(2))
         backward = base is not None
         base = torch.empty_like(call.t) if base is None else base
+        tile = blocks("screen", call.x.device)["BLOCK_N"]
         scales = torch.empty(4, call.B, dtype=torch.float32, device=call.x.device)
         route.route_kernel[call.B,](
             call.x,
@@ -184,7 +187,7 @@ class Screen:
             operands.header,
             queries.norms,
             queries.marks,
-            operands.norms,
+            queries.steps,
             r,
             minima,
             limit if wanted is None else wanted,
@@ -201,12 +204,11 @@ class Screen:
             GAUSSIAN=call.gaussian,
             BACKWARD=backward,
             ALL=wanted is None,
-            Y_PARTS=min(2, len(operands.parts)),
-            TILE=blocks("compare", call.x.device)["BLOCK_N"],
-            GROUP=8,
+            TILE=tile,
+            GROUP=1024 // tile,
             BLOCK_D=min(1024, triton.next_power_of_2(call.d)),
         )
-        return Screen(call, operands, r, limit, cut, base, scales)
+        return Screen(call, operands, queries.steps, r, limit, cut, base, scales)
 
     def sum_dense(
         self,
@@ -282,30 +284,32 @@ class Screen:
         )
         return Dense(self.cut, self.base, sums, out)
 
-    def combine(self, dense: Dense, total: Tensor | None, out: Tensor) -> None:
-        """out (B, d) += Σ w (x0 − x) / total, or without a total twice Σ c (x0 − x)."""
+    def combine(self, dense: Dense, out: Tensor, forward: tuple[Tensor, ...] | None = None) -> None:
+        """out (B, d) += twice Σ c (x0 − x), or given the total, log_mass and the log weight of the
+        anchor (B,), of which the latter two are corrected, += Σ w (x0 − x) / total.
+        """
         call, products = self.call, dense.products
-        block = min(1024, triton.next_power_of_2(call.d))
-        route.combine_kernel[call.B, triton.cdiv(call.d, block)](
+        route.combine_kernel[call.B,](
             call.x,
             call.t,
             call.half_k_bits,
             self.base,
             self.operands.header,
             self.operands.origin,
+            self.operands.mean,
+            self.steps,
             self.cut,
-            self.base if total is None else total,
+            *(forward or (self.base, self.base, self.base)),
             dense.sums,
             products,
             out,
-            call.B,
             call.d,
             products.shape[2],
             dense.tiles,
             GAUSSIAN=call.gaussian,
-            BACKWARD=total is None,
+            BACKWARD=forward is None,
             SPLITS=products.shape[0],
-            BLOCK_D=block,
+            BLOCK_D=min(1024, triton.next_power_of_2(call.d)),
         )
 
 
@@ -327,35 +331,59 @@ class Dense:
         return self.sums.shape[2]
 
 
-def compare(
-    call: Call, operands: Operands, parts: Tensor, wanted: Tensor | None, distances: bool
+def distances(
+    call: Call, operands: Operands, queries: Split, wanted: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """r (B, N) and its smallest in each tile, or without `distances` the products themselves, of
-    parts (2, B, width) with the references; of all queries, or at least of those that are wanted
+    """r (B, N) and its smallest in each tile, of all queries, or at least of those that are wanted
     (B,) int8.
     """
-    sizes = blocks("compare", call.x.device)
+    sizes = blocks("screen", call.x.device)
     tiles = triton.cdiv(call.N, sizes["BLOCK_N"])
-    pitch = triton.cdiv(call.N, PITCH.value) * PITCH.value
-    out = torch.empty(call.B, pitch, dtype=torch.float32, device=call.x.device)
+    out = rows_of_pairs(call)
     minima = torch.empty(call.B, tiles, dtype=torch.float32, device=out.device)
-    products.compare_kernel[triton.cdiv(call.B, sizes["BLOCK_M"]) * tiles,](
-        parts,
-        operands.parts,
+    products.screen_kernel[triton.cdiv(call.B, sizes["BLOCK_M"]) * tiles,](
+        queries.digits,
+        queries.steps,
+        operands.digits,
+        operands.steps,
         operands.norms,
         minima if wanted is None else wanted,
         out,
         minima,
         call.B,
         call.N,
-        parts.shape[2],
-        operands.parts.stride(0),
+        queries.digits.shape[2],
+        operands.digits.stride(0),
         ALL=wanted is None,
-        Y_PARTS=min(2, len(operands.parts)),
-        DISTANCES=distances,
+        Y_DIGITS=len(operands.digits),
+        LONG=queries.digits.shape[2] > products.SUMMED.value,
         **sizes,
     )
     return out[:, : call.N], minima
+
+
+def compare(call: Call, operands: Operands, parts: Tensor) -> Tensor:
+    """Products (B, N) of parts (2, B, width) with the references."""
+    sizes, out = blocks("compare", call.x.device), rows_of_pairs(call)
+    tiles = triton.cdiv(call.N, sizes["BLOCK_N"])
+    products.compare_kernel[triton.cdiv(call.B, sizes["BLOCK_M"]) * tiles,](
+        parts,
+        operands.parts,
+        out,
+        call.B,
+        call.N,
+        parts.shape[2],
+        operands.parts.stride(0),
+        Y_PARTS=min(2, len(operands.parts)),
+        **sizes,
+    )
+    return out[:, : call.N]
+
+
+def rows_of_pairs(call: Call) -> Tensor:
+    """(B, pitch) float32"""
+    pitch = triton.cdiv(call.N, PITCH.value) * PITCH.value
+    return torch.empty(call.B, pitch, dtype=torch.float32, device=call.x.device)
 
 
 def splits_for(programs: int, tiles: int, device: torch.device) -> int:

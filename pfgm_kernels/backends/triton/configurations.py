@@ -18,35 +18,40 @@ Blocks = dict[str, int]
 # asynchronous copy may overwrite what others still multiply. No kernel with products has more.
 # Before 3.9, too, a Blackwell's sums of several products are wrong where they go on from one
 # iteration of a loop to the next. Here each iteration sums its products from zero, however wide its
-# block of columns. But before 3.8 what threads compute and then multiply may be read too early, and
-# with 3.6 the one pass (fused.py) does not compile there: by 32 rows it keeps to synchronous
-# products.
+# block of columns; several of integers, which need it nowhere else, where CARRY is not set. But
+# before 3.8 what threads compute and then multiply may be read too early, and with 3.6 the one pass
+# (fused.py) does not compile there: by 32 rows it keeps to synchronous products.
 TABLE: dict[str, dict[str, Blocks]] = {
     "small": {
+        "screen": dict(CARRY=True, BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=2),
         "compare": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=4),
         "sum": dict(BLOCK_M=128, BLOCK_D=128, BLOCK_K=32, num_warps=8, num_stages=4),
         "fused 64": dict(BLOCK_M=64, BLOCK_N=32, SLICE=32, SLICES=2, num_warps=4, num_stages=2),
         "fused 128": dict(BLOCK_M=32, BLOCK_N=32, SLICE=64, SLICES=2, num_warps=4, num_stages=2),
     },
     "ampere": {
+        "screen": dict(CARRY=True, BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
         "compare": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=4),
         "sum": dict(BLOCK_M=128, BLOCK_D=128, BLOCK_K=32, num_warps=8, num_stages=4),
         "fused 64": dict(BLOCK_M=64, BLOCK_N=32, SLICE=32, SLICES=2, num_warps=4, num_stages=2),
         "fused 128": dict(BLOCK_M=32, BLOCK_N=32, SLICE=64, SLICES=2, num_warps=4, num_stages=2),
     },
     "hopper": {
+        "screen": dict(CARRY=True, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
         "compare": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=2),
         "sum": dict(BLOCK_M=64, BLOCK_D=128, BLOCK_K=64, num_warps=4, num_stages=2),
         "fused 64": dict(BLOCK_M=64, BLOCK_N=32, SLICE=64, SLICES=1, num_warps=4, num_stages=2),
         "fused 128": dict(BLOCK_M=64, BLOCK_N=32, SLICE=64, SLICES=2, num_warps=4, num_stages=2),
     },
     "blackwell": {
+        "screen": dict(CARRY=False, BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
         "compare": dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
         "sum": dict(BLOCK_M=64, BLOCK_D=128, BLOCK_K=64, num_warps=4, num_stages=3),
         "fused 64": dict(BLOCK_M=32, BLOCK_N=32, SLICE=64, SLICES=1, num_warps=4, num_stages=2),
         "fused 128": dict(BLOCK_M=32, BLOCK_N=32, SLICE=64, SLICES=2, num_warps=4, num_stages=2),
     },
     "interpreter": {
+        "screen": dict(CARRY=True, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
         "compare": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
         "sum": dict(BLOCK_M=128, BLOCK_D=256, BLOCK_K=64),
         "exact": dict(TILE=1024, GROUP=128, BLOCK_D=1024),

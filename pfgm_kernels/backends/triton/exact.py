@@ -217,7 +217,7 @@ def coefficients_kernel(
     log_weight_ptr,  # (B,) float64, log w of the anchor
     g_m_ptr,  # (B,) float64
     product_ptr,  # (B,) float64, g·v
-    header_ptr,  # (5,) float64, for SUMMED
+    header_ptr,  # (7,) float64, for SUMMED
     cut_ptr,  # (B,) float32, for SUMMED: −∞ where products summed no other references
     sums_ptr,  # (2, B, dense_tiles) float32, for SUMMED: Σ c and Σ c u of those, over a factor
     dt_ptr,  # (B,) float64

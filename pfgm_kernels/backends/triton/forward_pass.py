@@ -41,7 +41,7 @@ def two_pass_forward(
     screen = Screen.make(call, operands, queries, wanted, out[2])
     dense = screen.sum_dense()
     total = _finish(call, screen.limit, screen.r, dense, out)
-    screen.combine(dense, total, out[0])
+    screen.combine(dense, out[0], (total, out[1], out[3]))
 
 
 def _finish(

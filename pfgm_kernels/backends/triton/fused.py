@@ -44,6 +44,7 @@ from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import (
     as_double,
     load_values,
+    log_count,
     logit_of,
     logits_float,
     relative_logit,
@@ -68,12 +69,12 @@ def load_offset(header_ptr, squares_ptr, shared_ptr, index):
 def fused_kernel(
     t_ptr,  # (B,) float64
     half_k,
-    header_ptr,  # (5,) float64
+    header_ptr,  # (7,) float64
     squares_ptr,  # (B,) float64 ‖x'‖²
     shared_ptr,  # (B,) float64: what the products x'·y_j of a query all lack
     x_ptr,  # (3, B, width)
     y_ptr,  # (Y_PARTS, N, width), parts y_plane apart
-    norms_ptr,  # (N,) float32
+    norms_ptr,  # (N,) float64
     list_ptr,  # (splits, B, CAP) int32
     counts_ptr,  # (splits, B) int32: references listed, beyond CAP without being written
     nearest_ptr,  # (splits, B) int32: where r is the smallest
@@ -99,7 +100,7 @@ def fused_kernel(
     query = tl.minimum(b, B - 1)
     unit, half_k = tl.load(header_ptr), as_double(half_k)
     half_k_float = half_k.to(tl.float32)
-    depth = -(tl.log(tl.cast(N, tl.float64)) + DEPTH).to(tl.float32)
+    depth = -(log_count(N) + DEPTH).to(tl.float32)
     t = tl.load(t_ptr + query)
     error = (half_k * error_of_r(header_ptr, tl.load(squares_ptr + query))).to(tl.float32)
     if GAUSSIAN:
@@ -128,7 +129,7 @@ def fused_kernel(
         rest = N - tile * BLOCK_N
         y = load_slices(first_y, y_plane, rest, Y_PARTS, BLOCK_N, SLICE, SLICES)
         r = dot_slices(x, y, Y_PARTS, SLICES)
-        norms = tl.load(norms_ptr + j, mask=j < N, other=float("inf"))
+        norms = tl.load(norms_ptr + j, mask=j < N, other=float("inf")).to(tl.float32)
         r = norms[None, :] - 2 * r
 
         lowest = tl.min(r, 1)
@@ -197,7 +198,7 @@ def finish_kernel(
     half_k,
     values_ptr,  # (N, d)
     table_ptr,  # (256,) float32, for CODES
-    header_ptr,  # (5,) float64
+    header_ptr,  # (7,) float64
     origin_ptr,  # (d,) float64
     squares_ptr,  # (B,) float64 ‖x'‖²
     shared_ptr,  # (B,) float64
@@ -276,7 +277,7 @@ def finish_kernel(
 
         # What was listed in splits in which it counts.
         total = light
-        meant = tl.where(factor * taken * N >= tl.exp(0 * base - DEPTH), counts, 0)
+        meant = tl.where(factor * taken >= tl.exp(-log_count(N) - DEPTH), counts, 0)
         ends = tl.cumsum(meant, 0)
         count = tl.sum(meant, 0)
         start = 0
@@ -320,7 +321,7 @@ def fused_forward(
     enough for. Returns what was made of all queries, and which are left, (B,) int8.
     """
     device, B = call.x.device, call.B
-    queries = split(call.x, call.table, operands, 3)
+    queries = split(call.x, call.table, operands, 3, 3)
     parts, squares, shared = queries.parts, queries.norms, queries.marks[1]
     width = parts.shape[2]
     sizes = blocks(f"fused {width}", device)

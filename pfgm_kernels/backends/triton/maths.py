@@ -26,6 +26,14 @@ def as_double(bits):
 
 
 @triton.jit
+def log_count(N):
+    """log N, of a million at least: these may be a chunk of a call's references, whose weights are
+    cut as all of them together would have them cut.
+    """
+    return tl.log(tl.cast(tl.maximum(N, 1048576), tl.float64))
+
+
+@triton.jit
 def log1p_float(u):
     """log(1 + u) in float32 to about one unit in the last place, for 0 ≥ u > −1 or u ≤ 1e30.
 

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""References and queries as the tensor cores read them: y = (x0 − origin)/unit as a sum of bfloat16
-parts.
+"""References and queries as the tensor cores read them, y = (x0 − origin)/unit, in two ways.
 
-8-bit codes: unit is the step of their grid, y = code − 128, exact in one part. Floats: unit is 1,
-the origin a point amid the data, and each part holds 8 bits of y. With x' = (x − origin)/unit
+8-bit codes: unit is the step of their grid, y = code − 128. Floats: unit is 1, the origin a point
+amid the data. With x' = (x − origin)/unit
 
     s_j / unit² = ‖x'‖² + t²/unit² + ‖y_j‖² − 2 x'·y_j
 
-Under the interpreter, whose products of bfloat16 are wrong, the parts are rounded to bfloat16 all
-the same and held in float32.
+- Digits, for distances: integers of 8 bits whose products are summed exactly. A row is a whole
+  multiple of a step of its own, 2⁻²³ of its largest element, plus what that leaves, which is known;
+  the multiple is three digits, first · 2¹⁶ + second · 2⁸ + third. Codes are one digit.
+- Sums of bfloat16 parts, for what is weighted and for the one pass (fused.py). Codes are exact in
+  one part; each part of a float holds 8 bits of it. Under the interpreter, whose products of
+  bfloat16 are wrong, the parts are rounded to bfloat16 all the same and held in float32.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass, fields, replace
 
 import torch
 import triton
@@ -21,16 +25,17 @@ import triton.language as tl
 from torch import Tensor
 
 from pfgm_kernels.backends.triton.configurations import INTERPRETED, blocks
+from pfgm_kernels.backends.triton.digits import CODE_ORIGIN, last_digit, load_centred, multiple
 from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import load_values, round_to_bfloat16
 
 PART = torch.float32 if INTERPRETED else torch.bfloat16
 DIM_MULTIPLE = 64  # rows are padded to this many columns, with zeros
-CODE_ORIGIN = tl.constexpr(128)
 FUSED_MAX_DIM = 128  # columns up to which queries take one pass (fused.py)
 MEAN_SAMPLE = tl.constexpr(256)  # references whose mean is that of all, nearly
 SAMPLE = tl.constexpr(1024)  # references among which equal ones are looked for
 CROWD = tl.constexpr(8)  # so many of them: rounding errors do not average out
+NEARLY = tl.constexpr(1e-6)  # what equal ones may differ by: float32 has hardly more digits of r
 
 
 @Kernel
@@ -80,15 +85,17 @@ def origin_kernel(
 def split_kernel(
     values_ptr,  # (rows, d)
     table_ptr,  # (256,) float32, for CODES
-    header_ptr,  # (5,) float64
+    header_ptr,  # (7,) float64
     origin_ptr,  # (d,) float64
     mean_ptr,  # (d,) float64, but for REFERENCES
     x_ptr,  # (rows, d) queries, for COTANGENTS as the next two
     g_m_ptr,  # (rows,) float64
     product_ptr,  # (rows,) float64 g·v
     parts_ptr,  # (PARTS, rows, width)
+    digits_ptr,  # (DIGITS, rows, width) int8
+    steps_ptr,  # (rows,) float64, for three DIGITS
     norms_ptr,  # (rows,) float64
-    marks_ptr,  # (2, rows) float64
+    marks_ptr,  # (3, rows) float64
     rows,
     d,
     width,
@@ -96,50 +103,77 @@ def split_kernel(
     REFERENCES: tl.constexpr,
     COTANGENTS: tl.constexpr,
     PARTS: tl.constexpr,
+    DIGITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Parts and ‖y‖² of BLOCK_R rows, and a mark of each: of a reference a sum that is the same for
-    equal references and hardly else; of a query what two parts, and what all of them, leave of its
-    product with the mean of the references, an error that all of its products would share; of a
-    cotangent, y = g, that and (g_m − g·v + g·(origin − x))/unit, in two parts as float32 holds it.
+    """Parts, digits and ‖y‖² of BLOCK_R rows, and marks: of a query what digits, and what parts,
+    leave of its product with the mean of the references, an error that all of its products would
+    share; of a reference, in place of the second, a sum that is the same for equal references and
+    hardly else; of both, third, the norm of what digits leave; of a cotangent, y = g, what parts
+    leave of that product and (g_m − g·v + g·(origin − x))/unit, in two parts as float32 holds it.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     norm = tl.zeros((BLOCK_R,), tl.float64)
     early = tl.zeros((BLOCK_R,), tl.float64)
     mark = tl.zeros((BLOCK_R,), tl.float64)
     shift = tl.zeros((BLOCK_R,), tl.float64)
+    rest_norm = tl.zeros((BLOCK_R,), tl.float64)
+    step = tl.full((BLOCK_R,), 1, tl.float64)
+    if DIGITS == 3:
+        largest = tl.zeros((BLOCK_R,), tl.float64)
+        for first in range(0, d, BLOCK_D):
+            column = first + tl.arange(0, BLOCK_D)
+            mask = (row < rows)[:, None] & (column < d)[None, :]
+            index = row[:, None] * d + column[None, :]
+            y = load_centred(
+                *(values_ptr, table_ptr, header_ptr, origin_ptr, index, mask, column, d),
+                *(CODES, REFERENCES, COTANGENTS),
+            )
+            largest = tl.maximum(largest, tl.max(tl.abs(y), 1))
+        step = tl.where(largest > 0, largest / 8323072, 1.0)
+        tl.store(steps_ptr + row, step, mask=row < rows)
     for first in range(0, width, BLOCK_D):
         column = first + tl.arange(0, BLOCK_D)
         mask = (row < rows)[:, None] & (column < d)[None, :]
         index = row[:, None] * d + column[None, :]
-        y = load_values(values_ptr, table_ptr, index, mask, False)
-        if CODES:
-            y = tl.where(mask, y - CODE_ORIGIN, 0.0)
-        else:
-            origin = tl.load(origin_ptr + column, mask=column < d, other=0.0)[None, :]
-            if COTANGENTS:
-                x = tl.load(x_ptr + index, mask=mask, other=0.0).to(tl.float64)
-                shift += tl.sum(y * (origin - x), 1)
-            elif REFERENCES:
-                y = tl.where(mask, y - origin, 0.0)
-            else:
-                y = tl.where(mask, (y - origin) / tl.load(header_ptr), 0.0)
+        y = load_centred(
+            *(values_ptr, table_ptr, header_ptr, origin_ptr, index, mask, column, d),
+            *(CODES, REFERENCES, COTANGENTS),
+        )
         norm += tl.sum(y * y, 1)
+        if COTANGENTS:
+            origin = tl.load(origin_ptr + column, mask=column < d, other=0.0)[None, :]
+            x = tl.load(x_ptr + index, mask=mask, other=0.0).to(tl.float64)
+            shift += tl.sum(y * (origin - x), 1)
         if REFERENCES:
             mark += tl.sum(y * ((column % 32768) * 40503 % 65536).to(tl.float64)[None, :], 1)
         else:
             mean = tl.load(mean_ptr + column, mask=column < d, other=0.0)[None, :]
-        rest = y.to(tl.float32)
+        to = row[:, None] * width + column[None, :]
+        plane = tl.cast(rows, tl.int64) * width
+        stored = (row < rows)[:, None] & (column < width)[None, :]
+        if DIGITS == 1:
+            tl.store(digits_ptr + to, y.to(tl.int32).to(tl.int8), mask=stored)
+        if DIGITS == 3:
+            near = multiple(y, step[:, None])
+            third, n = last_digit(near.to(tl.int32))
+            second, n = last_digit(n)
+            tl.store(digits_ptr + to, n.to(tl.int8), mask=stored)
+            tl.store(digits_ptr + plane + to, second.to(tl.int8), mask=stored)
+            tl.store(digits_ptr + 2 * plane + to, third.to(tl.int8), mask=stored)
+            rest = y - near * step[:, None]
+            rest_norm += tl.sum(rest * rest, 1)
+            if not REFERENCES:
+                early += tl.sum(rest * mean, 1)
+        rest_float = y.to(tl.float32)
         for part in tl.static_range(PARTS):
-            high = round_to_bfloat16(rest)
-            rest -= high
+            high = round_to_bfloat16(rest_float)
+            rest_float -= high
             y -= high.to(tl.float64)
-            to = (part * tl.cast(rows, tl.int64) + row[:, None]) * width + column[None, :]
-            stored = (row < rows)[:, None] & (column < width)[None, :]
-            tl.store(parts_ptr + to, high.to(parts_ptr.dtype.element_ty), mask=stored)
-            if part == 1 and not REFERENCES:
-                early += tl.sum(y * mean, 1)
+            tl.store(
+                parts_ptr + part * plane + to, high.to(parts_ptr.dtype.element_ty), mask=stored
+            )
         if not REFERENCES:
             mark += tl.sum(y * mean, 1)
     if COTANGENTS:
@@ -150,15 +184,18 @@ def split_kernel(
     tl.store(norms_ptr + row, norm, mask=row < rows)
     tl.store(marks_ptr + row, early, mask=row < rows)
     tl.store(marks_ptr + rows + row, mark, mask=row < rows)
+    tl.store(marks_ptr + 2 * rows + row, tl.sqrt(rest_norm), mask=row < rows)
 
 
 @Kernel
 def summarise_kernel(
     squares_ptr,  # (N,) float64 ‖y‖²
-    marks_ptr,  # (N,) float64
+    marks_ptr,  # (3, N) float64, the second and the third of a reference
+    steps_ptr,  # (N,) float64, for STEPS
     header_ptr,  # this and the next are written: see Operands
     norms_ptr,
     N,
+    STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
@@ -168,27 +205,37 @@ def summarise_kernel(
     centre = (centre + tl.load(squares_ptr + count - 1)) / 3
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     squares = tl.load(squares_ptr + row, mask=row < N, other=0.0)
-    tl.store(norms_ptr + row, (squares - centre).to(tl.float32), mask=row < N)
+    tl.store(norms_ptr + row, squares - centre, mask=row < N)
+    marks_ptr += count
     if tl.program_id(0) == 0:
         most = tl.zeros((BLOCK,), tl.float64)
+        rest = tl.zeros((BLOCK,), tl.float64)
+        step = tl.zeros((BLOCK,), tl.float64)
         for first in range(0, count, BLOCK):
             row = first + tl.arange(0, BLOCK)
             squares = tl.load(squares_ptr + row, mask=row < N, other=0.0)
             most = tl.where((squares > most) | (squares != squares), squares, most)
+            if STEPS:
+                own = tl.load(marks_ptr + count + row, mask=row < N, other=0.0)
+                rest = tl.maximum(rest, own)
+                step = tl.maximum(step, tl.load(steps_ptr + row, mask=row < N, other=0.0))
         worst = tl.sum(tl.where(most != most, most, 0.0), 0)  # NaN, which a maximum may swallow
         samples = tl.minimum(N, SAMPLE)
         ids = tl.arange(0, SAMPLE)
         marks = tl.load(marks_ptr + ids * count // samples, mask=ids < samples, other=0.0)
+        nearly = tl.max(tl.abs(marks), 0) * NEARLY
         equal = 0
         for first in range(0, samples, GROUP):
             i = first + tl.arange(0, GROUP)
             own = tl.load(marks_ptr + i * count // samples, mask=i < samples, other=0.0)
-            same = (own[:, None] == marks[None, :]) & (ids[None, :] < i[:, None])
+            same = (tl.abs(own[:, None] - marks[None, :]) <= nearly) & (ids[None, :] < i[:, None])
             found = tl.max(same.to(tl.int32), 1)
             equal += tl.sum(tl.where(i < samples, found, 0), 0)
         tl.store(header_ptr + 2, tl.where(equal >= CROWD, 1.0, 0.0).to(tl.float64))
         tl.store(header_ptr + 3, tl.sqrt(tl.max(most, 0)) + worst)
         tl.store(header_ptr + 4, centre)
+        tl.store(header_ptr + 5, tl.max(rest, 0))
+        tl.store(header_ptr + 6, tl.max(step, 0))
 
 
 @dataclass(frozen=True)
@@ -196,23 +243,34 @@ class Operands:
     """What `prepare` makes of N references of dimension d; all on their device."""
 
     header: Tensor
-    """(5,) float64: unit; ‖x0 − (origin + unit · y)‖/unit at most; whether many references are
-    equal; max ‖y‖; a number amid the ‖y‖², which what follows of them is relative to.
+    """(7,) float64: unit; ‖x0 − (origin + unit · y)‖/unit at most; whether many references are
+    equal; max ‖y‖; a number amid the ‖y‖², which what follows of them is relative to; of what
+    digits leave of a y the norm at most, and their largest step, 0 where y is one digit.
     """
     origin: Tensor
     """(d,) float64"""
     mean: Tensor
     """(d,) float64: of a sample of the y"""
     norms: Tensor
-    """(N,) float32"""
+    """(N,) float64"""
     parts: Tensor
     """(parts, N, width), of which two passes read two at most"""
+    digits: Tensor
+    """(digits, N, width) int8"""
+    steps: Tensor
+    """(N,) float64, none where y is one digit"""
 
     def tensors(self) -> list[Tensor]:
-        return [self.header, self.origin, self.mean, self.norms, self.parts]
+        return [getattr(self, field.name) for field in fields(self)]
 
     def of(self, references: slice) -> Operands:
-        return replace(self, norms=self.norms[references], parts=self.parts[:, references])
+        return replace(
+            self,
+            norms=self.norms[references],
+            parts=self.parts[:, references],
+            digits=self.digits[:, references],
+            steps=self.steps[references],
+        )
 
 
 @dataclass(frozen=True)
@@ -221,10 +279,14 @@ class Split:
 
     parts: Tensor
     """(parts, rows, width)"""
+    digits: Tensor
+    """(digits, rows, width) int8"""
+    steps: Tensor
+    """(rows,) float64, of three digits"""
     norms: Tensor
     """(rows,) float64 ‖y‖²"""
     marks: Tensor
-    """(2, rows) float64"""
+    """(3, rows) float64"""
 
 
 def split(
@@ -232,6 +294,7 @@ def split(
     table: Tensor,
     operands: Operands,
     parts: int,
+    digits: int,
     references: bool = False,
     cotangents: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Split:
@@ -239,10 +302,13 @@ def split(
     with x, g_m and g·v.
     """
     rows, d = values.shape
+    empty = functools.partial(torch.empty, dtype=torch.float64, device=values.device)
     out = Split(
-        torch.empty(parts, rows, padded(d), dtype=PART, device=values.device),
-        torch.empty(rows, dtype=torch.float64, device=values.device),
-        torch.empty(2, rows, dtype=torch.float64, device=values.device),
+        empty(parts, rows, padded(d), dtype=PART),
+        empty(digits, rows, padded(d), dtype=torch.int8),
+        empty(rows if digits > 1 else 0),
+        empty(rows),
+        empty(3, rows),
     )
     sizes = blocks("split", values.device)
     block = min(sizes["BLOCK_D"], triton.next_power_of_2(padded(d)))
@@ -254,6 +320,8 @@ def split(
         operands.mean,
         *(cotangents or (values, out.norms, out.norms)),
         out.parts,
+        out.digits,
+        out.steps,
         out.norms,
         out.marks,
         rows,
@@ -263,6 +331,7 @@ def split(
         REFERENCES=references,
         COTANGENTS=cotangents is not None,
         PARTS=parts,
+        DIGITS=digits,
         **(sizes | {"BLOCK_D": block}),
     )
     return out
@@ -278,8 +347,8 @@ def padded(d: int) -> int:
 
 
 def bytes_per_reference(d: int) -> int:
-    """Of the operands of float32 references, in bfloat16, with what making them takes."""
-    return 2 * reference_parts(torch.float32, d) * padded(d) + 24
+    """Of the operands of float32 references, with what making them takes."""
+    return (2 * reference_parts(torch.float32, d) + 3) * padded(d) + 48
 
 
 def prepare(values: Tensor, table: Tensor) -> Operands:
@@ -287,19 +356,23 @@ def prepare(values: Tensor, table: Tensor) -> Operands:
     count, d = values.shape
     codes = values.dtype == torch.uint8
     header, origin, mean = (
-        torch.empty(n, dtype=torch.float64, device=values.device) for n in (5, d, d)
+        torch.empty(n, dtype=torch.float64, device=values.device) for n in (7, d, d)
     )
-    norms = torch.empty(count, dtype=torch.float32, device=values.device)
+    norms = torch.empty(count, dtype=torch.float64, device=values.device)
     sizes = {"GROUP": 16, "BLOCK_D": min(256, triton.next_power_of_2(d))}
     origin_kernel[triton.cdiv(d, sizes["BLOCK_D"]),](
         values, table, header, origin, mean, count, d, CODES=codes, **sizes
     )
-    found = Operands(header, origin, mean, norms, norms)
-    rows = split(values, table, found, reference_parts(values.dtype, d), references=True)
+    found = Operands(header, origin, mean, norms, norms, norms, norms)
+    parts, digits = reference_parts(values.dtype, d), 1 if codes else 3
+    rows = split(values, table, found, parts, digits, references=True)
     summarise_kernel[triton.cdiv(count, 1024),](
-        rows.norms, rows.marks[1], header, norms, count, BLOCK=1024, GROUP=16
+        *(rows.norms, rows.marks, rows.steps, header, norms, count),
+        STEPS=digits > 1,
+        BLOCK=1024,
+        GROUP=16,
     )
-    return replace(found, parts=rows.parts)
+    return replace(found, parts=rows.parts, digits=rows.digits, steps=rows.steps)
 
 
 def count_equal(values: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products on tensor cores at nearly float32 precision: sums of products of bfloat16 parts.
+"""Matrix products on tensor cores: of digits, exact, and of bfloat16 parts, at nearly float32
+precision (operands.py). Of the latter:
 
 Tensor cores align what they add at a time, the products of 8 columns (from sm_90 on 16) and a sum,
 to the largest exponent among them and cut each toward zero, as far behind its point as a float
@@ -23,6 +24,7 @@ from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import pitch, place
 
 PROMOTED = tl.constexpr(128)
+SUMMED = tl.constexpr(32768)  # columns of three products of −128 … 127
 CUT = tl.constexpr(1.25 * 2.0**-23)
 
 
@@ -37,27 +39,80 @@ def dot_parts(a_high, a_low, b_high, b_low, B_PARTS: tl.constexpr):
     return tl.dot(a_high, b_high, total, input_precision="ieee")
 
 
+@triton.jit
+def sum_digits(
+    x_ptr,
+    y_ptr,
+    first,
+    end,
+    x_plane,
+    y_plane,
+    Y_DIGITS: tl.constexpr,
+    CARRY: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Products of rows x (BLOCK_M, 1) and y (1, BLOCK_N) over columns, of the places that
+    three digits have.
+    """
+    high = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    middle = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    low = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for start in range(first, end, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x, y = x_ptr + k[None, :], y_ptr + k[:, None]
+        x_high, x_middle = tl.load(x), tl.load(x + x_plane)
+        x_low, y_high = tl.load(x + 2 * x_plane), tl.load(y)
+        high = tl.dot(x_high, y_high, high)
+        if Y_DIGITS == 3:
+            y_middle, y_low = tl.load(y + y_plane), tl.load(y + 2 * y_plane)
+            if CARRY:
+                middle = tl.dot(x_high, y_middle, tl.dot(x_middle, y_high, middle))
+                low = tl.dot(x_middle, y_middle, tl.dot(x_low, y_high, low))
+                low = tl.dot(x_high, y_low, low)
+            else:
+                middle += tl.dot(x_high, y_middle, tl.dot(x_middle, y_high))
+                sums = tl.dot(x_middle, y_middle, tl.dot(x_low, y_high))
+                low += tl.dot(x_high, y_low, sums)
+        else:
+            middle = tl.dot(x_middle, y_high, middle)
+            low = tl.dot(x_low, y_high, low)
+    if (
+        Y_DIGITS == 3
+    ):  # rounded to whole middles: by less than what is left out, for fewer registers
+        return (high.to(tl.int64) * 256 + (middle + ((low + 128) >> 8))).to(tl.float64) * 256
+    else:
+        return ((high.to(tl.int64) * 256 + middle) * 256 + low).to(tl.float64)
+
+
 @Kernel
-def compare_kernel(
-    a_ptr,  # (2, B, width) parts of queries or of cotangents
-    y_ptr,  # (Y_PARTS, N, width), parts y_plane apart
-    norms_ptr,  # (N,) float32, for DISTANCES
+def screen_kernel(
+    x_ptr,  # (3, B, width) int8 digits of queries
+    x_steps_ptr,  # (B,) float64
+    y_ptr,  # (Y_DIGITS, N, width) int8, digits y_plane apart
+    y_steps_ptr,  # (N,) float64, for three Y_DIGITS
+    norms_ptr,  # (N,) float64
     wanted_ptr,  # (B,) int8, but for ALL
     out_ptr,  # (B, pitch) float32
-    minima_ptr,  # (B, tiles) float32, for DISTANCES
+    minima_ptr,  # (B, tiles) float32
     B,
     N,
     width,
     y_plane,
     ALL: tl.constexpr,
-    Y_PARTS: tl.constexpr,
-    DISTANCES: tl.constexpr,
+    Y_DIGITS: tl.constexpr,
+    LONG: tl.constexpr,
+    CARRY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """a·y_j, or for DISTANCES r_j = ‖y_j‖² − 2 a·y_j and for each query its smallest over a tile of
-    BLOCK_N references. Nothing where none of BLOCK_M queries is wanted.
+    """r_j = ‖y_j‖² − 2 x'·y_j and for each query its smallest over a tile of BLOCK_N references.
+    Nothing where none of BLOCK_M queries is wanted.
+
+    Of three digits each, products of lower places than the third of five are left out (route.py).
+    Sums of integers are exact: those of SUMMED columns fit 32 bits, for LONG there are more.
     """
     # Programs that run together share references: there are far more of these than of queries.
     block, tile = place(tl.cdiv(B, BLOCK_M))
@@ -65,6 +120,54 @@ def compare_kernel(
     if not ALL:
         if tl.max(tl.load(wanted_ptr + b, mask=b < B, other=0).to(tl.int32), 0) == 0:
             return
+    j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.minimum(b, B - 1).to(tl.int64)[:, None] * width
+    column = tl.minimum(j, N - 1).to(tl.int64)[None, :] * width
+    x_plane, y_plane = tl.cast(B, tl.int64) * width, tl.cast(y_plane, tl.int64)
+    x_ptr, y_ptr = x_ptr + row, y_ptr + column
+    if LONG:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float64)
+        for first in range(0, width, SUMMED):
+            total += sum_digits(
+                *(x_ptr, y_ptr, first, tl.minimum(first + SUMMED, width), x_plane, y_plane),
+                *(Y_DIGITS, CARRY, BLOCK_M, BLOCK_N, BLOCK_K),
+            )
+    else:
+        total = sum_digits(
+            *(x_ptr, y_ptr, 0, width, x_plane, y_plane),
+            *(Y_DIGITS, CARRY, BLOCK_M, BLOCK_N, BLOCK_K),
+        )
+    # Not j: 32 comparisons of it would stay in each thread's registers throughout the loop.
+    reference = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    step = 2 * tl.load(x_steps_ptr + tl.minimum(b, B - 1))[:, None]
+    if Y_DIGITS == 3:
+        step *= 65536 * tl.load(y_steps_ptr + reference, mask=reference < N, other=0.0)[None, :]
+    norms = tl.load(norms_ptr + reference, mask=reference < N, other=float("inf"))
+    r = (norms[None, :] - total * step).to(tl.float32)
+    to = minima_ptr + b.to(tl.int64) * tl.cdiv(N, BLOCK_N) + tile
+    tl.store(to, tl.min(r, 1), mask=b < B)
+    out = out_ptr + b.to(tl.int64)[:, None] * pitch(N) + j[None, :]
+    tl.store(out, r, mask=(b < B)[:, None] & (j < pitch(N))[None, :])
+
+
+@Kernel
+def compare_kernel(
+    a_ptr,  # (2, B, width) parts of cotangents
+    y_ptr,  # (Y_PARTS, N, width), parts y_plane apart
+    out_ptr,  # (B, pitch) float32
+    B,
+    N,
+    width,
+    y_plane,
+    Y_PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """a·y_j."""
+    # As in screen_kernel.
+    block, tile = place(tl.cdiv(B, BLOCK_M))
+    b = block * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(b, B - 1).to(tl.int64)[:, None] * width
     column = tl.minimum(j, N - 1).to(tl.int64)[None, :] * width
@@ -79,14 +182,6 @@ def compare_kernel(
         if Y_PARTS == 2:
             y_low = tl.load(y_ptr + low_y + column + k[:, None])
         accumulator += dot_parts(a_high, a_low, y_high, y_low, Y_PARTS)
-    if DISTANCES:
-        # Not j: 32 comparisons of it would stay in each thread's registers throughout the loop.
-        reference = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        norms = tl.load(norms_ptr + reference, mask=reference < N, other=float("inf"))
-        accumulator = norms[None, :] - 2 * accumulator
-        smallest = tl.min(accumulator, 1)
-        to = minima_ptr + b.to(tl.int64) * tl.cdiv(N, BLOCK_N) + tile
-        tl.store(to, smallest, mask=b < B)
     out = out_ptr + b.to(tl.int64)[:, None] * pitch(N) + j[None, :]
     tl.store(out, accumulator, mask=(b < B)[:, None] & (j < pitch(N))[None, :])
 

@@ -10,7 +10,8 @@ and r_j known to some error, a reference can carry weight only if r_j ≤ cut. O
 
 Where few references can carry weight, or where the error of r is not certain to be small enough for
 weights, limit = cut. Else the limit leaves to direct differences what holds more than 1/64 of the
-weight. Where float32 does not hold the squares, or is not finite, limit is NaN: all references.
+weight, or less the larger that error is: of the others errors average out. Where float32 does not
+hold the squares, or is not finite, limit is NaN: all references.
 """
 
 from __future__ import annotations
@@ -18,22 +19,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pfgm_kernels.backends.triton.digits import multiple
 from pfgm_kernels.backends.triton.exact import sum_tiles, summed_factor
 from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import (
     as_double,
     load_values,
+    log_count,
     logits_float,
     pitch,
     place,
     round_to_bfloat16,
     s_offset,
 )
-from pfgm_kernels.backends.triton.products import CUT, PROMOTED
 
 FEW = tl.constexpr(64)  # candidates up to which a query is always finished by direct differences
 HEAVY = tl.constexpr(64.0)  # one over the share of the weight that is left to these
-LOGIT_ERROR = tl.constexpr(5e-6)  # of a dense sum's logits at most, root mean square
+LOGIT_ERROR = tl.constexpr(5e-6)  # of a dense sum's logits, root mean square, at that share
+MOST_ERROR = tl.constexpr(2e-5)  # at a share (LOGIT_ERROR/MOST_ERROR)² as large
 SCAN = tl.constexpr(512)  # tiles that are looked at together
 DEPTH = tl.constexpr(16.0)  # weights below exp(−DEPTH)/N of the nearest's are not seen
 
@@ -55,10 +58,10 @@ def route_kernel(
     half_k,
     values_ptr,  # (N, d)
     table_ptr,  # (256,) float32, for CODES
-    header_ptr,  # (5,) float64
+    header_ptr,  # (7,) float64
     squares_ptr,  # (B,) float64 ‖x'‖²
-    shared_ptr,  # (B,) float64: what the products x'·y_j of a query all lack
-    norms_ptr,  # (N,) float32
+    marks_ptr,  # (3, B) float64: what the products x'·y_j of a query all lack; see split_kernel
+    steps_ptr,  # (B,) float64, of the digits of queries
     r_ptr,  # (B, pitch) float32
     minima_ptr,  # (B, tiles) float32
     wanted_ptr,  # (B,) int8: queries that are to be computed here; all of them for ALL
@@ -75,7 +78,6 @@ def route_kernel(
     GAUSSIAN: tl.constexpr,
     BACKWARD: tl.constexpr,
     ALL: tl.constexpr,
-    Y_PARTS: tl.constexpr,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -97,7 +99,7 @@ def route_kernel(
     )
     square, offset_t = unit * unit, s_offset(t, GAUSSIAN)
     squared = tl.load(squares_ptr + b)
-    offset = squared + centre - 2 * tl.load(shared_ptr + b)
+    offset = squared + centre - 2 * tl.load(marks_ptr + b)
     length = tl.sqrt(squared)
 
     minima_ptr += b * tiles
@@ -109,13 +111,11 @@ def route_kernel(
         if smallest < nearest:
             nearest = smallest
             nearest_tile = tl.min(tl.where(minima == smallest, ids, tiles), 0)
-    depth = tl.log(tl.cast(N, tl.float64)) + DEPTH
-    heavy = tl.log(0 * depth + HEAVY)
+    depth = log_count(N) + DEPTH
     if BACKWARD:
         base = tl.load(base_ptr + b)
         log_weight = tl.load(log_weight_ptr + b)
         depth += log_weight
-        heavy += log_weight
     else:
         j = nearest_tile * TILE + tl.arange(0, TILE)
         near = tl.load(r_ptr + b * pitch(N) + j, mask=j < N, other=float("inf"))
@@ -129,24 +129,13 @@ def route_kernel(
             base += tl.sum(tl.where(inside, (y - x) * (y - x), 0.0), 0)
         tl.store(anchor_ptr + b, anchor)
 
-    # The error of r: certain, by the sizes of all terms, of which 2.4e-7 is four roundings to
-    # float32; and root mean square, of which 3.6e-8 is one, and more where sums are long.
-    # Two parts leave 2⁻¹⁷ of a number at most, usually half of it, and the product of low parts,
-    # 2⁻⁸ of a number each, is left out.
-    split = 7.62939453125e-06 * (4 if Y_PARTS == 2 else 1)
-    summed = PROMOTED * CUT + d / 64.0 * 1.1920928955078125e-07
-    error = 2 * length * radius * (split + summed) + 2.4e-7 * radius * (radius + 2 * length)
-    error += 2 * deviation * (radius + length)
-    product = (tl.abs(nearest.to(tl.float64)) + tl.abs(centre) + radius * radius) / 2
-    noise = length * radius / tl.sqrt(tl.cast(d, tl.float64)) * 3.814697265625e-06
-    noise += deviation * (length + radius) / tl.sqrt(tl.cast(d, tl.float64))
-    noise = 2 * (noise + product * 3.6e-8 * tl.sqrt(1 + d / 192.0))
-    if not BACKWARD:
-        # What all errors share moves the log mass: what sums of columns lose (products.py) may be a
-        # tenth as large. And the anchor shows an error of its own.
-        lost = CUT * tl.abs(tl.load(norms_ptr + anchor) - nearest).to(tl.float64)
-        off = tl.abs(nearest + offset - base / square)
-        noise = tl.maximum(noise, tl.maximum(10 * lost, off))
+    # What digits leave of x' and of y at most, and what products of low digits are: at most, and
+    # root mean square, if these are like random ones.
+    rest, rest_y = tl.load(marks_ptr + 2 * B + b), tl.load(header_ptr + 5)
+    places = tl.load(steps_ptr + b) * tl.load(header_ptr + 6)
+    error = rest * radius + rest_y * (length + rest) + places * (d + 2) * 8421376.0
+    error += deviation * (radius + length)
+    error = 2 * error + 1.2e-7 * radius * (radius + 2 * length)
 
     # The largest r that can carry weight.
     least = nearest + error + offset
@@ -160,6 +149,14 @@ def route_kernel(
         more = (tl.exp(depth / half_k) - 1) * (least + offset_t / square)
     cut = least + more - offset + error
     usable = (squared + offset_t / square < 1e30) & (radius < 1e15) & (cut == cut)
+    # The error of r, root mean square, of which what rounds it to float32 is 3.5e-8.
+    spread = rest * rest * radius * radius + rest_y * rest_y * squared
+    spread = (spread + deviation * deviation * (radius + length) * (radius + length)) / d
+    spread += places * places * d * 3.9e12
+    rounding = 3.5e-8 * tl.maximum(tl.abs(nearest.to(tl.float64)), tl.abs(cut))
+    noise = tl.sqrt(4 * spread + rounding * rounding)
+    if not BACKWARD:
+        noise = tl.maximum(noise, tl.abs(nearest + offset - base / square))  # the anchor shows one
     limit = tl.where(usable, cut, float("nan")).to(tl.float32)
     limit += tl.abs(limit) * 2e-7  # what rounding it took off
     r_ptr += b * pitch(N)
@@ -171,7 +168,8 @@ def route_kernel(
 
     distance = tl.sqrt(base)
     share = 64.0 if BACKWARD else 4.0
-    dense = usable & (count > FEW) & (slope * square * noise <= LOGIT_ERROR) & (crowded == 0)
+    logit_error = slope * square * noise
+    dense = usable & (count > FEW) & (logit_error <= MOST_ERROR) & (crowded == 0)
     # The data's width must not hide the displacement, nor what y leaves of a reference.
     dense = dense & (distance >= unit * tl.maximum(radius / share, deviation * 1e6))
     cut_float = tl.full((), -float("inf"), tl.float32)
@@ -193,7 +191,11 @@ def route_kernel(
         tl.store(scales_ptr + 2 * B + b, inverse)
         tl.store(scales_ptr + 3 * B + b, correction)
         cut_float = limit
-        if not BACKWARD:
+        worse = tl.maximum(logit_error / LOGIT_ERROR, 1)
+        heavy = tl.log(worse * worse * HEAVY)
+        if BACKWARD:
+            heavy += log_weight
+        else:
             total = 0 * depth
             for first in range(0, tiles, GROUP):
                 group = load_within(r_ptr, minima_ptr, first, N, tiles, limit, TILE, GROUP)
@@ -276,17 +278,20 @@ def weights_kernel(
 @Kernel
 def combine_kernel(
     x_ptr,  # (B, d)
-    t_ptr,  # (B,) float64, for BACKWARD as the next two
+    t_ptr,  # (B,) float64
     half_k,
     base_ptr,  # (B,) float64 ‖x − x0_a‖²
-    header_ptr,  # (5,) float64
+    header_ptr,  # (7,) float64
     origin_ptr,  # (d,) float64
+    mean_ptr,  # (d,) float64
+    steps_ptr,  # (B,) float64, but for BACKWARD as the next three
     cut_ptr,  # (B,) float32
-    total_ptr,  # (B,) float64, but for BACKWARD
+    total_ptr,  # (B,) float64
+    log_mass_ptr,  # (B,) float64
+    log_weight_ptr,  # (B,) float64
     rest_ptr,  # (B, tiles) float32 Σ w
     sums_ptr,  # (splits, B, width) float32 Σ w y
     out_ptr,  # (B, d) float64
-    B,
     d,
     width,
     tiles,
@@ -295,27 +300,40 @@ def combine_kernel(
     SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Adds Σ_j w_j (x0_j − x) / total, for BACKWARD twice Σ_j c_j (x0_j − x), over BLOCK_D columns
-    of a query whose weights were summed.
+    """Adds Σ_j w_j (x0_j − x) / total, for BACKWARD twice Σ_j c_j (x0_j − x), of a query whose
+    weights were summed. What its digits left, e, moved all logits by slope · 2 e·(y_j − mean), and
+    so the log mass by the mean of that, which is known now.
     """
     b = tl.program_id(0).to(tl.int64)
+    B = tl.num_programs(0).to(tl.int64)
     if tl.load(cut_ptr + b) == -float("inf"):
         return
-    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = column < d
-    sums = tl.zeros((BLOCK_D,), tl.float64)
-    for split in tl.static_range(SPLITS):
-        part = tl.load(
-            sums_ptr + (tl.cast(B, tl.int64) * split + b) * width + column, mask=inside, other=0.0
-        )
-        sums += part.to(tl.float64)
-    x = tl.load(x_ptr + b * d + column, mask=inside, other=0.0).to(tl.float64)
-    origin = tl.load(origin_ptr + column, mask=inside, other=0.0)
-    moved = tl.load(header_ptr) * sums + sum_tiles(rest_ptr, b, tiles) * (origin - x)
+    t, base, half_k = tl.load(t_ptr + b), tl.load(base_ptr + b), as_double(half_k)
+    unit, rest = tl.load(header_ptr), sum_tiles(rest_ptr, b, tiles)
+    slope = summed_factor(header_ptr, base, half_k, t, GAUSSIAN)
     if BACKWARD:
-        t, base = tl.load(t_ptr + b), tl.load(base_ptr + b)
-        moved *= 2 * summed_factor(header_ptr, base, as_double(half_k), t, GAUSSIAN)
+        factor = 2 * slope
     else:
-        moved /= tl.load(total_ptr + b)
-    before = tl.load(out_ptr + b * d + column, mask=inside, other=0.0)
-    tl.store(out_ptr + b * d + column, before + moved, mask=inside)
+        factor = 1 / tl.load(total_ptr + b)
+    moved = 0 * t
+    for first in range(0, d, BLOCK_D):
+        column = first + tl.arange(0, BLOCK_D)
+        inside = column < d
+        sums = tl.zeros((BLOCK_D,), tl.float64)
+        for split in tl.static_range(SPLITS):
+            part = tl.load(sums_ptr + (B * split + b) * width + column, mask=inside, other=0.0)
+            sums += part.to(tl.float64)
+        x = tl.load(x_ptr + b * d + column, mask=inside, other=0.0).to(tl.float64)
+        origin = tl.load(origin_ptr + column, mask=inside, other=0.0)
+        before = tl.load(out_ptr + b * d + column, mask=inside, other=0.0)
+        after = before + factor * (unit * sums + rest * (origin - x))
+        tl.store(out_ptr + b * d + column, after, mask=inside)
+        if not BACKWARD:
+            scaled, step = (x - origin) / unit, tl.load(steps_ptr + b)
+            left = tl.where(inside, scaled - multiple(scaled, step) * step, 0.0)
+            mean = tl.load(mean_ptr + column, mask=inside, other=0.0)
+            moved += tl.sum(left * (sums - rest * mean), 0)
+    if not BACKWARD:
+        moved *= 2 * slope * unit * factor
+        tl.store(log_mass_ptr + b, tl.load(log_mass_ptr + b) + moved)
+        tl.store(log_weight_ptr + b, tl.load(log_weight_ptr + b) - moved)
