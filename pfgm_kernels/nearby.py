@@ -16,7 +16,7 @@ import hashlib
 import io
 import math
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -219,41 +219,43 @@ class _Bounds:
         self, level: Sketch, norms: Tensor, x: Tensor, squared: Tensor, workspace: int
     ) -> None:
         self.level, self.norms, self.workspace = level, norms, workspace
-        self.inside = x @ level.basis.T
-        held = self.inside.square().sum(1)
+        inside = x @ level.basis.T
+        held = inside.square().sum(1)
         self.outside = ((squared - held).clamp(min=0) + ROUNDING * squared).sqrt()
         self.error = 2 * held.sqrt() * level.scale[1] + ROUNDING * (squared + norms.max())
+        one = torch.ones_like(held)
+        self._factors = torch.column_stack(
+            [inside * (2 * level.scale[0]), 2 * self.outside, -one, self.error]
+        )
 
     def of(self, queries: Tensor) -> _Bounds:
         """Those of some of the queries."""
-        made = object.__new__(_Bounds)
-        made.level, made.norms, made.workspace = self.level, self.norms, self.workspace
-        for name in ("inside", "outside", "error"):
-            setattr(made, name, getattr(self, name)[queries])
+        made = copy.copy(self)
+        made.outside, made.error = self.outside[queries], self.error[queries]
+        made._factors = self._factors[queries]
         return made
 
-    def _parts(self) -> Any:
-        """Chunks of references: the first, and what their r is at least (n, m)."""
-        size = max(
-            64, self.workspace // (32 * max(1, len(self.inside)) + 16 * len(self.level.basis))
-        )
+    def least(self) -> Iterator[tuple[int, Tensor]]:
+        """Chunks of references: the first, and what their r is at least (n, m), negative."""
+        row_bytes = 16 * len(self._factors) + 24 * self._factors.shape[1]
+        size = max(64, self.workspace // row_bytes)
         for start in range(0, len(self.norms), size):
             part = slice(start, start + size)
-            points = self.level.points[part].double()
-            products = (self.inside * (2 * self.level.scale[0])) @ points.T
-            products += 2 * self.outside[:, None] * self.level.rest[part].double()
-            yield start, products.neg_().add_(self.norms[part]).sub_(self.error[:, None])
+            points, rest = self.level.points[part].double(), self.level.rest[part].double()
+            one = torch.ones_like(rest)
+            terms = torch.column_stack([points, rest, self.norms[part], one])
+            yield start, self._factors @ terms.T
 
     def likely(self) -> Tensor:
         """(n, LIKELY) references that seem to be the nearest."""
         count = min(LIKELY, len(self.norms))
-        least = self.inside.new_empty((len(self.inside), 0))
-        places = least.long()
-        for start, r in self._parts():
-            some = r.topk(min(count, r.shape[1]), largest=False)
-            least = torch.cat([least, some.values], 1)
+        most = self.norms.new_empty((len(self.error), 0))
+        places = most.long()
+        for start, minus in self.least():
+            some = minus.topk(min(count, minus.shape[1]))
+            most = torch.cat([most, some.values], 1)
             places = torch.cat([places, some.indices + start], 1)
-            least, order = least.topk(min(count, least.shape[1]), largest=False)
+            most, order = most.topk(min(count, most.shape[1]))
             places = places.gather(1, order)
         return places
 
@@ -263,8 +265,8 @@ class _Bounds:
         """
         counts = torch.zeros_like(limit, dtype=torch.int64)
         hits = []
-        for start, r in self._parts():
-            near = r <= limit[:, None]
+        for start, minus in self.least():
+            near = minus >= -limit[:, None]
             counts += near.sum(1)
             near[counts > FEW] = False  # nonzero would list them all
             hits.append(near.nonzero() + torch.tensor([0, start], device=near.device))

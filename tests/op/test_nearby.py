@@ -221,7 +221,7 @@ def test_no_reference_of_weight_is_lost(seed):
     shifted = (x - grid[4:]) / 0.5
     squared = shifted.square().sum(1)
     bounds = nearby._Bounds(level, norms, shifted, squared, 1 << int(random.integers(10, 20)))
-    least = torch.cat([r for _, r in bounds._parts()], 1)
+    least = -torch.cat([minus for _, minus in bounds.least()], 1)
     exact = (x[:, None] - x0.double()).square().sum(2) / 0.25 - squared[:, None]
     assert (least <= exact).all()
     assert isinstance(level, Sketch)
