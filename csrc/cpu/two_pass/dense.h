@@ -199,6 +199,7 @@ struct SecondPass {
                    partial.get() + thread * kGatherColumns * kTileQueries,
                    totals.get() + thread * totals_size, sums.get() + part * size);
     });
+    if (strips.parts == 1) return sums;
     for_queries([&](int64_t i, int64_t) {
       for (int64_t part = 1; part < strips.parts; ++part) {
         const double* more = sums.get() + part * size + i * p.dim;

@@ -104,13 +104,17 @@ struct Candidates {
   double nearest_r = INFINITY;
 
   // Goes on with what was found among the references behind these.
-  void append(const Candidates& next, int64_t few) {
+  void append(Candidates& next, int64_t few) {
     if (next.nearest_r < nearest_r) {
       nearest_r = next.nearest_r;
       nearest = next.nearest;
     }
     if (too_many) return;
-    list.insert(list.end(), next.list.begin(), next.list.end());
+    if (list.empty()) {
+      list.swap(next.list);
+    } else {
+      list.insert(list.end(), next.list.begin(), next.list.end());
+    }
     too_many = static_cast<int64_t>(list.size()) > few;
     if (!too_many) return;
     list.resize(few + 1);
@@ -215,14 +219,14 @@ void select_as(const Screen& screen, const Largest& largest, std::vector<Candida
   parallel_for(p.num_threads, shares.count(),
                [&](int64_t share, int) { shares.for_pieces(share, scan); });
   const std::vector<int64_t>& rows = screen.tiles.rows;
-  parallel_for(p.num_threads, static_cast<int64_t>(rows.size()), [&](int64_t i, int) {
+  for (size_t i = 0; i < rows.size(); ++i) {
     const int64_t* ends = shares.tiles.data() + i / kFloatLanes;
     Candidates& all = candidates[rows[i]];
     all.smallest = found[ends[0] * kFloatLanes + i % kFloatLanes].smallest;
     for (int64_t n = ends[0]; n < ends[1]; ++n) {
       all.append(found[n * kFloatLanes + i % kFloatLanes], few);
     }
-  });
+  }
 }
 
 template <class Largest>
