@@ -60,7 +60,9 @@ def poisson_field(
         x: (B, *event) float16, bfloat16, float32 or float64: the queries.
         t: number, 0-dim or (B,): the distance from the data's plane, in the units of x. For D > 1
             the augmented radius r = σ√D; for D = ∞ it is σ itself.
-        x0: (N, *event) tensor or ReferenceSet: the reference batch.
+        x0: (N, *event) tensor or ReferenceSet: the reference batch. A tensor is what it holds at
+            the call, however it was edited since the last one (through `.data`, by NumPy): it is
+            prepared anew each time. A ReferenceSet is prepared once, and stays as it was then.
         D: dimensions added to the data's d, real, ≥ 0; 1 is PFGM, `math.inf` the Gaussian kernel.
         gamma: ≥ 0, added to the norm, in the units of x.
         scale: factor of the normalised field.

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 NO_TABLE = torch.empty(0)
 STEP = 1 / 40  # no power of two: float32 rounds the grid's values
-D = 100  # two spans of 64 columns; of 300 references the sample reads 81, the second is not one
+D = 100  # two spans of 64 columns; of 300 references the sample reads a quarter of the values
 
 
 def prepare(values: Tensor, table: Tensor = NO_TABLE) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -76,10 +76,10 @@ def test_more_steps_than_codes():
 @pytest.mark.parametrize("column", [0, 63, 64, 99])
 @pytest.mark.parametrize(
     ("position", "coded"),
-    [(-77, True), (178, True), (-78, False), (179, False), (-400, False), (10.5, False)],
+    [(-155, True), (255, True), (-156, False), (256, False), (-400, False), (10.5, False)],
 )
 def test_one_value_elsewhere(row, column, position, coded):
-    """In a row that is not in the sample. Its 101 codes get the middle of 256."""
+    """Beside 101 codes, which get the middle of 256; there is room for 256 wherever they lie."""
     values = on_a_grid(100, -1.25)
     values[row, column] = -1.25 + STEP * position
     assert check(values) is coded

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a ReferenceSet notice that its references were edited after it was prepared?"""
+"""Does a ReferenceSet notice that its references were edited after it was prepared? And does a
+call with a tensor answer for what that holds?
+"""
 
 from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable
 from functools import partial
 
@@ -27,6 +30,26 @@ EDITS: dict[str, Callable[[Tensor], object]] = {
     "detached": lambda y: y.detach().add_(1),
     "copied over": lambda y: y.copy_(y.flip(0)),
 }
+
+
+def in_a_thread(y: Tensor) -> None:
+    thread = threading.Thread(target=lambda: y.data.mul_(2))
+    thread.start()
+    thread.join()
+
+
+UNSEEN: dict[str, Callable[[Tensor], object]] = {
+    "data": lambda y: y.data.mul_(2),
+    "one value of the data": lambda y: y.data.view(-1)[77].add_(1),
+    "NumPy": lambda y: y.numpy().__imul__(2),
+    "other storage": lambda y: y.set_(y.flip(0) * 2),
+    "other storage of the data": lambda y: setattr(y, "data", y.flip(0) * 2),
+    "resized": lambda y: y.resize_(2 * len(y), y.shape[1]).copy_(stored(y.dtype, *y.shape)),
+    "fewer": lambda y: y.resize_(len(y) // 2, y.shape[1]),
+    "a swap": lambda y: torch.utils.swap_tensors(y, y.flip(0) * 2),
+    "another thread": in_a_thread,
+}
+"""Edits that no version, no address or neither tells of."""
 
 
 def stored(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -98,6 +121,35 @@ def test_edits_that_are_no_concern_of_the_set(backend):
     for references in (ReferenceSet(y), y):
         v, _ = backend.displacement(x, 1.0, references)
         assert_displacement(v, solve(x, 1.0, y), float32_contract(backend.name))
+
+
+@pytest.mark.parametrize("d", [3, 40, 100])
+@pytest.mark.parametrize("edit", EDITS | UNSEEN)
+def test_a_tensor_is_what_it_holds(edit, d, backend):
+    """Nothing that was prepared of it is taken for it. Integers are images, which are encoded; so
+    far away all of them have weight, by what was prepared.
+    """
+    x, y = torch.rand(4, d, generator=seeded()), stored(torch.float32, 200, d)
+    for _ in range(3):
+        v, _ = backend.displacement(x, 300.0, y)
+        assert_displacement(v, solve(x, 300.0, y), float32_contract(backend.name))
+        (EDITS | UNSEEN)[edit](y)
+
+
+@pytest.mark.parametrize("d", [3, 40])
+def test_other_tensors_at_the_same_address(d, backend):
+    x, memory = torch.rand(4, d, generator=seeded()), stored(torch.float32, 400, d).numpy()
+    for rows in (slice(0, 200), slice(0, 200), slice(0, 100), slice(200, 400)):
+        memory[:200] = memory[rows].repeat(200 // len(memory[rows]), axis=0) * 2
+        y = torch.from_numpy(memory[:200])
+        v, _ = backend.displacement(x, 300.0, y)
+        assert_displacement(v, solve(x, 300.0, y), float32_contract(backend.name))
+        del y
+    base = stored(torch.float32, 400, 2 * d)
+    for y in (base[:, :d], base[:, d:], base[::2, :d], base[:, :d]):
+        v, _ = backend.displacement(x, 300.0, y)
+        assert_displacement(v, solve(x, 300.0, y), float32_contract(backend.name))
+        base.data.mul_(2)
 
 
 def test_copies_count_anew():

@@ -35,22 +35,28 @@ inline bool coincide(const FieldParams& p, int64_t a, int64_t b, double norm) {
 inline bool has_crowds(const FieldParams& p) {
   constexpr int64_t kSampleRows = 1024, kSampleColumns = 16, kCrowd = 8;
   const int64_t rows = std::min(p.count, kSampleRows), columns = std::min(p.dim, kSampleColumns);
-  const auto row = [&](int64_t i) {  // one of the i-th share, at random: an order may have a period
-    const int64_t first = p.count * i / rows, share = p.count * (i + 1) / rows - first;
-    return first + static_cast<int64_t>((static_cast<uint32_t>(i) * 2654435761u) >> 16) % share;
-  };
-  const auto value = [&](int64_t i, int64_t c) {
-    return decode(p, row(i) * p.dim + p.dim * c / columns);
-  };
+  const auto pick =
+      [&](int64_t i) {  // one of the i-th share, at random: an order may have a period
+        const int64_t first = p.count * i / rows, share = p.count * (i + 1) / rows - first;
+        return first + static_cast<int64_t>((static_cast<uint32_t>(i) * 2654435761u) >> 16) % share;
+      };
   std::vector<std::pair<double, int64_t>> sample(rows);
+  std::vector<double> column(rows);
   std::vector<double> norms(rows);  // ‖x0 − their mean‖², from the columns
-  for (int64_t i = 0; i < rows; ++i) sample[i].second = i;
+  std::vector<int64_t> picked(rows);
+  for (int64_t i = 0; i < rows; ++i) {
+    picked[i] = pick(i);
+    sample[i].second = i;
+  }
   for (int64_t c = 0; c < columns; ++c) {
     double mean = 0;
-    for (int64_t i = 0; i < rows; ++i) mean += value(i, c) / static_cast<double>(rows);
+    for (int64_t i = 0; i < rows; ++i) {
+      column[i] = decode(p, picked[i] * p.dim + p.dim * c / columns);
+      mean += column[i] / static_cast<double>(rows);
+    }
     const double direction = ::fmod(0.618 * static_cast<double>(c + 1), 1.0) + 0.5;
     for (int64_t i = 0; i < rows; ++i) {
-      const double centred = value(i, c) - mean;
+      const double centred = column[i] - mean;
       sample[i].first += direction * centred;
       norms[i] += centred * centred * static_cast<double>(p.dim) / static_cast<double>(columns);
     }
@@ -60,19 +66,22 @@ inline bool has_crowds(const FieldParams& p) {
   int64_t equal = 0;
   for (int64_t i = 1; i < rows && equal < kCrowd; ++i) {
     const int64_t a = sample[i - 1].second, b = sample[i].second;
-    equal += coincide(p, row(a), row(b), norms[a]);
+    equal += coincide(p, picked[a], picked[b], norms[a]);
   }
   return equal >= kCrowd || equal * 64 > rows;
 }
 
-// Whether there are few values, judged by a sample from all columns.
+// Whether there are few values, judged by a sample from all columns: mostly, a part of it does.
 inline bool has_few_values(const FieldParams& p) {
   constexpr int64_t kSampleSize = 1024, kFew = 32, kStride = 2654435761;  // a prime
   const int64_t total = p.count * p.dim, size = std::min(total, kSampleSize);
-  std::vector<double> sample(size);
-  for (int64_t i = 0; i < size; ++i) sample[i] = finite_or_zero(decode(p, i * kStride % total));
-  std::sort(sample.begin(), sample.end());
-  return std::unique(sample.begin(), sample.end()) - sample.begin() <= kFew;
+  const auto few = [&](int64_t of) {
+    std::vector<double> sample(of);
+    for (int64_t i = 0; i < of; ++i) sample[i] = finite_or_zero(decode(p, i * kStride % total));
+    std::sort(sample.begin(), sample.end());
+    return std::unique(sample.begin(), sample.end()) - sample.begin() <= kFew;
+  };
+  return few(std::min(size, 4 * kFew)) && few(size);
 }
 
 inline bool are_alike(const FieldParams& p) { return has_few_values(p) || has_crowds(p); }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "alike.h"
+#include "sparse.h"
 
 namespace pfgm {
 namespace {
@@ -37,32 +38,45 @@ Grid table_grid(const float* table) {
   return grid;
 }
 
-// The grid that a sample of the values lies on, with room on both sides for values outside of it.
-Grid sample_grid(const FieldParams& p) {
+// Values from all over the references, in runs at random places: an order may have a period.
+std::vector<float> sample_values(const FieldParams& p) {
   const float* values = static_cast<const float*>(p.values);
-  const int64_t rows = std::max<int64_t>(1, std::min(p.count, kSampleSize / p.dim));
+  const int64_t total = p.count * p.dim;
+  if (total <= kSampleSize) return {values, values + total};
+  constexpr int64_t kRun = 64, kRuns = kSampleSize / kRun;
   std::vector<float> sample;
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* row = values + p.count * i / rows * p.dim;
-    sample.insert(sample.end(), row, row + std::min(p.dim, kSampleSize));
+  for (int64_t i = 0; i < kRuns; ++i) {
+    const int64_t first = total * i / kRuns, share = total * (i + 1) / kRuns - first;
+    const int64_t place = static_cast<uint32_t>(i) * 2654435761u % (share - kRun + 1);
+    sample.insert(sample.end(), values + first + place, values + first + place + kRun);
   }
+  return sample;
+}
+
+// The smallest gap among some values, which get sorted, of those that no rounding makes; else
+// `most`.
+double smallest_gap(std::vector<float>& values, double tolerance, double most) {
+  std::sort(values.begin(), values.end());
+  values.erase(std::unique(values.begin(), values.end()), values.end());
+  for (size_t i = 1; i < values.size(); ++i) {
+    const double gap = double{values[i]} - values[i - 1];
+    if (gap > 4 * tolerance) most = std::min(most, gap);
+  }
+  return most;
+}
+
+// The grid that a sample lies on, of values from low to high, with room on both sides for others.
+Grid sample_grid(std::vector<float> sample, double low, double high) {
+  const double range = high - low;
   Grid grid;
-  for (const float v : sample) {
-    if (!std::isfinite(v)) return grid;
-  }
-  std::sort(sample.begin(), sample.end());
-  sample.erase(std::unique(sample.begin(), sample.end()), sample.end());
-  const double low = sample.front(), range = sample.back() - low;
   if (!(range > 0) || !std::isfinite(range)) return grid;
   grid.tolerance = kGridTolerance * range;
-  double step = range;
-  for (size_t i = 1; i < sample.size(); ++i) {
-    const double gap = double{sample[i]} - sample[i - 1];
-    if (gap > 4 * grid.tolerance) step = std::min(step, gap);
-  }
-  const double steps = std::round(range / step);
+  std::vector<float> few;  // which mostly do to see that there is no grid
+  for (size_t i = 0; i < sample.size(); i += 16) few.push_back(sample[i]);
+  if (std::round(range / smallest_gap(few, grid.tolerance, range)) > 255) return grid;
+  const double steps = std::round(range / smallest_gap(sample, grid.tolerance, range));
   if (steps > 255) return grid;
-  step = range / steps;
+  const double step = range / steps;
   for (const float v : sample) {
     grid.off = std::max(grid.off, std::abs(v - (low + step * std::round((v - low) / step))));
   }
@@ -106,12 +120,44 @@ bool encode_row(const float* values, int64_t dim, const Grid& grid, uint8_t* cod
   return fits;
 }
 
-template <class Row>
-void for_rows(const FieldParams& p, const Row& row) {
-  parallel_for(p.num_threads, (p.count + kPrepareRows - 1) / kPrepareRows, [&](int64_t task, int) {
-    const int64_t first = task * kPrepareRows;
-    for (int64_t j = first; j < std::min(p.count, first + kPrepareRows); ++j) row(j);
+// The least and the largest of some values; NaN are none.
+struct Range {
+  float low = INFINITY, high = -INFINITY;
+
+  void add(const float* values, int64_t count) {
+    VecF least = broadcast(low), most = broadcast(high);
+    int64_t i = 0;
+    for (; i + kFloatLanes <= count; i += kFloatLanes) {
+      least = smaller(load(values + i), least);
+      most = larger(load(values + i), most);
+    }
+    for (int lane = 0; lane < kFloatLanes; ++lane) add(least[lane], most[lane]);
+    for (; i < count; ++i) add(values[i], values[i]);
+  }
+  void add(float least, float most) {
+    low = least < low ? least : low;
+    high = most > high ? most : high;
+  }
+};
+
+// Calls task(first, last) for runs of references.
+template <class Task>
+void for_runs(const FieldParams& p, const Task& task) {
+  const int64_t runs = (p.count + kPrepareRows - 1) / kPrepareRows;
+  parallel_for(p.num_threads, runs, [&](int64_t run, int) {
+    task(run * kPrepareRows, std::min(p.count, (run + 1) * kPrepareRows));
   });
+}
+
+Range all_values(const FieldParams& p) {
+  const float* values = static_cast<const float*>(p.values);
+  std::vector<Range> ranges((p.count + kPrepareRows - 1) / kPrepareRows);
+  for_runs(p, [&](int64_t first, int64_t last) {
+    ranges[first / kPrepareRows].add(values + first * p.dim, (last - first) * p.dim);
+  });
+  Range all;
+  for (const Range& range : ranges) all.add(range.low, range.high);
+  return all;
 }
 
 // The middle of a sample of the references, to a few digits of its distance from them: float then
@@ -138,8 +184,8 @@ void sample_mean(const FieldParams& p, double* mean) {
   }
 }
 
-// The grid (operands.h) with its origin moved to the next code. Returns the codes of that.
-std::vector<int32_t> write_grid(const FieldParams& p, const Grid& grid) {
+// The grid (operands.h), its origin the point of it next to the mean. Returns the codes of that.
+std::vector<int32_t> write_grid(const FieldParams& p, const Grid& grid, const double* mean) {
   p.grid[0] = grid.step;
   p.grid[1] = std::sqrt(static_cast<double>(p.dim)) * 2 * grid.tolerance / std::abs(grid.step);
   p.grid[2] = grid.off > 0;
@@ -147,7 +193,7 @@ std::vector<int32_t> write_grid(const FieldParams& p, const Grid& grid) {
   double* origin = p.grid + kGridHeader;
   std::vector<int32_t> origin_codes(p.dim);
   for (int64_t c = 0; c < p.dim; ++c) {
-    const double code = std::clamp((origin[c] - grid.low) / grid.step, 0.0, 255.0);
+    const double code = std::clamp((mean[c] - grid.low) / grid.step, 0.0, 255.0);
     origin_codes[c] = static_cast<int32_t>(std::lrint(code));
     origin[c] = grid.low + grid.step * origin_codes[c];
   }
@@ -168,45 +214,83 @@ void centre_rounding(const FieldParams& p, const Grid& grid, const uint8_t* code
 }
 
 // Codes and norms; false where the values are not on the grid.
-bool encode(const FieldParams& p, const Grid& grid) {
+bool encode(const FieldParams& p, const Grid& grid, const double* mean) {
   if (grid.step == 0) return false;
   const bool encoded = p.value_type == ValueType::kUint8;
   if (!encoded) use_huge_pages(p.codes, p.count * p.dim);
   const uint8_t* codes = encoded ? static_cast<const uint8_t*>(p.values) : p.codes;
-  const std::vector<int32_t> origin = write_grid(p, grid);
+  const std::vector<int32_t> origin = write_grid(p, grid, mean);
   std::atomic<bool> fits{true};
-  for_rows(p, [&](int64_t j) {
-    if (!fits.load(std::memory_order_relaxed)) return;
-    const int64_t start = j * p.dim;
-    const float* values = static_cast<const float*>(p.values) + start;
-    if (!encoded && !encode_row(values, p.dim, grid, p.codes + start)) fits = false;
-    p.norms[j] = code_norm(codes + start, origin.data(), p.dim);
+  for_runs(p, [&](int64_t first, int64_t last) {
+    for (int64_t j = first; j < last; ++j) {
+      if (!fits.load(std::memory_order_relaxed)) return;
+      const int64_t start = j * p.dim;
+      const float* values = static_cast<const float*>(p.values) + start;
+      if (!encoded && !encode_row(values, p.dim, grid, p.codes + start)) fits = false;
+      p.norms[j] = code_norm(codes + start, origin.data(), p.dim);
+    }
   });
   if (fits) centre_rounding(p, grid, codes);
   return fits;
 }
 
+// The same of floats, by a grid that a sample of them lies on. Their range is looked up only where
+// that of the sample leaves out some.
+bool encode_floats(const FieldParams& p, const double* mean) {
+  const std::vector<float> sample = sample_values(p);
+  Range range;
+  for (const float v : sample) {
+    if (!std::isfinite(v)) return false;
+    range.add(v, v);
+  }
+  const Grid grid = sample_grid(sample, range.low, range.high);
+  if (grid.step == 0 || encode(p, grid, mean)) return grid.step != 0;
+  const Range all = all_values(p);
+  if (all.low == range.low && all.high == range.high) return false;
+  return encode(p, sample_grid(sample, all.low, all.high), mean);
+}
+
+// ‖y‖² of a reference that has no codes, NaN where it is not finite.
+template <Source kSource>
+double float_norm(const Row<kSource> row, const double* origin, int64_t dim) {
+  constexpr int kChains = 4;  // sums in flight
+  Vec sums[kChains] = {};
+  const auto add = [&](int64_t c, int chain) {
+    const Vec y = round_to_float(row.read(c) - load(origin + c));
+    sums[chain] += y * y;
+  };
+  int64_t c = 0;
+  for (; c + kChains * kLanes <= dim; c += kChains * kLanes) {
+    for (int i = 0; i < kChains; ++i) add(c + i * kLanes, i);
+  }
+  for (; c + kLanes <= dim; c += kLanes) add(c, 0);
+  double sum = reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; c < dim; ++c) {
+    const double y = static_cast<float>(row.read_one(c) - origin[c]);
+    sum += y * y;
+  }
+  return sum - sum == 0 ? sum : NAN;
+}
+
 // Codes, norms and all of the grid; what it says of references that are alike, as if they were.
 void encode_or_centre(const FieldParams& p) {
-  double* origin = p.grid + kGridHeader;
-  sample_mean(p, origin);
-  const std::vector<double> mean(origin, origin + p.dim);
+  std::vector<double> mean(p.dim);
+  sample_mean(p, mean.data());
   if (p.value_type == ValueType::kUint8) {
-    if (encode(p, table_grid(p.table))) return;
+    if (encode(p, table_grid(p.table), mean.data())) return;
   } else if (p.codes) {
-    if (encode(p, sample_grid(p))) return;
+    if (encode_floats(p, mean.data())) return;
   }
-  std::copy(mean.begin(), mean.end(), origin);
+  std::copy(mean.begin(), mean.end(), p.grid + kGridHeader);
   p.grid[0] = 1;
   p.grid[1] = -1;
   p.grid[2] = 1;
-  for_rows(p, [&](int64_t j) {
-    double sum = 0;
-    for (int64_t c = 0; c < p.dim; ++c) {
-      const double y = static_cast<float>(decode(p, j * p.dim + c) - origin[c]);
-      sum += y * y;
+  const RowReader reader(p);
+  for_runs(p, [&](int64_t first, int64_t last) {
+    for (int64_t j = first; j < last; ++j) {
+      p.norms[j] =
+          with_row(reader, j, [&](const auto& row) { return float_norm(row, mean.data(), p.dim); });
     }
-    p.norms[j] = sum - sum == 0 ? sum : NAN;
   });
 }
 

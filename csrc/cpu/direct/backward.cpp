@@ -155,27 +155,31 @@ void backward_tile(const FieldParams& p, const Weights& quotient, int64_t start,
 }  // namespace
 
 void PFGM_ISA::direct_backward_queries(const FieldParams& p, uint8_t* uncertified) {
-  const int64_t tiles = (p.batch + kQueries - 1) / kQueries, ld = round_up(p.dim, kPad);
-  const int64_t num_parts = count_parts(p, tiles), rows = num_parts * p.batch;
+  const int64_t ld = round_up(p.dim, kPad);
+  const Shares shares = direct_shares(p);
+  const int64_t rows = shares.size() * kQueries;
   const Weights quotient(p.half_k + 1);
   const Buffer<double> dx(rows * p.dim), dt(rows);
   const Buffer<bool> certified(rows);
-  parallel_for(p.num_threads, tiles * num_parts, [&](int64_t task, int) {
-    const int64_t start = task % tiles * kQueries, part = task / tiles;
-    const int64_t out = part * p.batch + start;
+  const auto run_piece = [&](int64_t n) {
+    const Piece& piece = shares.pieces[n];
+    const int64_t start = piece.tile * kQueries, out = n * kQueries;
     dispatch(quotient.weighing, [&](auto weighing) {
       constexpr Weighing kWeighing = decltype(weighing)::value;
       const auto tile = p.tilt ? backward_tile<kWeighing, true> : backward_tile<kWeighing, false>;
-      tile(p, quotient, start, clamp_size(p.batch - start, kQueries), p.count * part / num_parts,
-           p.count * (part + 1) / num_parts, dx.get() + out * p.dim, dt.get() + out,
-           certified.get() + out);
+      tile(p, quotient, start, clamp_size(p.batch - start, kQueries), piece.first, piece.last,
+           dx.get() + out * p.dim, dt.get() + out, certified.get() + out);
     });
-  });
+  };
+  parallel_for(p.num_threads, shares.count(),
+               [&](int64_t share, int) { shares.for_pieces(share, run_piece); });
   for (int64_t b = 0; b < p.batch; ++b) {
     uncertified[b] = 0;
     p.dt[b] = 0;
     for (int64_t c = 0; p.dx && c < ld; ++c) p.dx[b * ld + c] = 0;
-    for (int64_t row = b; row < rows; row += p.batch) {
+    const int64_t* ends = shares.tiles.data() + b / kQueries;
+    for (int64_t n = ends[0]; n < ends[1]; ++n) {
+      const int64_t row = n * kQueries + b % kQueries;
       if (!certified[row]) uncertified[b] = 1;
       p.dt[b] += dt[row];
       for (int64_t c = 0; p.dx && c < p.dim; ++c) p.dx[b * ld + c] += dx[row * p.dim + c];

@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "../../field_math.h"
+#include "../common/shares.h"
 #include "../common/simd.h"
 
 namespace pfgm {
@@ -23,6 +24,7 @@ constexpr int kBlock = 256;   // references in a block, whose float sums go into
 constexpr int kRun = 16;      // references whose sums start from zero: equal terms round alike
 constexpr int kColumns = 8;   // columns whose sums stay in registers
 constexpr int kMaxDim = 24;   // kMaxDirectDim
+constexpr int64_t kDirectPart = 4 * kBlock;
 constexpr int kTileVectors = kQueries / kFloatLanes;
 
 // How weights relative to the scale are computed.
@@ -77,13 +79,12 @@ inline bool fits_float(const RadialKernel& kernel, double distance) {
   return size > 1e-25 && size < 1e25 && distance < 1e25 && distance * slope <= kMostSlope;
 }
 
-// Parts of the references: several where there are too few tiles for the threads to share evenly.
-inline int64_t count_parts(const FieldParams& p, int64_t tiles) {
-  if (tiles % p.num_threads == 0 || tiles >= 4 * p.num_threads) return 1;
-  const int64_t wanted =
-      tiles < p.num_threads ? (p.num_threads + tiles - 1) / tiles : p.num_threads;
-  const int64_t most = (p.count + kBlock - 1) / kBlock;
-  return wanted < most ? wanted : most;
+inline Shares direct_shares(const FieldParams& p) {
+  const int64_t tiles = (p.batch + kQueries - 1) / kQueries;
+  const auto vectors = [&](int64_t tile) {
+    return (clamp_size(p.batch - tile * kQueries, kQueries) + kFloatLanes - 1) / kFloatLanes;
+  };
+  return {p.num_threads, tiles, vectors, p.count, kDirectPart};
 }
 
 // A compile-time integer as an argument.

@@ -287,9 +287,9 @@ void forward_tile(const Pass& pass, int64_t start, int size, Part* parts, double
   }
 }
 
-// Combines the parts of query b, `stride` apart, and normalises; false where one is not certified.
+// Combines the parts of query b, a tile apart, and normalises; false where one is not certified.
 bool combine(const FieldParams& p, int64_t b, const Part* parts, const double* displacements,
-             int64_t stride, int64_t num_parts) {
+             int64_t num_parts) {
   const int64_t ld = round_up(p.dim, kPad);
   const RadialKernel kernel(p.half_k, p.t[b]);
   OnlineState state;
@@ -297,13 +297,13 @@ bool combine(const FieldParams& p, int64_t b, const Part* parts, const double* d
   double* displacement = p.displacement + b * ld;
   for (int64_t c = 0; c < ld; ++c) displacement[c] = 0;
   for (int64_t i = 0; i < num_parts; ++i) {
-    const Part& part = parts[i * stride];
+    const Part& part = parts[i * kQueries];
     if (!part.certified) return false;
     if (part.state.nearest < state.nearest) anchor = part.anchor;
     const auto factors = state.merge(part.state, kernel);
     for (int64_t c = 0; c < ld; ++c) {
       displacement[c] =
-          factors.own * displacement[c] + factors.theirs * displacements[i * stride * ld + c];
+          factors.own * displacement[c] + factors.theirs * displacements[i * kQueries * ld + c];
     }
   }
   for (int64_t c = 0; c < ld; ++c) displacement[c] /= state.sum;
@@ -316,23 +316,25 @@ bool combine(const FieldParams& p, int64_t b, const Part* parts, const double* d
 }  // namespace
 
 void PFGM_ISA::direct_forward(const FieldParams& p, uint8_t* uncertified) {
-  const int64_t tiles = (p.batch + kQueries - 1) / kQueries, ld = round_up(p.dim, kPad);
-  const int64_t num_parts = count_parts(p, tiles);
+  const int64_t ld = round_up(p.dim, kPad);
+  const Shares shares = direct_shares(p);
   const bool alike = p.half_k > kLeastAlike && are_alike(p);
-  const Buffer<Part> parts(num_parts * p.batch);
-  const Buffer<double> displacements(num_parts * p.batch * ld);
-  parallel_for(p.num_threads, tiles * num_parts, [&](int64_t task, int) {
-    const int64_t start = task % tiles * kQueries, part = task / tiles;
-    const Pass pass(p, p.count * part / num_parts, p.count * (part + 1) / num_parts, alike);
-    const int64_t out = part * p.batch + start;
-    forward_tile(pass, start, clamp_size(p.batch - start, kQueries), parts.get() + out,
-                 displacements.get() + out * ld);
+  const Buffer<Part> parts(shares.size() * kQueries);
+  const Buffer<double> displacements(shares.size() * kQueries * ld);
+  parallel_for(p.num_threads, shares.count(), [&](int64_t share, int) {
+    shares.for_pieces(share, [&](int64_t n) {
+      const Piece& piece = shares.pieces[n];
+      const int64_t start = piece.tile * kQueries, out = n * kQueries;
+      const Pass pass(p, piece.first, piece.last, alike);
+      forward_tile(pass, start, clamp_size(p.batch - start, kQueries), parts.get() + out,
+                   displacements.get() + out * ld);
+    });
   });
-  parallel_for(p.num_threads, tiles, [&](int64_t tile, int) {
-    for (int64_t b = tile * kQueries; b < std::min(p.batch, (tile + 1) * kQueries); ++b) {
-      uncertified[b] =
-          !combine(p, b, parts.get() + b, displacements.get() + b * ld, p.batch, num_parts);
-    }
+  parallel_for(p.num_threads, p.batch, [&](int64_t b, int) {
+    const int64_t* ends = shares.tiles.data() + b / kQueries;
+    const int64_t from = ends[0] * kQueries + b % kQueries;
+    uncertified[b] =
+        !combine(p, b, parts.get() + from, displacements.get() + from * ld, ends[1] - ends[0]);
   });
 }
 

@@ -97,37 +97,39 @@ struct GroupWeights {
   }
 };
 
+// Sums over the references from first to last: dt (size,), and to dx (size,), unless that is null,
+// rows of ld columns.
 template <class Block>
-void queries_tile(const FieldParams& p, const int64_t* rows, int size, double* scratch) {
+void queries_tile(const FieldParams& p, const int64_t* rows, int size, int64_t first, int64_t last,
+                  double* scratch, double* const* dx, double* dt) {
   const int64_t ld = round_up(p.dim, kPad), step = Block::rows(p.dim);
   Query queries[kTile];
-  double dt[kTile] = {};
   for (int q = 0; q < size; ++q) {
     queries[q].start(p, rows[q]);
-    for (int64_t c = 0; p.dx && c < ld; ++c) p.dx[rows[q] * ld + c] = 0;
+    dt[q] = 0;
+    for (int64_t c = 0; dx && c < ld; ++c) dx[q][c] = 0;
   }
   Block block(scratch, p.dim);
   GroupWeights<Block> group;
-  for (int64_t first = 0; first < p.count; first += step) {
-    block.load(p, first, clamp_size(p.count - first, step));
+  for (; first < last; first += step) {
+    block.load(p, first, clamp_size(last - first, step));
     for (int start = 0; start < size; start += kGroup) {
       const int n = clamp_size(size - start, kGroup);
       if (!group.compute(block, queries + start, n, dt + start)) continue;
-      for (int q = 0; p.dx && q < n; ++q) {
-        block.gather(queries[start + q].x, group.coefficients[q], p.dx + rows[start + q] * ld);
+      for (int q = 0; dx && q < n; ++q) {
+        block.gather(queries[start + q].x, group.coefficients[q], dx[start + q]);
       }
     }
   }
-  for (int q = 0; q < size; ++q) {
-    p.dt[rows[q]] = dt[q];
-    for (int64_t c = 0; p.dx && c < ld; ++c) p.dx[rows[q] * ld + c] *= 2;
+  for (int q = 0; dx && q < size; ++q) {
+    for (int64_t c = 0; c < ld; ++c) dx[q][c] *= 2;
   }
 }
 
 template <class Block>
-void references_block(const FieldParams& p, int64_t first, double* scratch) {
+void references_block(const FieldParams& p, int64_t first, int64_t rows, double* scratch) {
   Block block(scratch, p.dim);
-  block.load(p, first, clamp_size(p.count - first, Block::rows(p.dim)));
+  block.load(p, first, clamp_size(p.count - first, rows));
   block.clear_gradient();
   GroupWeights<Block> group;
   for (int64_t b = 0; b < p.batch; b += kGroup) {
@@ -146,26 +148,54 @@ void references_block(const FieldParams& p, int64_t first, double* scratch) {
 }  // namespace
 
 void PFGM_ISA::exact_backward_queries(const FieldParams& p, Rows rows) {
-  const int64_t tile = tile_size(p, rows.size), scratch_size = block_size(p.dim);
-  const Buffer<double> scratch(p.num_threads * scratch_size);
-  parallel_for(p.num_threads, (rows.size + tile - 1) / tile, [&](int64_t task, int thread) {
-    const int size = clamp_size(rows.size - task * tile, tile);
-    int64_t index[kTile];
-    for (int q = 0; q < size; ++q) index[q] = rows[task * tile + q];
-    (p.dim <= kMaxColumnDim
-         ? queries_tile<ColumnBlock>
-         : queries_tile<RowBlock>)(p, index, size, scratch.get() + thread * scratch_size);
+  if (rows.size == 0) return;
+  const Shares shares = exact_shares(p, rows.size);
+  const int64_t ld = round_up(p.dim, kPad), scratch_size = block_size(p.dim);
+  const int64_t tiles = static_cast<int64_t>(shares.tiles.size()) - 1;
+  const Buffer<double> scratch(p.num_threads * scratch_size), dt(shares.size() * kTile);
+  const Buffer<double> others((p.dx ? shares.size() - tiles : 0) * kTile * ld);
+  // A row of a piece: in p.dx for the first one of its tile.
+  const auto row = [&](int64_t n, int64_t i) {
+    const int64_t tile = i / kTile;
+    if (n == shares.tiles[tile]) return p.dx + rows[i] * ld;
+    return others.get() + ((n - tile - 1) * kTile + i % kTile) * ld;
+  };
+  const auto tile = p.dim <= kMaxColumnDim ? queries_tile<ColumnBlock> : queries_tile<RowBlock>;
+  parallel_for(p.num_threads, shares.count(), [&](int64_t share, int thread) {
+    shares.for_pieces(share, [&](int64_t n) {
+      const Piece& piece = shares.pieces[n];
+      const int64_t start = piece.tile * kTile;
+      const int size = clamp_size(rows.size - start, kTile);
+      int64_t index[kTile];
+      double* dx[kTile];
+      for (int q = 0; q < size; ++q) {
+        index[q] = rows[start + q];
+        dx[q] = p.dx ? row(n, start + q) : nullptr;
+      }
+      tile(p, index, size, piece.first, piece.last, scratch.get() + thread * scratch_size,
+           p.dx ? dx : nullptr, dt.get() + n * kTile);
+    });
+  });
+  parallel_for(p.num_threads, rows.size, [&](int64_t i, int) {
+    const int64_t b = rows[i], *ends = shares.tiles.data() + i / kTile;
+    p.dt[b] = dt[ends[0] * kTile + i % kTile];
+    for (int64_t n = ends[0] + 1; n < ends[1]; ++n) {
+      p.dt[b] += dt[n * kTile + i % kTile];
+      for (int64_t c = 0; p.dx && c < ld; ++c) p.dx[b * ld + c] += row(n, i)[c];
+    }
   });
 }
 
 void PFGM_ISA::field_backward_references(const FieldParams& p) {
   const bool columns = p.dim <= kMaxColumnDim;
-  const int64_t step = columns ? ColumnBlock::rows(p.dim) : RowBlock::rows(p.dim);
+  const int64_t most = columns ? ColumnBlock::rows(p.dim) : RowBlock::rows(p.dim);
+  const int64_t step = even_block(p.num_threads, p.count, most);
   const int64_t scratch_size = 2 * block_size(p.dim);  // a block and its gradient
   const Buffer<double> scratch(p.num_threads * scratch_size);
   parallel_for(p.num_threads, (p.count + step - 1) / step, [&](int64_t task, int thread) {
-    (columns ? references_block<ColumnBlock>
-             : references_block<RowBlock>)(p, task * step, scratch.get() + thread * scratch_size);
+    (columns
+         ? references_block<ColumnBlock>
+         : references_block<RowBlock>)(p, task * step, step, scratch.get() + thread * scratch_size);
   });
 }
 

@@ -16,6 +16,7 @@
 #pragma once
 
 #include "../../field_math.h"
+#include "../common/shares.h"
 #include "../common/simd.h"
 
 namespace pfgm {
@@ -251,10 +252,11 @@ struct RowBlock {
   }
 };
 
-// Queries per task: large enough to pay for decoding, small enough to balance the threads.
-inline int64_t tile_size(const FieldParams& p, int64_t num_rows) {
-  const int64_t fair = num_rows / (2 * p.num_threads) / 4 * 4;
-  return fair < kTile / 2 ? kTile / 2 : fair < kTile ? fair : kTile;
+inline Shares exact_shares(const FieldParams& p, int64_t num_rows) {
+  const auto size = [&](int64_t tile) {
+    return round_up(clamp_size(num_rows - tile * kTile, kTile), kGroup);
+  };
+  return {p.num_threads, (num_rows + kTile - 1) / kTile, size, p.count, kMaxRows};
 }
 
 // Doubles that a block of references takes.

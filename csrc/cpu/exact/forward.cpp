@@ -111,18 +111,18 @@ void forward_tile(const FieldParams& p, const int64_t* rows, int size, int64_t b
   for (int q = 0; q < size; ++q) parts[q] = {queries[q].state, queries[q].anchor};
 }
 
-// Combines the parts of query b, `stride` apart, and normalises.
+// Combines the parts of query b, a tile apart, and normalises.
 void combine(const FieldParams& p, int64_t b, const Part* parts, const double* displacements,
-             int64_t stride, int num_splits) {
+             int64_t num_parts) {
   const int64_t ld = round_up(p.dim, kPad);
   const RadialKernel kernel(p.half_k, p.t[b]);
   OnlineState state = parts[0].state;
   int64_t anchor = parts[0].anchor;
   double* displacement = p.displacement + b * ld;
   for (int64_t c = 0; c < ld; ++c) displacement[c] = displacements[c];
-  for (int split = 1; split < num_splits; ++split) {
-    const Part& part = parts[split * stride];
-    const double* other = displacements + split * stride * ld;
+  for (int64_t i = 1; i < num_parts; ++i) {
+    const Part& part = parts[i * kTile];
+    const double* other = displacements + i * kTile * ld;
     if (part.state.nearest < state.nearest) anchor = part.anchor;
     const auto factors = state.merge(part.state, kernel);
     for (int64_t c = 0; c < ld; ++c) {
@@ -138,28 +138,28 @@ void combine(const FieldParams& p, int64_t b, const Part* parts, const double* d
 }  // namespace
 
 void PFGM_ISA::exact_forward(const FieldParams& p, Rows rows) {
-  const int64_t tile = tile_size(p, rows.size), tiles = (rows.size + tile - 1) / tile;
-  if (tiles == 0) return;
-  const int num_splits = clamp_size(p.count, (p.num_threads + tiles - 1) / tiles);
+  if (rows.size == 0) return;
+  const Shares shares = exact_shares(p, rows.size);
   const int64_t ld = round_up(p.dim, kPad), scratch_size = block_size(p.dim);
   const Buffer<double> scratch(p.num_threads * scratch_size);
-  const Buffer<double> displacements(num_splits * rows.size * ld);
-  const Buffer<Part> parts(num_splits * rows.size);
-  parallel_for(p.num_threads, tiles * num_splits, [&](int64_t task, int thread) {
-    const int64_t start = task % tiles * tile, split = task / tiles;
-    const int size = clamp_size(rows.size - start, tile);
-    int64_t index[kTile];
-    for (int q = 0; q < size; ++q) index[q] = rows[start + q];
-    const int64_t out = split * rows.size + start;
-    (p.dim <= kMaxColumnDim ? forward_tile<ColumnBlock>
-                            : forward_tile<RowBlock>)(p, index, size, p.count * split / num_splits,
-                                                      p.count * (split + 1) / num_splits,
-                                                      scratch.get() + thread * scratch_size,
-                                                      parts.get() + out,
-                                                      displacements.get() + out * ld);
+  const Buffer<double> displacements(shares.size() * kTile * ld);
+  const Buffer<Part> parts(shares.size() * kTile);
+  const auto tile = p.dim <= kMaxColumnDim ? forward_tile<ColumnBlock> : forward_tile<RowBlock>;
+  parallel_for(p.num_threads, shares.count(), [&](int64_t share, int thread) {
+    shares.for_pieces(share, [&](int64_t n) {
+      const Piece& piece = shares.pieces[n];
+      const int64_t start = piece.tile * kTile, out = n * kTile;
+      const int size = clamp_size(rows.size - start, kTile);
+      int64_t index[kTile];
+      for (int q = 0; q < size; ++q) index[q] = rows[start + q];
+      tile(p, index, size, piece.first, piece.last, scratch.get() + thread * scratch_size,
+           parts.get() + out, displacements.get() + out * ld);
+    });
   });
   parallel_for(p.num_threads, rows.size, [&](int64_t i, int) {
-    combine(p, rows[i], parts.get() + i, displacements.get() + i * ld, rows.size, num_splits);
+    const int64_t* ends = shares.tiles.data() + i / kTile;
+    const int64_t from = ends[0] * kTile + i % kTile;
+    combine(p, rows[i], parts.get() + from, displacements.get() + from * ld, ends[1] - ends[0]);
   });
 }
 

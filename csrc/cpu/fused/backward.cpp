@@ -135,14 +135,14 @@ struct PullTile {
 
 struct FusedBackward : FusedPass {
   uint8_t* uncertified;
-  std::vector<PullSums> partials{static_cast<size_t>(size * parts.count)};
+  std::vector<PullSums> partials{static_cast<size_t>(shares.size() * kTileQueries)};
 
   FusedBackward(const FieldParams& p, const Operands& o, const Tiles& tiles, uint8_t* uncertified)
       : FusedPass(p, o, tiles), uncertified(uncertified) {}
 
   void run() {
-    parallel_for(p.num_threads, tiles.count() * parts.count, [&](int64_t task, int thread) {
-      run_task(task / parts.count, task % parts.count, areas[thread]);
+    parallel_for(p.num_threads, shares.count(), [&](int64_t share, int thread) {
+      shares.for_pieces(share, [&](int64_t piece) { run_piece(piece, areas[thread]); });
     });
     std::vector<int64_t> rest;
     for (int64_t i = 0; i < size; ++i) {
@@ -195,7 +195,9 @@ struct FusedBackward : FusedPass {
     return sum * *value;
   }
 
-  void run_task(int64_t tile, int64_t part, FusedArea& area) {
+  void run_piece(int64_t n, FusedArea& area) {
+    const Piece& piece = shares.pieces[n];
+    const int64_t tile = piece.tile;
     const int64_t start = tile * kTileQueries, width = tiles.width(tile);
     const int tile_size = tiles.size(tile);
     PullTile state(*this, tile);
@@ -216,7 +218,7 @@ struct FusedBackward : FusedPass {
     pack_floats(tiles, tile, p.dim, value, cotangents.get(), residuals);
     double* totals = area.totals.get();
     std::fill_n(totals, p.dim * width, 0.0);
-    for_blocks(tiles, tile, parts, part, area, [&](FusedBlock& block, float* r, int64_t first) {
+    for_blocks(tiles, piece, area, [&](FusedBlock& block, float* r, int64_t first) {
       state.list_heavy(r, first, block.rows);
       block.multiply(cotangents.get(), p.dim, width, projections.get());
       if (!state.weigh(r, projections.get(), block.rows) || !p.dx) return;
@@ -225,13 +227,13 @@ struct FusedBackward : FusedPass {
         store(totals + i, load(totals + i) + widen(area.out.get() + i));
       }
     });
-    for (int q = 0; q < tile_size; ++q) finish(state, q, part, start + q, totals);
+    for (int q = 0; q < tile_size; ++q) finish(state, q, n, start + q, totals);
   }
 
-  void finish(const PullTile& state, int q, int64_t part, int64_t i, const double* totals) {
+  void finish(const PullTile& state, int q, int64_t piece, int64_t i, const double* totals) {
     const int64_t b = tiles.rows[i];
     const double *x = p.x + b * ld, total = state.sums[q].total, factor = state.factor[q];
-    double* out = p.dx ? row(part, i, p.dx) : nullptr;
+    double* out = p.dx ? row(piece, i, p.dx) : nullptr;
     for (int64_t c = 0; out && c < ld; ++c) {
       const double sum =
           c < p.dim ? o.unit * totals[c * state.width + q] + total * (o.origin[c] - x[c]) : 0;
@@ -239,7 +241,7 @@ struct FusedBackward : FusedPass {
     }
     const RadialKernel& kernel = queries[i].kernel;
     const double moment = state.sums[q].moment / kernel.inverse_two_t2;
-    PullSums& partial = partials[part * size + i];
+    PullSums& partial = partials[place(piece, i)];
     partial.total = factor * (TotalPull(p, b).moment ? state.level[q] * total + moment : total);
     for (const int32_t j : state.lists[q]) partial.total += add_pair(i, j, out);
   }
@@ -261,10 +263,11 @@ struct FusedBackward : FusedPass {
 
   void combine(int64_t i) {
     const int64_t b = tiles.rows[i];
-    double total = partials[i].total;
-    for (int64_t part = 1; part < parts.count; ++part) {
-      total += partials[part * size + i].total;
-      for (int64_t c = 0; p.dx && c < p.dim; ++c) p.dx[b * ld + c] += row(part, i, p.dx)[c];
+    const auto [piece, end] = pieces_of(i);
+    double total = partials[place(piece, i)].total;
+    for (int64_t n = piece + 1; n < end; ++n) {
+      total += partials[place(n, i)].total;
+      for (int64_t c = 0; p.dx && c < p.dim; ++c) p.dx[b * ld + c] += row(n, i, p.dx)[c];
     }
     p.dt[b] = total * TotalPull(p, b).factor;
   }

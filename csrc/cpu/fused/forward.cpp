@@ -4,9 +4,8 @@
 //
 //   w_j = exp(−(k/2) log1p((r_j − r_min) unit²/s_min)),   s_min = unit² (r_min + offset) + t²
 //
-// where s_min need not be the s of any reference exactly: it is what all logits refer to.
-// References that hold much of the weight are left out of the products and taken by direct
-// differences.
+// where s_min need not be the s of a reference exactly: it is what all logits refer to. References
+// that hold much of the weight are left out of the products and taken by direct differences.
 #include "fused.h"
 
 namespace pfgm {
@@ -27,7 +26,7 @@ struct Partial {
   bool certified = false;
 };
 
-// The state of one tile of queries over one part of the references.
+// The state of one tile of queries over a piece of the references.
 struct FusedTile {
   const FieldParams& p;
   const Operands& o;
@@ -286,16 +285,16 @@ struct FusedTile {
 
 struct FusedForward : FusedPass {
   uint8_t* uncertified;
-  std::vector<Partial> partials{static_cast<size_t>(size * parts.count)};
+  std::vector<Partial> partials{static_cast<size_t>(shares.size() * kTileQueries)};
 
   FusedForward(const FieldParams& p, const Operands& o, const Tiles& tiles, uint8_t* uncertified)
       : FusedPass(p, o, tiles), uncertified(uncertified) {}
 
   void run() {
     const Buffer<double> sums(p.num_threads * kTileQueries * ld);
-    parallel_for(p.num_threads, tiles.count() * parts.count, [&](int64_t task, int thread) {
-      run_task(task / parts.count, task % parts.count, areas[thread],
-               sums.get() + thread * kTileQueries * ld);
+    parallel_for(p.num_threads, shares.count(), [&](int64_t share, int thread) {
+      double* heavy = sums.get() + thread * kTileQueries * ld;
+      shares.for_pieces(share, [&](int64_t n) { run_piece(n, areas[thread], heavy); });
     });
     std::vector<int64_t> rest;
     for (int64_t i = 0; i < size; ++i) {
@@ -305,45 +304,46 @@ struct FusedForward : FusedPass {
         rest, uncertified, nullptr, [&](int64_t i) { return limit(i); }, finish_sparse_forward);
   }
 
-  void run_task(int64_t tile, int64_t part, FusedArea& area, double* sums) {
-    const int64_t start = tile * kTileQueries;
-    FusedTile state(*this, tile, area.totals.get(), sums);
-    for_blocks(tiles, tile, parts, part, area, [&](FusedBlock& block, float* r, int64_t first) {
+  void run_piece(int64_t n, FusedArea& area, double* sums) {
+    const Piece& piece = shares.pieces[n];
+    const int64_t start = piece.tile * kTileQueries;
+    FusedTile state(*this, piece.tile, area.totals.get(), sums);
+    for_blocks(tiles, piece, area, [&](FusedBlock& block, float* r, int64_t first) {
       if (!state.advance(r, first, block.rows) || !state.weigh(r, first, block.rows)) return;
       block.gather(r, state.width, area.out.get());
       state.add(area.out.get());
     });
     for (int q = 0; q < state.size; ++q) {
-      state.finish(q, partials[part * size + start + q], row(part, start + q, p.displacement));
+      state.finish(q, partials[place(n, q)], row(n, start + q, p.displacement));
     }
   }
 
-  // Combines what the parts found for a query; false where it is not precise enough.
+  // Combines what the pieces found for a query; false where it is not precise enough.
   bool combine(int64_t i) {
-    Partial& all = partials[i];
+    const auto [piece, end] = pieces_of(i);
+    Partial& all = partials[place(piece, i)];
     const RadialKernel& kernel = queries[i].kernel;
-    double* v = row(0, i, p.displacement);
-    for (int64_t part = 1; part < parts.count; ++part) {
-      const Partial& other = partials[part * size + i];
+    double* v = row(piece, i, p.displacement);
+    for (int64_t n = piece + 1; n < end; ++n) {
+      const Partial& other = partials[place(n, i)];
       all.certified &= other.certified;
       if (other.nearest < all.nearest) {
         all.nearest = other.nearest;
         all.anchor = other.anchor;
       }
       if (!all.certified) continue;
-      const OnlineState::Factors factors = all.state.merge(other.state, kernel);
-      all.light = factors.own * all.light + factors.theirs * other.light;
-      all.squares =
-          factors.own * factors.own * all.squares + factors.theirs * factors.theirs * other.squares;
-      const double* theirs = row(part, i, p.displacement);
-      for (int64_t c = 0; c < p.dim; ++c) v[c] = factors.own * v[c] + factors.theirs * theirs[c];
+      const auto [own, theirs] = all.state.merge(other.state, kernel);
+      all.light = own * all.light + theirs * other.light;
+      all.squares = own * own * all.squares + theirs * theirs * other.squares;
+      const double* more = row(n, i, p.displacement);
+      for (int64_t c = 0; c < p.dim; ++c) v[c] = own * v[c] + theirs * more[c];
     }
     if (!all.certified) return false;
     const int64_t b = tiles.rows[i];
     const double sum = all.state.sum;
     for (int64_t c = 0; c < p.dim; ++c) v[c] /= sum;
     const double square = pair_sums(reader, p.x + b * ld, nullptr, all.anchor).distance;
-    if (!resolves(p, o, v, ::sqrt(square)) || !precise(i, square)) return false;
+    if (!resolves(p, o, v, ::sqrt(square)) || !precise(i, all, square)) return false;
     const double nominal = (all.nearest + queries[i].offset) * o.unit * o.unit;
     const double off = std::abs(kernel.relative_logit<ScalarMath>(nominal, square));
     if (sum * kHeavy > 0.25 && !(off <= kAnchorTolerance)) return false;
@@ -356,8 +356,7 @@ struct FusedForward : FusedPass {
 
   // Whether the logits of the light references, whose errors are independent but for what float
   // leaves out of the query, are precise enough.
-  bool precise(int64_t i, double anchor_square) const {
-    const Partial& all = partials[i];
+  bool precise(int64_t i, const Partial& all, double anchor_square) const {
     const int64_t b = tiles.rows[i];
     const double* v = p.displacement + b * ld;
     double product = 0;
@@ -378,7 +377,7 @@ struct FusedForward : FusedPass {
   // Largest r that a reference of any weight can have.
   float limit(int64_t i) const {
     const FusedQuery& query = queries[i];
-    const double smallest = double{partials[i].nearest} + centre;
+    const double smallest = double{partials[place(pieces_of(i).first, i)].nearest} + centre;
     const double most = cutoff(p, o, tiles.rows[i], query.bound.offset, smallest + query.error) +
                         query.error - centre;
     return std::nextafter(static_cast<float>(most), INFINITY);

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "../common/bounds.h"
+#include "../common/shares.h"
 #include "../common/sparse.h"
 
 namespace pfgm {
@@ -20,8 +21,7 @@ constexpr int64_t kFusedRows = 240;  // references in a block, a multiple of all
 constexpr int64_t kFusedDepth = 64;  // columns whose products are summed in one go, about
 constexpr int64_t kGatherStep = 80;  // references whose weights stay in the first-level cache
 constexpr int kWeighRows = 4;        // references that are weighed together
-constexpr int kTasksPerThread = 4;   // at least, as far as the references can be shared out
-constexpr int64_t kMinPart = 4 * kFusedRows;
+constexpr int64_t kFusedPart = 4 * kFusedRows;
 // Logits may be off by this much if all roundings of a product added up.
 constexpr double kFusedTolerance = 4e-5;
 constexpr double kLeastS = 1e-30;  // of which a float holds the reciprocal
@@ -37,18 +37,10 @@ inline int64_t sum_depth(int64_t columns) {
   return (columns + sums - 1) / sums;
 }
 
-// Tiles of queries times contiguous parts of the references. There are parts only where there are
-// too few tiles for the threads.
-struct Parts {
-  int64_t count, rows;  // rows: of each part but the last
-
-  Parts(const FieldParams& p, int64_t tiles) {
-    const int64_t most = (p.count + kMinPart - 1) / kMinPart;
-    const int64_t wanted = tiles < 2 * p.num_threads ? kTasksPerThread * p.num_threads / tiles : 1;
-    rows = round_up((p.count + std::min(wanted, most) - 1) / std::min(wanted, most), kFusedRows);
-    count = (p.count + rows - 1) / rows;
-  }
-};
+inline Shares fused_shares(const FieldParams& p, const Tiles& tiles) {
+  const auto width = [&](int64_t tile) { return tiles.width(tile); };
+  return {p.num_threads, tiles.count(), width, p.count, kFusedPart};
+}
 
 // A block of references as floats, (rows, dim + 1), the last column being ‖y‖² − centre.
 struct FusedBlock {
@@ -151,11 +143,11 @@ struct FusedPass {
   int64_t ld = round_up(p.dim, kPad);
   int64_t size = static_cast<int64_t>(tiles.rows.size());
   double centre = norm_centre(p, o), spread = 0;  // |‖y‖² − centre| at most
-  Parts parts{p, tiles.count()};
+  Shares shares = fused_shares(p, tiles);
   std::vector<float> origin{o.origin.get(), o.origin.get() + p.dim};
   std::vector<FusedQuery> queries{static_cast<size_t>(size)};
   std::vector<FusedArea> areas;
-  Buffer<double> others{(parts.count - 1) * size * ld};
+  Buffer<double> others{(shares.size() - tiles.count()) * kTileQueries * ld};
 
   FusedPass(const FieldParams& p, const Operands& o, const Tiles& tiles)
       : p(p), o(o), tiles(tiles) {
@@ -194,24 +186,33 @@ struct FusedPass {
     std::fill_n(packed + p.dim * from.width(tile), from.width(tile), 1.0f);
   }
 
-  // Calls visit(block, r, first) for the blocks of a part, with r (rows, width) of a tile.
+  // Calls visit(block, r, first) for the blocks of a piece, with r (rows, width) of its tile.
   template <class Visit>
-  void for_blocks(const Tiles& from, int64_t tile, const Parts& shares, int64_t part,
-                  FusedArea& area, const Visit& visit) const {
+  void for_blocks(const Tiles& from, const Piece& piece, FusedArea& area,
+                  const Visit& visit) const {
     double residuals[kTileQueries];
-    pack(from, tile, area.packed.get(), residuals);
+    pack(from, piece.tile, area.packed.get(), residuals);
     FusedBlock block{area.y.get(), origin.data(), p.dim};
-    const int64_t last = std::min(p.count, (part + 1) * shares.rows);
-    for (int64_t first = part * shares.rows; first < last; first += kFusedRows) {
-      block.load(p, o, centre, first, std::min(last - first, kFusedRows));
-      block.multiply(area.packed.get(), p.dim + 1, from.width(tile), area.r.get());
+    for (int64_t first = piece.first; first < piece.last; first += kFusedRows) {
+      block.load(p, o, centre, first, std::min(piece.last - first, kFusedRows));
+      block.multiply(area.packed.get(), p.dim + 1, from.width(piece.tile), area.r.get());
       visit(block, area.r.get(), first);
     }
   }
 
-  // A row of ld values of a part: in `out` (B, ld) for the first one.
-  double* row(int64_t part, int64_t i, double* out) const {
-    return part == 0 ? out + tiles.rows[i] * ld : others.get() + ((part - 1) * size + i) * ld;
+  // The first and the last + 1 of the pieces that hold query i.
+  std::pair<int64_t, int64_t> pieces_of(int64_t i) const {
+    const int64_t tile = i / kTileQueries;
+    return {shares.tiles[tile], shares.tiles[tile + 1]};
+  }
+  // Where an array (pieces, 64) has query i of a piece.
+  static int64_t place(int64_t piece, int64_t i) { return piece * kTileQueries + i % kTileQueries; }
+
+  // A row of ld values of a piece: in `out` (B, ld) for the first one of its tile.
+  double* row(int64_t piece, int64_t i, double* out) const {
+    const int64_t tile = i / kTileQueries;
+    if (piece == shares.tiles[tile]) return out + tiles.rows[i] * ld;
+    return others.get() + place(piece - tile - 1, i) * ld;
   }
 
   // Finishes those of the queries `index` by direct differences, g (B, ld) or null, that have few
@@ -222,22 +223,24 @@ struct FusedPass {
     if (index.empty()) return;
     Tiles rest;
     for (const int64_t i : index) rest.rows.push_back(tiles.rows[i]);
-    const Parts shares(p, rest.count());
-    const int64_t count = static_cast<int64_t>(index.size());
-    std::vector<std::vector<int32_t>> lists(count * shares.count);
-    parallel_for(p.num_threads, rest.count() * shares.count, [&](int64_t task, int thread) {
-      const int64_t tile = task / shares.count, part = task % shares.count;
-      const int64_t start = tile * kTileQueries;
-      float limits[kTileQueries];
-      std::fill_n(limits, kTileQueries, -INFINITY);
-      for (int q = 0; q < rest.size(tile); ++q) limits[q] = limit(index[start + q]);
-      list_candidates(rest, tile, shares, part, limits, lists.data() + part * count + start,
-                      areas[thread]);
+    const Shares rest_shares = fused_shares(p, rest);
+    std::vector<std::vector<int32_t>> lists(rest_shares.size() * kTileQueries);
+    parallel_for(p.num_threads, rest_shares.count(), [&](int64_t share, int thread) {
+      rest_shares.for_pieces(share, [&](int64_t n) {
+        const Piece& piece = rest_shares.pieces[n];
+        float limits[kTileQueries];
+        std::fill_n(limits, kTileQueries, -INFINITY);
+        for (int q = 0; q < rest.size(piece.tile); ++q) {
+          limits[q] = limit(index[piece.tile * kTileQueries + q]);
+        }
+        list_candidates(rest, piece, limits, lists.data() + n * kTileQueries, areas[thread]);
+      });
     });
-    parallel_for(p.num_threads, count, [&](int64_t i, int) {
-      std::vector<int32_t>& all = lists[i];
-      for (int64_t part = 1; part < shares.count; ++part) {
-        const std::vector<int32_t>& more = lists[part * count + i];
+    parallel_for(p.num_threads, static_cast<int64_t>(index.size()), [&](int64_t i, int) {
+      const int64_t* ends = rest_shares.tiles.data() + i / kTileQueries;
+      std::vector<int32_t>& all = lists[place(ends[0], i)];
+      for (int64_t n = ends[0] + 1; n < ends[1]; ++n) {
+        const std::vector<int32_t>& more = lists[place(n, i)];
         all.insert(all.end(), more.begin(), more.end());
       }
       const int64_t found = static_cast<int64_t>(all.size());
@@ -249,10 +252,10 @@ struct FusedPass {
     });
   }
 
-  void list_candidates(const Tiles& rest, int64_t tile, const Parts& shares, int64_t part,
-                       float* limits, std::vector<int32_t>* lists, FusedArea& area) const {
-    const int64_t width = rest.width(tile), few = few_candidates(p);
-    for_blocks(rest, tile, shares, part, area, [&](FusedBlock& block, float* r, int64_t first) {
+  void list_candidates(const Tiles& rest, const Piece& piece, float* limits,
+                       std::vector<int32_t>* lists, FusedArea& area) const {
+    const int64_t width = rest.width(piece.tile), few = few_candidates(p);
+    for_blocks(rest, piece, area, [&](FusedBlock& block, float* r, int64_t first) {
       for (int64_t v = 0; v < width; v += kFloatLanes) {
         for (int64_t j = 0; j < block.rows; ++j) {
           const VecFInt listed = load(r + j * width + v) <= load(limits + v);

@@ -34,7 +34,8 @@ struct Pull {
     const Buffer<float> decoded(p.num_threads * kGatherRows * kColumnBlock);
     const Buffer<float> projections(p.num_threads * kGatherRows * tiles.padded());
     parallel_for(p.num_threads, pass.num_blocks, [&](int64_t block, int thread) {
-      const int64_t first = block * kGatherRows, rows = std::min(p.count - first, kGatherRows);
+      const int64_t first = block * pass.block_rows;
+      const int64_t rows = std::min(p.count - first, pass.block_rows);
       float* y = decoded.get() + thread * kGatherRows * kColumnBlock;
       float* out = projections.get() + thread * kGatherRows * tiles.padded();
       const auto tile_out = [&](int64_t tile) { return out + tile * kTileQueries * kGatherRows; };
@@ -46,8 +47,8 @@ struct Pull {
   }
 
   void coefficients(int64_t tile, int64_t block, const float* projections) const {
-    const int64_t width = tiles.width(tile), first = block * kGatherRows;
-    const int64_t last = std::min(p.count, first + kGatherRows);
+    const int64_t width = tiles.width(tile), first = block * pass.block_rows;
+    const int64_t last = std::min(p.count, first + pass.block_rows);
     bool any = false;
     for (int64_t q = 0; q < width; q += kFloatLanes) {
       const int64_t i = tile * kTileQueries + q;

@@ -10,10 +10,11 @@
 namespace pfgm {
 namespace {
 
-constexpr int64_t kGatherRows = 256;     // references whose terms are summed in float from zero
-constexpr int64_t kAlikeRows = 16;       // the same where terms round alike (alike.h)
-constexpr int64_t kGatherColumns = 192;  // a multiple of all product_rows()
-constexpr int64_t kGatherStrip = 4;      // kGatherColumns that a task takes at most
+constexpr int64_t kGatherRows = 256;  // references whose terms are summed in float, at most
+constexpr int64_t kAlikeRows = 16;    // the same where terms round alike (alike.h)
+constexpr int64_t kGatherUnit = 24;   // a multiple of all product_rows()
+constexpr int64_t kGatherColumns = 8 * kGatherUnit;
+constexpr int64_t kGatherStrip = 4 * kGatherColumns;  // that a task takes at most
 // Logits may be off by this much, root mean square. What remains of it in a sum in which no single
 // reference weighs more than 1/128 is an order of magnitude less, for the errors are independent.
 constexpr double kDenseTolerance = 2.8e-6;
@@ -53,12 +54,13 @@ inline void compact(Screen& from, Screen& to) {
     }
   }
   parallel_for(from.p.num_threads, to.num_blocks(), [&](int64_t block, int) {
-    for (int64_t j = block * kScreenRows; j < std::min(count, (block + 1) * kScreenRows); ++j) {
+    const int64_t first = block * to.block_rows;
+    for (int64_t j = first; j < std::min(count, first + to.block_rows); ++j) {
       for (int64_t tile = 0; tile < to.tiles.count(); ++tile) {
         float* row = to.tile_products(tile) + j * to.tiles.width(tile);
-        const int64_t first = tile * kTileQueries;
+        const int64_t start = tile * kTileQueries;
         const int size = to.tiles.size(tile);
-        for (int q = 0; q < size; ++q) row[q] = sources[first + q][j * strides[first + q]];
+        for (int q = 0; q < size; ++q) row[q] = sources[start + q][j * strides[start + q]];
         for (int64_t q = size; q < to.tiles.width(tile); ++q) row[q] = 0;
       }
     }
@@ -100,6 +102,11 @@ struct Anchors {
   }
 };
 
+// Of a block, of which threads have two each, as they do of Strips.
+inline int64_t gather_rows(const FieldParams& p) {
+  return even_block(2 * p.num_threads, p.count, kGatherRows);
+}
+
 // The second pass over the queries of a screen whose products are floats.
 struct SecondPass {
   const Screen& screen;
@@ -107,7 +114,8 @@ struct SecondPass {
   const FieldParams& p = screen.p;
   const Operands& o = screen.o;
   const Tiles& tiles = screen.tiles;
-  int64_t num_blocks = (p.count + kGatherRows - 1) / kGatherRows;
+  int64_t block_rows = gather_rows(p);
+  int64_t num_blocks = (p.count + block_rows - 1) / block_rows;
   Buffer<uint8_t> active{tiles.count() * num_blocks};  // (tiles, blocks): whether any weight counts
   Buffer<double> block_sums{num_blocks * tiles.padded()};  // (blocks, padded)
 
@@ -134,13 +142,13 @@ struct SecondPass {
   void weigh() const {
     parallel_for(p.num_threads, tiles.count() * num_blocks, [&](int64_t task, int) {
       const int64_t tile = task / num_blocks, block = task % num_blocks;
-      const int64_t width = tiles.width(tile), first = block * kGatherRows;
+      const int64_t width = tiles.width(tile), first = block * block_rows;
       bool any = false;
       for (int64_t q = 0; q < width; q += kFloatLanes) {
         const int64_t i = tile * kTileQueries + q;
         const VecF cutoff = load(&anchors.cutoff[i]);
         CompensatedSum sum;
-        for (int64_t j = first; j < std::min(p.count, first + kGatherRows); ++j) {
+        for (int64_t j = first; j < std::min(p.count, first + block_rows); ++j) {
           float* products = screen.tile_products(tile) + j * width + q;
           const VecF logits = relative_logits(p, arguments(products, i));
           const VecF weights = logits < cutoff ? VecF{} : exp(logits);
@@ -172,42 +180,50 @@ struct SecondPass {
 
   // (queries, d) Σ_j w_j y_j with what stands in the place of the products as weights. A task takes
   // a strip of columns, so that the weights of a block are read once for several kGatherColumns,
-  // and as many tiles as leave enough tasks for the threads, for they share what is decoded.
+  // and all tiles, for they share what is decoded; where the columns are too few for the threads, a
+  // part of the references.
   Buffer<double> gather() const {
-    Buffer<double> sums(static_cast<int64_t>(tiles.rows.size()) * p.dim);
-    const int64_t groups = (p.dim + kGatherColumns - 1) / kGatherColumns;
-    const int64_t tasks = 2 * p.num_threads;
-    const int64_t strip = std::clamp<int64_t>(groups / tasks, 1, kGatherStrip) * kGatherColumns;
-    const int64_t strips = (p.dim + strip - 1) / strip;
-    const int64_t spans = std::min((tasks + strips - 1) / strips, tiles.count());
-    const int64_t span = (tiles.count() + spans - 1) / spans;
+    const int64_t size = static_cast<int64_t>(tiles.rows.size()) * p.dim;
+    const Strips strips(p.num_threads, p.dim, kGatherStrip);
+    const int64_t widest = (p.dim + strips.columns - 1) / strips.columns;
+    const int64_t totals_size = widest * tiles.count() * kTileQueries;
+    Buffer<double> sums(strips.parts * size);
     const Buffer<float> decoded(p.num_threads * kGatherRows * kGatherColumns);
     const Buffer<float> partial(p.num_threads * kGatherColumns * kTileQueries);
-    const Buffer<double> totals(p.num_threads * strip * span * kTileQueries);
-    parallel_for(p.num_threads, strips * spans, [&](int64_t task, int thread) {
-      const int64_t start = task / spans * strip, first_tile = task % spans * span;
-      gather_strip(start, std::min(p.dim, start + strip), first_tile,
-                   std::min(tiles.count(), first_tile + span),
+    const Buffer<double> totals(p.num_threads * totals_size);
+    parallel_for(p.num_threads, strips.columns * strips.parts, [&](int64_t task, int thread) {
+      const int64_t strip = task % strips.columns, part = task / strips.columns;
+      gather_strip(p.dim * strip / strips.columns, p.dim * (strip + 1) / strips.columns,
+                   num_blocks * part / strips.parts, num_blocks * (part + 1) / strips.parts,
                    decoded.get() + thread * kGatherRows * kGatherColumns,
                    partial.get() + thread * kGatherColumns * kTileQueries,
-                   totals.get() + thread * strip * span * kTileQueries, sums.get());
+                   totals.get() + thread * totals_size, sums.get() + part * size);
+    });
+    if (strips.parts == 1) return sums;
+    for_queries([&](int64_t i, int64_t) {
+      for (int64_t part = 1; part < strips.parts; ++part) {
+        const double* more = sums.get() + part * size + i * p.dim;
+        for (int64_t c = 0; c < p.dim; ++c) sums[i * p.dim + c] += more[c];
+      }
     });
     return sums;
   }
 
-  // The sums of columns start to end for some tiles. y, out and totals are work areas.
-  void gather_strip(int64_t start, int64_t end, int64_t first_tile, int64_t last_tile, float* y,
+  // The sums of some columns over some blocks, for all tiles. y, out and totals are work areas.
+  void gather_strip(int64_t start, int64_t end, int64_t first_block, int64_t last_block, float* y,
                     float* out, double* totals, double* sums) const {
     const int64_t run = o.alike ? kAlikeRows : kGatherRows;
     const int64_t size = (end - start) * kTileQueries;  // of a tile's totals
-    std::fill_n(totals, size * (last_tile - first_tile), 0.0);
-    for (int64_t block = 0; block < num_blocks; ++block) {
-      const int64_t first = block * kGatherRows, rows = std::min(p.count - first, kGatherRows);
-      for (int64_t column = start; column < end; column += kGatherColumns) {
-        const int64_t columns = std::min(end - column, kGatherColumns);
+    const int64_t steps = (end - start + kGatherColumns - 1) / kGatherColumns;
+    const int64_t step = round_up((end - start + steps - 1) / steps, kGatherUnit);
+    std::fill_n(totals, size * tiles.count(), 0.0);
+    for (int64_t block = first_block; block < last_block; ++block) {
+      const int64_t first = block * block_rows, rows = std::min(p.count - first, block_rows);
+      for (int64_t column = start; column < end; column += step) {
+        const int64_t columns = std::min(end - column, step);
         const int64_t next = column + columns < end ? columns : rows * p.dim - (column - start);
         bool decoded = false;
-        for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+        for (int64_t tile = 0; tile < tiles.count(); ++tile) {
           if (!active[tile * num_blocks + block]) continue;
           if (!decoded) decode_block(p, o, first, rows, column, columns, y, columns, next);
           decoded = true;
@@ -217,15 +233,15 @@ struct SecondPass {
             product<FloatProduct>(y + r * columns, columns, 1, columns, weights + r * width, width,
                                   std::min(run, rows - r), out, r > 0);
           }
-          double* to = totals + (tile - first_tile) * size + (column - start) * width;
+          double* to = totals + tile * size + (column - start) * width;
           for (int64_t i = 0; i < columns * width; i += kLanes) {
             store(to + i, load(to + i) + widen(out + i));
           }
         }
       }
     }
-    for (int64_t tile = first_tile; tile < last_tile; ++tile) {
-      const double* total = totals + (tile - first_tile) * size;
+    for (int64_t tile = 0; tile < tiles.count(); ++tile) {
+      const double* total = totals + tile * size;
       for (int q = 0; q < tiles.size(tile); ++q) {
         double* row = sums + (tile * kTileQueries + q) * p.dim;
         for (int64_t c = start; c < end; ++c) row[c] = total[(c - start) * tiles.width(tile) + q];

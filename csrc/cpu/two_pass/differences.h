@@ -51,7 +51,8 @@ inline std::vector<int64_t> subtract(const Screen& screen, const Anchors& anchor
   const Buffer<double> references(p.num_threads * kScreenRows * kColumnBlock);
   const Buffer<double> distances(p.num_threads * kScreenRows * tiles.padded());
   parallel_for(p.num_threads, screen.num_blocks(), [&](int64_t block, int thread) {
-    const int64_t first = block * kScreenRows, rows = std::min(p.count - first, kScreenRows);
+    const int64_t first = block * screen.block_rows;
+    const int64_t rows = std::min(p.count - first, screen.block_rows);
     double* values = references.get() + thread * kScreenRows * kColumnBlock;
     double* squares = distances.get() + thread * kScreenRows * tiles.padded();
     for (int64_t column = 0; column < p.dim; column += kColumnBlock) {

@@ -59,8 +59,8 @@ struct Forward : TwoPass {
     double taken = 0;
     for (int64_t block = 0; block < pass.num_blocks; ++block) {
       if (pass.block_sums[block * pass.tiles.padded() + i] <= total * kHeavy) continue;
-      const int64_t first = block * kGatherRows;
-      for (int64_t j = first; j < std::min(p.count, first + kGatherRows); ++j) {
+      const int64_t first = block * pass.block_rows;
+      for (int64_t j = first; j < std::min(p.count, first + pass.block_rows); ++j) {
         float& weight = weights[j * width];
         if (weight <= total * kHeavy) continue;
         heavy.push_back(static_cast<int32_t>(j));

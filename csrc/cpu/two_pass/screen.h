@@ -9,11 +9,12 @@
 #pragma once
 
 #include "../common/bounds.h"
+#include "../common/shares.h"
 
 namespace pfgm {
 namespace {
 
-constexpr int64_t kScreenRows = 96;  // references in a block
+constexpr int64_t kScreenRows = 96;  // references in a block, at most
 
 // Products of a tile, (N, width) int32 or float, and per block of references the smallest that r
 // can be and the smallest that it must be, (blocks, width) each.
@@ -21,6 +22,7 @@ struct Screen {
   const FieldParams& p;
   const Operands& o;
   const Tiles& tiles;
+  int64_t block_rows = even_block(p.num_threads, p.count, kScreenRows);
   std::vector<Bound> bounds;  // (B,), indexed by the rows of the batch
   const double* norms;        // (N,) ‖y_j‖², or zeros where the products hold r itself
   bool integers = false;      // whether the products are int32
@@ -38,7 +40,7 @@ struct Screen {
         least(num_blocks() * tiles.padded()),
         most(num_blocks() * tiles.padded()) {}
 
-  int64_t num_blocks() const { return (p.count + kScreenRows - 1) / kScreenRows; }
+  int64_t num_blocks() const { return (p.count + block_rows - 1) / block_rows; }
   float* tile_products(int64_t tile) const {
     return products.get() + tile * kTileQueries * p.count;
   }
@@ -60,8 +62,8 @@ struct Screen {
   // Bounds r over the references of a block; Element is the type of the products.
   template <class Element>
   void bound_block(int64_t tile, int64_t block) const {
-    const int64_t first = block * kScreenRows, width = tiles.width(tile);
-    const int64_t last = std::min(p.count, first + kScreenRows);
+    const int64_t first = block * block_rows, width = tiles.width(tile);
+    const int64_t last = std::min(p.count, first + block_rows);
     const Element* sums = reinterpret_cast<const Element*>(tile_products(tile));
     for (int64_t q = 0; q < width; q += kLanes) {
       const Lanes lanes(*this, tile, q);
@@ -99,6 +101,25 @@ struct Candidates {
   double smallest = 0;  // no r of the query is certain to be smaller
   bool too_many = false;
   int64_t nearest = 0;  // the reference whose r is the smallest
+  double nearest_r = INFINITY;
+
+  // Goes on with what was found among the references behind these.
+  void append(Candidates& next, int64_t few) {
+    if (next.nearest_r < nearest_r) {
+      nearest_r = next.nearest_r;
+      nearest = next.nearest;
+    }
+    if (too_many) return;
+    if (list.empty()) {
+      list.swap(next.list);
+    } else {
+      list.insert(list.end(), next.list.begin(), next.list.end());
+    }
+    too_many = static_cast<int64_t>(list.size()) > few;
+    if (!too_many) return;
+    list.resize(few + 1);
+    listed = list.back() + 1;
+  }
 };
 
 // The smallest r that lanes q to q + kLanes of a tile are certain to have.
@@ -111,11 +132,12 @@ inline Vec smallest_r(const Screen& screen, int64_t tile, int64_t q) {
   return smallest;
 }
 
-// Lists the candidates of kLanes neighbouring queries, up to one more than few_candidates.
+// Lists the candidates of kLanes neighbouring queries, (kLanes,), up to one more than
+// few_candidates.
 template <class Element>
 struct Selection {
   const Screen& screen;
-  std::vector<Candidates>& candidates;
+  Candidates* candidates;
   int64_t tile, q;
   int count;  // queries among the lanes
   Screen::Lanes lanes;
@@ -125,8 +147,8 @@ struct Selection {
 
   // largest(b, smallest): the largest r that counts.
   template <class Largest>
-  Selection(const Screen& screen, const Largest& largest, std::vector<Candidates>& candidates,
-            int64_t tile, int64_t q)
+  Selection(const Screen& screen, const Largest& largest, Candidates* candidates, int64_t tile,
+            int64_t q)
       : screen(screen),
         candidates(candidates),
         tile(tile),
@@ -143,9 +165,9 @@ struct Selection {
     const Vec low = load(screen.least.get() + screen.minima(tile, block) + q);
     if (!(bits(low <= limit) & listing) && !bits(low <= smallest)) return;
     const int64_t width = screen.tiles.width(tile);
-    const int64_t last = std::min(screen.p.count, (block + 1) * kScreenRows);
+    const int64_t last = std::min(screen.p.count, (block + 1) * screen.block_rows);
     const Element* sums = reinterpret_cast<const Element*>(screen.tile_products(tile)) + q;
-    for (int64_t j = block * kScreenRows; j < last; ++j) {
+    for (int64_t j = block * screen.block_rows; j < last; ++j) {
       const Vec r = screen.norms[j] - lanes.factor * widen(sums + j * width);
       const VecInt nearer = r < nearest_r;
       nearest_r = nearer ? r : nearest_r;
@@ -153,38 +175,58 @@ struct Selection {
       const Vec least = r - lanes.slope * screen.o.roots[j] - lanes.constant;
       for (unsigned mask = bits(least <= limit) & listing; mask; mask &= mask - 1) {
         const int i = __builtin_ctz(mask);
-        Candidates& found = candidates[row(i)];
+        Candidates& found = candidates[i];
         found.list.push_back(static_cast<int32_t>(j));
-        if (static_cast<int64_t>(found.list.size()) <= few) continue;
-        found.too_many = true;
-        found.listed = j + 1;
-        listing &= ~(1u << i);
+        if (static_cast<int64_t>(found.list.size()) > few) listing &= ~(1u << i);
       }
     }
   }
 
   void finish() {
     for (int i = 0; i < count; ++i) {
-      candidates[row(i)].nearest = static_cast<int64_t>(nearest[i]);
-      candidates[row(i)].smallest = smallest[i];
+      candidates[i].nearest = static_cast<int64_t>(nearest[i]);
+      candidates[i].nearest_r = nearest_r[i];
+      candidates[i].smallest = smallest[i];
     }
   }
 };
 
-// A task takes the queries of a cache line.
+// A piece has the queries of a cache line, and some of the blocks.
+inline Shares selection_shares(const Screen& screen) {
+  const auto one = [](int64_t) { return 1; };
+  const int64_t vectors = screen.tiles.padded() / kFloatLanes;
+  return {screen.p.num_threads, vectors, one, screen.num_blocks(), 1};
+}
+
 template <class Element, class Largest>
 void select_as(const Screen& screen, const Largest& largest, std::vector<Candidates>& candidates) {
   const FieldParams& p = screen.p;
   const int64_t few = few_candidates(p);
-  parallel_for(p.num_threads, screen.tiles.padded() / kFloatLanes, [&](int64_t task, int) {
-    const int64_t tile = task * kFloatLanes / kTileQueries, q = task * kFloatLanes % kTileQueries;
-    Selection<Element> halves[] = {{screen, largest, candidates, tile, q},
-                                   {screen, largest, candidates, tile, q + kLanes}};
-    for (int64_t block = 0; block < screen.num_blocks(); ++block) {
+  const Shares shares = selection_shares(screen);
+  std::vector<Candidates> found(shares.size() * kFloatLanes);
+  const auto scan = [&](int64_t n) {
+    const Piece& piece = shares.pieces[n];
+    const int64_t first = piece.tile * kFloatLanes, tile = first / kTileQueries;
+    const int64_t q = first % kTileQueries;
+    Candidates* lanes = found.data() + n * kFloatLanes;
+    Selection<Element> halves[] = {{screen, largest, lanes, tile, q},
+                                   {screen, largest, lanes + kLanes, tile, q + kLanes}};
+    for (int64_t block = piece.first; block < piece.last; ++block) {
       for (Selection<Element>& half : halves) half.scan(block, few);
     }
     for (Selection<Element>& half : halves) half.finish();
-  });
+  };
+  parallel_for(p.num_threads, shares.count(),
+               [&](int64_t share, int) { shares.for_pieces(share, scan); });
+  const std::vector<int64_t>& rows = screen.tiles.rows;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const int64_t* ends = shares.tiles.data() + i / kFloatLanes;
+    Candidates& all = candidates[rows[i]];
+    all.smallest = found[ends[0] * kFloatLanes + i % kFloatLanes].smallest;
+    for (int64_t n = ends[0]; n < ends[1]; ++n) {
+      all.append(found[n * kFloatLanes + i % kFloatLanes], few);
+    }
+  }
 }
 
 template <class Largest>
@@ -200,10 +242,10 @@ inline void list_others(const Screen& screen, int64_t i, double limit, int64_t m
   const Bound& bound = screen.bounds[screen.tiles.rows[i]];
   const double* least = screen.least.get() + screen.minima(i / kTileQueries, 0) + i % kTileQueries;
   const int64_t width = screen.tiles.width(i / kTileQueries);
-  for (int64_t block = found.listed / kScreenRows; block < screen.num_blocks(); ++block) {
+  for (int64_t block = found.listed / screen.block_rows; block < screen.num_blocks(); ++block) {
     if (!(least[block * width] <= limit)) continue;
-    const int64_t last = std::min(screen.p.count, (block + 1) * kScreenRows);
-    for (int64_t j = std::max(found.listed, block * kScreenRows); j < last; ++j) {
+    const int64_t last = std::min(screen.p.count, (block + 1) * screen.block_rows);
+    for (int64_t j = std::max(found.listed, block * screen.block_rows); j < last; ++j) {
       const double error = bound.slope * screen.o.roots[j] + bound.constant;
       if (!(screen.r(i, j) - error <= limit)) continue;
       if (static_cast<int64_t>(found.list.size()) == most) return;

@@ -42,7 +42,8 @@ inline void screen_floats(Screen& screen) {
   });
   const Buffer<float> decoded(p.num_threads * kScreenRows * kColumnBlock);
   parallel_for(p.num_threads, screen.num_blocks(), [&](int64_t block, int thread) {
-    const int64_t first = block * kScreenRows, rows = std::min(p.count - first, kScreenRows);
+    const int64_t first = block * screen.block_rows;
+    const int64_t rows = std::min(p.count - first, screen.block_rows);
     multiply_floats(
         p, screen.o, tiles, first, rows, decoded.get() + thread * kScreenRows * kColumnBlock,
         packed.get(),
@@ -75,7 +76,8 @@ struct IntegerProducts {
     const Buffer<uint8_t> copies(p.num_threads * kScreenRows * steps * 4);
     const Buffer<int32_t> digits(p.num_threads * kDigits * kScreenRows * kTileQueries);
     parallel_for(p.num_threads, screen.num_blocks(), [&](int64_t block, int thread) {
-      const int64_t first = block * kScreenRows, rows = std::min(p.count - first, kScreenRows);
+      const int64_t first = block * screen.block_rows;
+      const int64_t rows = std::min(p.count - first, screen.block_rows);
       const int32_t* codes =
           read_codes(first, rows, copies.get() + thread * kScreenRows * steps * 4);
       int32_t* sums = digits.get() + thread * kDigits * kScreenRows * kTileQueries;
@@ -177,10 +179,10 @@ inline void rebase(Screen& screen, const double* base) {
     bound.factor = -1;
   }
   parallel_for(screen.p.num_threads, screen.num_blocks(), [&](int64_t block, int) {
-    const int64_t first = block * kScreenRows;
+    const int64_t first = block * screen.block_rows;
     for (int64_t tile = 0; tile < tiles.count(); ++tile) {
       const int64_t width = tiles.width(tile);
-      for (int64_t j = first; j < std::min(screen.p.count, first + kScreenRows); ++j) {
+      for (int64_t j = first; j < std::min(screen.p.count, first + screen.block_rows); ++j) {
         float* row = screen.tile_products(tile) + j * width;
         for (int64_t q = 0; q < width; q += kLanes) {
           const Vec r = screen.o.norms[j] - 2.0 * widen(row + q);
