@@ -35,7 +35,7 @@ def progress_bar(
         TextColumn("left"),
     )
     progress, began = Progress(*columns, console=console), time.monotonic()
-    task = progress.add_task(description, total=total, completed=start, text="")
+    task = progress.add_task(description, total=total, text="")
     with ExitStack() as shown:
 
         def update(done: float, text: str) -> None:
