@@ -37,6 +37,8 @@ def chunk_shape(
     """
     if d <= MAX_DIRECT_DIM:
         return batch, max(1, min(count, WORK // (batch * (d + 8))))
+    if not prepared:
+        count = max(1, min(count, workspace * 5 // 8 // d))  # whose codes `prepare` may make
     pairs = (workspace if prepared else workspace * 3 // 8) // (2 * 4)
     count = max(1, min(count, pairs // TILE, WORK // (min(batch, 2 * TILE) * d)))
     return max(TILE, pairs // count), count
