@@ -13,6 +13,9 @@
 namespace pfgm {
 namespace {
 
+// References whose first pass takes longer than a query's coordinates in a sketch.
+constexpr int64_t kLeastSketched = 1024;
+
 template <class T>
 void advance(T*& array, int64_t by) {
   if (array) array += by;
@@ -41,6 +44,7 @@ FieldParams cut(const FieldParams& p, int64_t first, int64_t last) {
   for (Sketch& sketch : part.sketches) {
     advance(sketch.points, start * sketch.dim);
     advance(sketch.rest, start);
+    if (part.count < kLeastSketched) sketch.points = nullptr;
   }
   const int64_t size = p.value_type == ValueType::kFloat64   ? 8
                        : p.value_type == ValueType::kFloat32 ? 4

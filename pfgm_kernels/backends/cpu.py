@@ -66,7 +66,7 @@ def sketch(values: Tensor, table: Tensor, operands: list[Tensor]) -> list[Tensor
     norms, grid = operands[:2]
     columns = columns_of(values.shape[1] * (1 if grid[1] >= 0 else 4))
     found = sketches(values, table, norms, grid, columns)
-    return [*operands, *(each for one in found for each in one)]
+    return [*_prepared(operands), *(each for one in found for each in one)]
 
 
 def operands_of(operands: list[Tensor], references: slice) -> list[Tensor]:
