@@ -66,7 +66,7 @@ class Measured:
 
 def jobs(batch: int, references: int) -> list[Job]:
     one = [Job("strong", world, batch, references) for world in WORLDS]
-    return one + [Job("weak", world, batch, references * world // 2) for world in WORLDS]
+    return one + [Job("weak", world, batch, references * world // 4) for world in WORLDS]
 
 
 def bytes_sent() -> int:
@@ -167,7 +167,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--batch", type=int, default=128, help="queries of a call")
-    parser.add_argument("--references", type=int, default=8192, help="of all in strong scaling")
+    parser.add_argument("--references", type=int, default=50_000, help="of all in strong scaling")
     parser.add_argument("--json", type=Path, help="a file for every number")
     options = parser.parse_args()
     made = jobs(options.batch, options.references)

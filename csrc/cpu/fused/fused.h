@@ -244,7 +244,9 @@ struct FusedPass {
         all.insert(all.end(), more.begin(), more.end());
       }
       const int64_t found = static_cast<int64_t>(all.size());
-      uncertified[rest.rows[i]] = all.empty() || found > few_candidates(p);
+      // Of gradients the anchor may be one of other chunks, beside which none of these counts.
+      const bool lost = all.empty() && !(g && std::isfinite(limit(index[i])));
+      uncertified[rest.rows[i]] = lost || found > few_candidates(p);
       if (uncertified[rest.rows[i]]) return;
       SparseQuery query{rest.rows[i], &all, std::vector<Pair>(found)};
       compute_pairs(reader, g, query, 0, found);
