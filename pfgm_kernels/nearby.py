@@ -318,9 +318,10 @@ def _make(source: OnDisk, table: Tensor) -> tuple[Tensor, Tensor, list[Sketch]]:
     header = torch.tensor([unit, 0.0 if len(table) else -1.0, 0.0, 0.0], dtype=torch.float64)
     grid = torch.cat([header, sample.mean(0)])
     rows = max(1, (1 << 25) // (8 * d))
-    norms = torch.cat(
-        [((decode(part, table) - grid[4:]) / unit).square().sum(1) for part in source.split(rows)]
-    )
+    norms = torch.empty(count, dtype=torch.float64)
+    for start in range(0, count, rows):  # into one piece: small ones would keep large ones from use
+        part = slice(start, start + rows)
+        norms[part] = ((decode(source[part], table) - grid[4:]) / unit).square().sum(1)
     columns = columns_of(min(d * source.dtype.itemsize, 8 * MOST_BYTES // count))
     return norms, grid, sketches(source, table, norms, grid, columns)
 
