@@ -315,10 +315,10 @@ def _make(source: OnDisk, table: Tensor) -> tuple[Tensor, Tensor, list[Sketch]]:
     count, d = source.shape
     sample = decode(source[:: max(1, count // 64)], table)
     unit = (float(table[255]) - float(table[0])) / 255 if len(table) else 1.0
-    header = torch.tensor([unit, 0.0 if len(table) else -1.0, 0.0, 0.0], dtype=torch.float64)
+    header = sample.new_tensor([unit, 0.0 if len(table) else -1.0, 0.0, 0.0])
     grid = torch.cat([header, sample.mean(0)])
     rows = max(1, (1 << 25) // (8 * d))
-    norms = torch.empty(count, dtype=torch.float64)
+    norms = sample.new_empty(count)
     for start in range(0, count, rows):  # into one piece: small ones would keep large ones from use
         part = slice(start, start + rows)
         norms[part] = ((decode(source[part], table) - grid[4:]) / unit).square().sum(1)

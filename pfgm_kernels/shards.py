@@ -92,8 +92,10 @@ class Sharded:
             **alike,
         }
         text = json.dumps([[*own], {name: str(value)[:48] for name, value in same.items()}])
-        header = torch.tensor(list(text.encode().ljust(HEADER)), dtype=torch.uint8)
-        found = [json.loads(bytes(each)) for each in self.gathered(header.to(self.device)).tolist()]
+        header = torch.tensor(
+            list(text.encode().ljust(HEADER)), dtype=torch.uint8, device=self.device
+        )
+        found = [json.loads(bytes(each)) for each in self.gathered(header).tolist()]
         (_, first), *others = found
         for rank, (_, other) in enumerate(others, 1):
             for name in [*first, *other]:

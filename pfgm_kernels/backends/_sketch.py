@@ -123,7 +123,7 @@ def _decided(values: Values, table: Tensor, grid: Tensor, basis: Tensor) -> floa
     x, x_rest = others[::32], rest[::32, None]
     generator = torch.Generator(x.device).manual_seed(0)
     reach = 0.0
-    for relative in torch.logspace(-2, 1, 40).tolist():
+    for relative in torch.logspace(-2, 1, 40, device="cpu").tolist():
         square = relative**2 * squared.mean()
         normal = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
         seen = torch.cdist(x + (square / d).sqrt() * normal, others).square()
