@@ -102,7 +102,7 @@ benchmark: $(READY)
 pictures: demo
 	mkdir -p docs
 	cp out/demo/samples.png out/demo/trajectories.png docs
-	$(BIN)/python -m pfgm_kernels.cli figures --out docs/figures trajectories weights \
+	$(BIN)/python -m pfgm_kernels.cli figures --out docs/figures bias trajectories weights \
 	  --data $(if $(PFGM_DATA),cifar10,digits)
 
 clean:
