@@ -36,10 +36,10 @@ class ReferenceSet:
     """The reference batch x0 of the field, checked and prepared once, constant under autograd.
 
     Holds a view of `x0`, not a copy (except where float16 or bfloat16 must become float32, or
-    where `x0` is not contiguous), and what the backend computes from it once: on a CPU norms, and
-    where float32 values turn out to be 8-bit images a copy in 8 bits; for Triton the parts that
-    tensor cores multiply. What another backend needs is prepared, and kept too, at the first call
-    that asks for that one. `nbytes` counts everything.
+    where `x0` is not contiguous), and what the backend computes from it once: on a CPU norms,
+    where float32 values turn out to be 8-bit images a copy in 8 bits, and of many images, at the
+    32nd call, coordinates by which later ones find the references near a query; for Triton what
+    tensor cores multiply. That of another backend is made when asked for. `nbytes` counts all.
 
     The references are as they were when the set was made: a call that finds `x0` edited raises.
     That is seen by the version that PyTorch counts, for edits through any tensor that shares the
