@@ -40,6 +40,11 @@ def dot_parts(a_high, a_low, b_high, b_low, B_PARTS: tl.constexpr):
 
 
 @triton.jit
+def dot_digits(a, b, total):
+    return tl.dot(a, b, total, out_dtype=tl.int32)  # Triton 3.6 expects float32 else
+
+
+@triton.jit
 def sum_digits(
     x_ptr,
     y_ptr,
@@ -64,23 +69,23 @@ def sum_digits(
         x, y = x_ptr + k[None, :], y_ptr + k[:, None]
         x_high, x_middle = tl.load(x), tl.load(x + x_plane)
         x_low, y_high = tl.load(x + 2 * x_plane), tl.load(y)
-        high = tl.dot(x_high, y_high, high)
+        high = dot_digits(x_high, y_high, high)
         if Y_DIGITS == 3:
             y_middle, y_low = tl.load(y + y_plane), tl.load(y + 2 * y_plane)
             if CARRY:
-                middle = tl.dot(x_high, y_middle, tl.dot(x_middle, y_high, middle))
-                low = tl.dot(x_middle, y_middle, tl.dot(x_low, y_high, low))
-                low = tl.dot(x_high, y_low, low)
+                middle = dot_digits(x_high, y_middle, dot_digits(x_middle, y_high, middle))
+                low = dot_digits(x_middle, y_middle, dot_digits(x_low, y_high, low))
+                low = dot_digits(x_high, y_low, low)
             else:
-                middle += tl.dot(x_high, y_middle, tl.dot(x_middle, y_high))
-                sums = tl.dot(x_middle, y_middle, tl.dot(x_low, y_high))
-                low += tl.dot(x_high, y_low, sums)
+                none = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+                middle += dot_digits(x_high, y_middle, dot_digits(x_middle, y_high, none))
+                sums = dot_digits(x_middle, y_middle, dot_digits(x_low, y_high, none))
+                low += dot_digits(x_high, y_low, sums)
         else:
-            middle = tl.dot(x_middle, y_high, middle)
-            low = tl.dot(x_low, y_high, low)
-    if (
-        Y_DIGITS == 3
-    ):  # rounded to whole middles: by less than what is left out, for fewer registers
+            middle = dot_digits(x_middle, y_high, middle)
+            low = dot_digits(x_low, y_high, low)
+    if Y_DIGITS == 3:
+        # Rounded to whole middles: by less than what is left out, for fewer registers.
         return (high.to(tl.int64) * 256 + (middle + ((low + 128) >> 8))).to(tl.float64) * 256
     else:
         return ((high.to(tl.int64) * 256 + middle) * 256 + low).to(tl.float64)
