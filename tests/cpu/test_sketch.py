@@ -211,6 +211,11 @@ def test_what_a_sketch_holds():
         assert (rest >= outside).all()
         assert (rest <= outside + 4e-6 * y.norm(dim=1)).all()
     assert outside.mean() < 0.2 * y.norm(dim=1).mean()
+    cut = cpu._sketches(cpu.operands_of(made.operands["cpu"], slice(700, 900)))
+    for part, whole in zip(cut, (few, more), strict=True):
+        assert torch.equal(part.points, whole.points[700:900])
+        assert torch.equal(part.rest, whole.rest[700:900])
+        assert torch.equal(part.basis, whole.basis)
 
 
 def test_where_it_pays_is_measured():
