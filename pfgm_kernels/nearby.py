@@ -222,17 +222,16 @@ class _Bounds:
         inside = x @ level.basis.T
         held = inside.square().sum(1)
         self.outside = ((squared - held).clamp(min=0) + ROUNDING * squared).sqrt()
-        self.error = 2 * held.sqrt() * level.scale[1] + ROUNDING * (squared + norms.max())
+        error = 2 * held.sqrt() * level.scale[1] + ROUNDING * (squared + norms.max())
         one = torch.ones_like(held)
         self._factors = torch.column_stack(
-            [inside * (2 * level.scale[0]), 2 * self.outside, -one, self.error]
+            [inside * (2 * level.scale[0]), 2 * self.outside, -one, error]
         )
 
     def of(self, queries: Tensor) -> _Bounds:
         """Those of some of the queries."""
         made = copy.copy(self)
-        made.outside, made.error = self.outside[queries], self.error[queries]
-        made._factors = self._factors[queries]
+        made.outside, made._factors = self.outside[queries], self._factors[queries]
         return made
 
     def least(self) -> Iterator[tuple[int, Tensor]]:
@@ -249,7 +248,7 @@ class _Bounds:
     def likely(self) -> Tensor:
         """(n, LIKELY) references that seem to be the nearest."""
         count = min(LIKELY, len(self.norms))
-        most = self.norms.new_empty((len(self.error), 0))
+        most = self.norms.new_empty((len(self._factors), 0))
         places = most.long()
         for start, minus in self.least():
             some = minus.topk(min(count, minus.shape[1]))
@@ -299,7 +298,7 @@ def _joined(batch: int, parts: list[tuple[Tensor, Any]]) -> Any:
     joined = []
     for results in zip(*(results for _, results in parts), strict=True):
         first = results[0]
-        if len(first) == 0 or len(first) != len(parts[0][0]):
+        if len(first) == 0:
             joined.append(first)  # what is not wanted has no rows
             continue
         whole = first.new_empty((batch, *first.shape[1:]))

@@ -61,9 +61,7 @@ def sketches(
     count, d = values.shape
     if not columns or d < LEAST_DIM or count < LEAST_COUNT:
         return []
-    wanted = min(SAMPLE, BYTES // (8 * d), count)
-    places = torch.arange(wanted, device=values.device) * count // wanted
-    sample = _shifted(values[places], table, grid)
+    sample = _sample(values, table, grid, SAMPLE)
     basis = _basis(sample, columns[-1])
     if (sample @ basis[: columns[0]].T).square().sum() < LEAST_SHARE * sample.square().sum():
         return []
@@ -101,7 +99,8 @@ def in_basis(
             left = (squared - held.square().sum(1)).clamp(min=0) + BASIS_ERROR * squared
             rest[part] = left.sqrt() * (1 + 1e-7)
             lost.copy_(torch.maximum(lost, (held - rounded * unit).square().sum(1).max()))
-    noise = max(_decided(values, table, grid, basis[:q]) for q in columns)
+    sample = _sample(values, table, grid, LOOKED_AT)
+    noise = max(_decided(sample, basis[:q]) for q in columns)
     sketches = []
     for points, rest, lost in found:
         q = points.shape[1]
@@ -112,12 +111,9 @@ def in_basis(
     return sketches
 
 
-def _decided(values: Values, table: Tensor, grid: Tensor, basis: Tensor) -> float:
+def _decided(y: Tensor, basis: Tensor) -> float:
     """Up to what norm noise on a reference leaves few others that may be near, as measured."""
-    count, d = values.shape
-    wanted = min(LOOKED_AT, BYTES // (8 * d), count)
-    places = torch.arange(wanted, device=values.device) * count // wanted
-    y = _shifted(values[places], table, grid)
+    d = y.shape[1]
     others, squared = y @ basis.T, y.square().sum(1)
     rest = (squared - others.square().sum(1)).clamp(min=0)
     x, x_rest = others[::32], rest[::32, None]
@@ -133,6 +129,14 @@ def _decided(values: Values, table: Tensor, grid: Tensor, basis: Tensor) -> floa
             break
         reach = float(square.sqrt())
     return reach
+
+
+def _sample(values: Values, table: Tensor, grid: Tensor, most: int) -> Tensor:
+    """Some y, evenly spread."""
+    count, d = values.shape
+    wanted = min(most, BYTES // (8 * d), count)
+    places = torch.arange(wanted, device=values.device) * count // wanted
+    return _shifted(values[places], table, grid)
 
 
 def _shifted(values: Tensor, table: Tensor, grid: Tensor) -> Tensor:

@@ -245,11 +245,11 @@ struct SketchScreen {
 
 // The queries that sketches may spare the first pass, if that is worth it; the others are put
 // aside.
-inline Tiles near_data(const FieldParams& p, const Operands& o, const Tiles& tiles, Tiles& others) {
-  const SketchScreen screen(p, o, p.sketches[0], tiles);
+inline Tiles near_data(const SketchScreen& screen, Tiles& others) {
+  const Tiles& tiles = screen.tiles;
   Tiles near;
   for (const int64_t b : tiles.rows) {
-    const bool is_near = screen.bounds[b].slope <= 2 * p.sketches[0].reach;
+    const bool is_near = screen.bounds[b].slope <= 2 * screen.sketch.reach;
     (is_near ? near : others).rows.push_back(b);
   }
   if (others.padded() == 0) return near;

@@ -10,6 +10,8 @@
 //      direct differences have replaced the products that are not precise enough (differences.h).
 #pragma once
 
+#include <optional>
+
 #include "differences.h"
 #include "sketch.h"
 
@@ -71,17 +73,19 @@ struct TwoPass {
   // Finishes the queries for which sketches leave few candidates and returns the others.
   Tiles sketch_passes(const Tiles& tiles, std::vector<Candidates>& candidates) const {
     if (!p.sketches[0].points || tiles.rows.empty()) return tiles;
-    Tiles others, rest = near_data(p, o, tiles, others);
+    std::optional<SketchScreen> screen(std::in_place, p, o, p.sketches[0], tiles);
+    Tiles others, rest = near_data(*screen, others);
     std::vector<double> squares(p.batch);
     for (const Sketch* sketch = p.sketches; sketch != p.sketches + kSketches; ++sketch) {
       if (!sketch->points || rest.rows.empty()) break;
-      const SketchScreen screen(p, o, *sketch, rest);
-      if (limited_by_smallest() && sketch == p.sketches) near_squares(screen, squares);
-      screen.select(
+      const bool first = sketch == p.sketches;
+      if (!first || !others.rows.empty()) screen.emplace(p, o, *sketch, rest);
+      if (limited_by_smallest() && first) near_squares(*screen, squares);
+      screen->select(
           [&](int64_t b) {
-            const double offset = screen.bounds[b].offset;
+            const double offset = screen->bounds[b].offset;
             const double square = squares[b] * o.inverse_unit * o.inverse_unit * (1 + 0x1p-40);
-            return limit(screen.bounds[b], b, square - offset);
+            return limit(screen->bounds[b], b, square - offset);
           },
           candidates);
       const bool last = sketch + 1 == p.sketches + kSketches || !sketch[1].points;
