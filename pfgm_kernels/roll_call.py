@@ -11,6 +11,7 @@ ranks by itself; nothing depends on a third, as the store of a group does on the
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -30,7 +31,7 @@ GRACE = 2.0
 """Seconds that the others have to hear a word or to answer, which they do within `POLL` if they
 wait."""
 WORD = 512
-"""Bytes of a word to another rank: the number of the call, a sentence, and a 1 as the last."""
+"""Bytes of a word to another rank: the number of the call, a sentence, and their CRC-32."""
 TAGS = 0x7066_0000, 0x7066_0001
 """Of words, and of receives that nothing is sent for."""
 LOST = (
@@ -196,8 +197,7 @@ class RollCall:
         if self._timeout is None or self._told:
             return
         self._told = True
-        text = f"{self.calls} {sentence}".encode()[: WORD - 1].ljust(WORD - 1, b"\0") + b"\1"
-        word = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
+        word = word_of(self.calls, sentence)
         for peer in self._peers:
             with suppress(RuntimeError):
                 self._sent.append(self.group.send([word], peer, TAGS[0]))
@@ -212,12 +212,11 @@ class RollCall:
             while True:
                 if peer not in self._posted and not self._post(peer):
                     break
-                word = bytes(self._posted[peer][0].tolist())
-                number, _, text = word.rstrip(b"\0\1").decode(errors="ignore").partition(" ")
-                if word[-1] == 0 or int(number) > self.calls:
+                word = read_word(self._posted[peer][0])
+                if word is None or word[0] > self.calls:
                     break
-                if int(number) == self.calls:
-                    heard[peer] = text
+                if word[0] == self.calls:
+                    heard[peer] = word[1]
                     break
                 del self._posted[peer]  # of a call that ended alike on all ranks
         return heard
@@ -268,6 +267,24 @@ def is_lost(error: RuntimeError) -> bool:
     its sources.
     """
     return "/gloo/" in str(error) or isinstance(error, dist.DistError)
+
+
+def word_of(call: int, sentence: str) -> Tensor:
+    """(WORD,) bytes."""
+    text = f"{call} {sentence}".encode()[: WORD - 4].ljust(WORD - 4, b"\0")
+    word = text + zlib.crc32(text).to_bytes(4, "little")
+    return torch.tensor(list(word), dtype=torch.uint8, device="cpu")
+
+
+def read_word(word: Tensor) -> tuple[int, str] | None:
+    """The number of the call and the sentence, or None while they have not arrived: another thread
+    writes the bytes as they are read, in any order.
+    """
+    text, check = (read := bytes(word.tolist()))[:-4], read[-4:]
+    if zlib.crc32(text).to_bytes(4, "little") != check:
+        return None
+    call, _, sentence = text.rstrip(b"\0").decode(errors="ignore").partition(" ")
+    return int(call), sentence
 
 
 def _which(ranks: Sequence[int]) -> str:

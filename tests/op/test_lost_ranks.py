@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pfgm_kernels import ReferenceSet, poisson_displacement, poisson_field
 from pfgm_kernels.on_disk import OnDisk
+from pfgm_kernels.roll_call import WORD, read_word, word_of
 from pfgm_kernels.shards import Sharded
 
 KILLS = int(os.environ.get("PFGM_KILLS") or "5")
@@ -123,6 +124,24 @@ MORE = {
 }
 FAILS = ("file", "argument", "interrupted", "broken disk", "missing")
 """What the rank is told itself, and goes on with."""
+
+
+@pytest.mark.parametrize("there", [0, 1, 3, 30, WORD - 4, WORD - 1])
+def test_a_word_that_still_arrives_is_not_read(there):
+    word = word_of(12, "rank 1 failed: größer")
+    assert read_word(word) == (12, "rank 1 failed: größer")
+    begun, first_last = word.clone(), word.clone()
+    begun[there:] = 0
+    first_last[: WORD - there] = 0
+    assert read_word(begun) is None
+    assert read_word(first_last) is None
+
+
+def test_a_long_word_is_cut():
+    call, sentence = read_word(word_of(12, "é" * WORD))
+    assert call == 12
+    assert sentence == "é" * len(sentence)
+    assert len(sentence) > WORD // 3
 
 
 @pytest.mark.parametrize(
