@@ -124,21 +124,27 @@ inline void product_tile(const typename Product::Element* a, int64_t row_stride,
   }
 }
 
-template <class Product, int kVectors>
+// Rows left over are taken in tiles of 4, 2 and 1: one at a time would wait for itself.
+template <class Product, int kRows, int kVectors>
 inline void product_columns(const typename Product::Element* a, int64_t rows, int64_t row_stride,
                             int64_t k_stride, const typename Product::Element* packed,
                             int64_t width, int64_t depth, typename Product::Element* out,
                             bool accumulate) {
-  constexpr int kRows = product_rows(kVectors);
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows) {
     product_tile<Product, kRows, kVectors>(a + i * row_stride, row_stride, k_stride, packed, width,
                                            depth, out + i * width, accumulate);
   }
-  for (; i < rows; ++i) {
-    product_tile<Product, 1, kVectors>(a + i * row_stride, row_stride, k_stride, packed, width,
-                                       depth, out + i * width, accumulate);
+  if constexpr (kRows > 1) {
+    product_columns<Product, (kRows > 4 ? 4 : kRows / 2), kVectors>(
+        a + i * row_stride, rows - i, row_stride, k_stride, packed, width, depth, out + i * width,
+        accumulate);
   }
+}
+
+template <class Product, int kVectors, class... Arguments>
+inline void product_columns(Arguments... arguments) {
+  product_columns<Product, product_rows(kVectors), kVectors>(arguments...);
 }
 
 // packed (depth, width), out (rows, width); width is a multiple of kFloatLanes.

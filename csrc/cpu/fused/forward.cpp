@@ -84,8 +84,7 @@ struct FusedTile {
   // Moves the queries to the smallest r of a block. Returns whether any query takes part.
   bool advance(const float* r, int64_t first, int64_t count) {
     for (int64_t v = 0; v < width; v += kFloatLanes) {
-      VecF least = load(nearest + v);
-      for (int64_t j = 0; j < count; ++j) least = smaller(load(r + j * width + v), least);
+      const VecF least = smaller(smallest(r + v, count), load(nearest + v));
       std::fill_n(factor + v, kFloatLanes, 1.0);
       for (unsigned mask = bits(least < load(nearest + v)); mask; mask &= mask - 1) {
         const int lane = __builtin_ctz(mask), q = static_cast<int>(v) + lane;
@@ -98,6 +97,18 @@ struct FusedTile {
     bool any = false;
     for (int q = 0; q < size; ++q) any |= certified[q];
     return any;
+  }
+
+  // Of the rows of a block.
+  VecF smallest(const float* r, int64_t count) const {
+    VecF least[4];  // more than one, so that it need not wait for the one before
+    std::fill_n(least, 4, broadcast(INFINITY));
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) {
+      for (int i = 0; i < 4; ++i) least[i] = smaller(load(r + (j + i) * width), least[i]);
+    }
+    for (; j < count; ++j) least[0] = smaller(load(r + j * width), least[0]);
+    return smaller(smaller(least[0], least[1]), smaller(least[2], least[3]));
   }
 
   void move(int q, float r) {
@@ -132,10 +143,11 @@ struct FusedTile {
     VecF sums[kFusedRows / kRows], most[kFusedRows / kRows];
     int64_t count;
 
-    VecF total() const {
-      CompensatedSum sum;
-      for (int64_t i = 0; i < count; ++i) sum.add(sums[i]);
-      return sum.total();
+    Vec total(int64_t lane) const {
+      Vec sum = {};
+      for (int64_t i = 0; i < count; ++i)
+        sum += widen(reinterpret_cast<const float*>(sums + i) + lane);
+      return sum;
     }
 
     VecF squares() const {  // at most
@@ -192,18 +204,13 @@ struct FusedTile {
   }
 
   bool list_heavy(float* weights, int64_t first, int64_t count, int64_t v, Runs& runs) {
-    VecF sum = runs.total();
-    float lanes[kFloatLanes];
-    store(lanes, sum);
     const auto threshold = [&](int64_t lane) {
-      return (load(light + v + lane) + load(taken + v + lane) + widen(lanes + lane)) * kFusedHeavy;
+      return (load(light + v + lane) + load(taken + v + lane) + runs.total(lane)) * kFusedHeavy;
     };
     const VecF least = narrow(threshold(0), threshold(kLanes));
-    bool found = false;
     for (int64_t i = 0; i < runs.count; ++i) {
       if (!bits(runs.most[i] > least)) continue;
-      found = true;
-      runs.sums[i] = runs.most[i] = VecF{};
+      VecF sum = {}, most = {};
       for (int64_t j = i * Runs::kRows; j < std::min(count, (i + 1) * Runs::kRows); ++j) {
         const VecF w = load(weights + j * width), rest = w > least ? VecF{} : w;
         for (unsigned mask = bits(w > least); mask; mask &= mask - 1) {
@@ -211,23 +218,22 @@ struct FusedTile {
           take(static_cast<int>(v) + lane, static_cast<int32_t>(first + j), w[lane]);
         }
         store(weights + j * width, rest);
-        runs.sums[i] += rest;
-        runs.most[i] = larger(rest, runs.most[i]);
+        sum += rest;
+        most = larger(rest, most);
       }
+      runs.sums[i] = sum;
+      runs.most[i] = most;
     }
-    if (found) {
-      sum = runs.total();
-      store(lanes, sum);
-    }
-    bool moved = false;
+    bool changes = false;
     float more[kFloatLanes];
     store(more, runs.squares());
     for (int64_t lane = 0; lane < kFloatLanes; lane += kLanes) {
-      store(light + v + lane, load(light + v + lane) + widen(lanes + lane));
+      const Vec total = runs.total(lane);
+      store(light + v + lane, load(light + v + lane) + total);
       store(squares + v + lane, load(squares + v + lane) + widen(more + lane));
-      moved |= bits(load(factor + v + lane) != 1.0) != 0;
+      changes |= bits(total != 0.0 || load(factor + v + lane) != 1.0) != 0;
     }
-    return moved || bits(sum != 0.0f);
+    return changes;
   }
 
   void take(int q, int32_t j, float weight) {

@@ -20,7 +20,9 @@ namespace {
 constexpr int64_t kFusedRows = 240;  // references in a block, a multiple of all product_rows()
 constexpr int64_t kFusedDepth = 64;  // columns whose products are summed in one go, about
 constexpr int64_t kGatherStep = 80;  // references whose weights stay in the first-level cache
-constexpr int kWeighRows = 4;        // references that are weighed together
+// References that are weighed together, so that none waits for itself; their values stay in
+// registers.
+constexpr int kWeighRows = kFloatLanes == 16 ? 8 : 4;
 constexpr int64_t kFusedPart = 4 * kFusedRows;
 // Logits may be off by this much if all roundings of a product added up.
 constexpr double kFusedTolerance = 4e-5;
@@ -50,7 +52,7 @@ struct FusedBlock {
 
   static int64_t size(int64_t dim) { return kFusedRows * (dim + 1); }
 
-  void load(const FieldParams& p, const Operands& o, double centre, int64_t first, int64_t count) {
+  void read(const FieldParams& p, const Operands& o, double centre, int64_t first, int64_t count) {
     rows = count;
     if (p.value_type == ValueType::kUint8) {
       decode_block(p, o, first, rows, 0, dim, y, dim + 1, rows * dim);
@@ -65,10 +67,16 @@ struct FusedBlock {
   // What decode_block does with floats, whose origin is a float: the rounded difference is the
   // same.
   void subtract_origin(const float* values) const {
+    const int64_t columns = dim, last = dim - kFloatLanes;  // of which there are more than 24
+    const float* by = origin;
     for (int64_t r = 0; r < rows; ++r) {
-      float* __restrict row = y + r * (dim + 1);
-      prefetch(values + (rows + r) * dim, dim * 4);
-      for (int64_t c = 0; c < dim; ++c) row[c] = values[r * dim + c] - origin[c];
+      const float* from = values + r * columns;
+      float* to = y + r * (columns + 1);
+      prefetch(from + rows * columns, columns * 4);
+      for (int64_t c = 0; c < last; c += kFloatLanes) {
+        store(to + c, load(from + c) - load(by + c));
+      }
+      store(to + last, load(from + last) - load(by + last));
     }
   }
 
@@ -194,7 +202,7 @@ struct FusedPass {
     pack(from, piece.tile, area.packed.get(), residuals);
     FusedBlock block{area.y.get(), origin.data(), p.dim};
     for (int64_t first = piece.first; first < piece.last; first += kFusedRows) {
-      block.load(p, o, centre, first, std::min(piece.last - first, kFusedRows));
+      block.read(p, o, centre, first, std::min(piece.last - first, kFusedRows));
       block.multiply(area.packed.get(), p.dim + 1, from.width(piece.tile), area.r.get());
       visit(block, area.r.get(), first);
     }
