@@ -65,10 +65,12 @@ class Shape:
 
 
 def shapes(on_gpu: bool = False) -> list[Shape]:
-    """The shapes of a run, larger ones too on a GPU; real images take part where PFGM_DATA names
-    their folder.
+    """The shapes of a run: larger ones too on a GPU, more dimensions on a CPU, whose kernels differ
+    more; real images take part where PFGM_DATA names their folder.
     """
     normal = [(64, 1024, 2), (1024, 16384, 2), (1024, 16384, 16), (512, 8192, 64)]
+    between = [(700, 12000, 3), (900, 9000, 12), (300, 20000, 40)]
+    between += [(512, 8192, d) for d in (32, 96, 128, 256)]
     images = [(512, 8192, 784), (128, 4096, 3072)]
     real = [Shape(512, 8192, 784, "mnist"), Shape(128, 4096, 3072, "cifar10")]
     if on_gpu:
@@ -76,7 +78,8 @@ def shapes(on_gpu: bool = False) -> list[Shape]:
         images = [(512, 50000, 3072), *images, (4096, 50000, 3072)]
         real += [Shape(512, 16000, 3072, "cifar10")]
     else:
-        real += [Shape(128, 50000, 3072, "cifar10")]
+        normal += between
+        real += [Shape(200, 10000, 784, "mnist"), Shape(128, 50000, 3072, "cifar10")]
     small = [Shape(*size, "normal") for size in normal]
     large = [Shape(*size, "synthetic") for size in images]
     # On a GPU, whose time may be short, in the order of worth.

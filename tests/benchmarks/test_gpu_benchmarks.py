@@ -68,7 +68,8 @@ def test_what_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "float32 composite, oneDNN" in on_cpu - names
     monkeypatch.delenv("PFGM_DATA", raising=False)
     larger = set(shapes(on_gpu=True))
-    assert set(shapes()) < larger
+    dimensions = {shape.d for shape in larger}
+    assert {shape for shape in shapes() if shape.d in dimensions} < larger
     assert shapes(on_gpu=True)[0] == Shape(512, 50_000, 3072, "synthetic"), "the order of worth"
     monkeypatch.setenv("PFGM_DATA", "somewhere")
     real = set(shapes(on_gpu=True)) - larger
