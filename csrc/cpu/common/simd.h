@@ -119,6 +119,15 @@ unsigned bits(Mask mask) {
 #endif
 }
 
+// A bit for each lane in which a < b.
+inline unsigned below(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);  // GCC goes by way of a vector
+#else
+  return bits(a < b);
+#endif
+}
+
 inline double reduce_add(Vec v) {
   double sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += v[i];

@@ -86,7 +86,7 @@ struct FusedTile {
     for (int64_t v = 0; v < width; v += kFloatLanes) {
       const VecF least = smaller(smallest(r + v, count), load(nearest + v));
       std::fill_n(factor + v, kFloatLanes, 1.0);
-      for (unsigned mask = bits(least < load(nearest + v)); mask; mask &= mask - 1) {
+      for (unsigned mask = below(least, load(nearest + v)); mask; mask &= mask - 1) {
         const int lane = __builtin_ctz(mask), q = static_cast<int>(v) + lane;
         int64_t j = 0;
         while (r[j * width + q] != least[lane]) ++j;
@@ -209,17 +209,20 @@ struct FusedTile {
     };
     const VecF least = narrow(threshold(0), threshold(kLanes));
     for (int64_t i = 0; i < runs.count; ++i) {
-      if (!bits(runs.most[i] > least)) continue;
+      if (!below(least, runs.most[i])) continue;
       VecF sum = {}, most = {};
       for (int64_t j = i * Runs::kRows; j < std::min(count, (i + 1) * Runs::kRows); ++j) {
-        const VecF w = load(weights + j * width), rest = w > least ? VecF{} : w;
-        for (unsigned mask = bits(w > least); mask; mask &= mask - 1) {
-          const int lane = __builtin_ctz(mask);
-          take(static_cast<int>(v) + lane, static_cast<int32_t>(first + j), w[lane]);
+        VecF w = load(weights + j * width);
+        if (const unsigned heavy = below(least, w)) {
+          for (unsigned mask = heavy; mask; mask &= mask - 1) {
+            const int lane = __builtin_ctz(mask);
+            take(static_cast<int>(v) + lane, static_cast<int32_t>(first + j), w[lane]);
+          }
+          w = w > least ? VecF{} : w;
+          store(weights + j * width, w);
         }
-        store(weights + j * width, rest);
-        sum += rest;
-        most = larger(rest, most);
+        sum += w;
+        most = larger(w, most);
       }
       runs.sums[i] = sum;
       runs.most[i] = most;
