@@ -238,9 +238,11 @@ struct Weights {
   void weigh(const Scale& scale, VecF* v) const {
     if constexpr (kWeighing == Weighing::kLogarithm) {
       for (int r = 0; r < kCount; ++r) {
-        const VecF p = log1p((v[r] - scale.origin) * scale.inverse + scale.low);
-        const VecF logit = p * half_k_high;
-        v[r] = exp_sum(-logit, (logit - p * half_k_high) - p * half_k_low);
+        v[r] = log1p((v[r] - scale.origin) * scale.inverse + scale.low);
+      }
+      for (int r = 0; r < kCount; ++r) {
+        const VecF logit = v[r] * half_k_high;
+        v[r] = exp_sum(-logit, (logit - v[r] * half_k_high) - v[r] * half_k_low);
       }
     } else if constexpr (kWeighing == Weighing::kGaussian) {
       for (int r = 0; r < kCount; ++r) {
