@@ -28,6 +28,7 @@ if REASON is None:
     from pfgm_kernels.backends.triton import call, fused, maths, operands, products
     from pfgm_kernels.backends.triton.call import Call, Screen, compare, distances
     from pfgm_kernels.backends.triton.configurations import INTERPRETED
+    from pfgm_kernels.backends.triton.forward_pass import empty_outputs
     from pfgm_kernels.backends.triton.launch import Kernel
 
     @triton.jit
@@ -117,6 +118,15 @@ def test_the_error_of_the_products_is_within_its_bound(generator):
     taken = (screen.r <= last).cpu()
     assert (taken | ~counts).all()
     assert (taken.sum(1) <= counts.sum(1) + 3).float().mean() > 0.5  # and hardly more than those
+
+
+def test_one_pass_serves_nearly_all_queries(generator):
+    x0 = torch.randn(600, 40, generator=generator)
+    x = 0.2 * torch.randn(70, 40, generator=generator)  # tensor cores cut little of x·y
+    call = Call(x.to(DEVICE), torch.ones(70).double().to(DEVICE), x0.to(DEVICE), x0.new_empty(0), 41.0)
+    prepared = operands.prepare(call.values, call.table)
+    _, left = fused.fused_forward(call, prepared, empty_outputs(call))
+    assert left.sum() <= 7
 
 
 @pytest.mark.parametrize("eight_bit", [False, True])
