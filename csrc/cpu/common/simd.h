@@ -1,123 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of doubles and floats by the compiler's vector extensions, as wide as the instruction set
-// that the translation unit is compiled for. Everything has internal linkage: the same source is
-// compiled once per instruction set, and no function may be shared between them.
+// Functions of vectors, in double and in float.
 #pragma once
 
 #include <cmath>
-#include <cstdint>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace pfgm {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 8;
-#elif defined(__AVX__)
-constexpr int kLanes = 4;
-#else
-constexpr int kLanes = 2;
-#endif
-constexpr int kPad = 8;  // rows are padded to this many columns whatever the instruction set
-
-// A VecF has two Vecs' worth of lanes.
-typedef double Vec __attribute__((vector_size(8 * kLanes)));
-typedef int64_t VecInt __attribute__((vector_size(8 * kLanes)));
-typedef uint64_t VecBits __attribute__((vector_size(8 * kLanes)));  // wraps around
-typedef double VecUnaligned __attribute__((vector_size(8 * kLanes), aligned(8), may_alias));
-
-constexpr int kFloatLanes = 2 * kLanes;
-typedef float VecF __attribute__((vector_size(8 * kLanes)));
-typedef int32_t VecFInt __attribute__((vector_size(8 * kLanes)));
-typedef uint32_t VecFBits __attribute__((vector_size(8 * kLanes)));  // wraps around
-typedef float VecFUnaligned __attribute__((vector_size(8 * kLanes), aligned(4), may_alias));
-typedef int32_t VecFIntUnaligned __attribute__((vector_size(8 * kLanes), aligned(4), may_alias));
-typedef float HalfF __attribute__((vector_size(4 * kLanes)));
-typedef float HalfFUnaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-
-inline Vec load(const double* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
-inline void store(double* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
-inline Vec broadcast(double v) { return v - Vec{}; }
-
-inline VecF load(const float* p) { return *reinterpret_cast<const VecFUnaligned*>(p); }
-inline void store(float* p, VecF v) { *reinterpret_cast<VecFUnaligned*>(p) = v; }
-inline VecF broadcast(float v) { return v - VecF{}; }
-
 // One instruction each; b where either is NaN.
 inline VecF smaller(VecF a, VecF b) { return a < b ? a : b; }
 inline VecF larger(VecF a, VecF b) { return a > b ? a : b; }
-
-// kLanes floats or int32s as doubles, and back.
-template <class T>
-Vec widen(const T* p) {
-  typedef T Half __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-  return __builtin_convertvector(*reinterpret_cast<const Half*>(p), Vec);
-}
-inline void narrow(float* p, Vec v) {
-  *reinterpret_cast<HalfFUnaligned*>(p) = __builtin_convertvector(v, HalfF);
-}
-
-// The lanes of a, then those of b, as floats.
-inline VecF narrow(Vec a, Vec b) {
-  const HalfF low = __builtin_convertvector(a, HalfF), high = __builtin_convertvector(b, HalfF);
-#if defined(__AVX512F__)
-  return (VecF)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)low), (__m256)high, 1);
-#else
-  VecF v;
-  __builtin_memcpy(&v, &low, sizeof low);
-  __builtin_memcpy(reinterpret_cast<char*>(&v) + sizeof low, &high, sizeof high);
-  return v;
-#endif
-}
-
-inline Vec widen(const uint8_t* p) {
-#if defined(__AVX512F__)
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return (Vec)_mm512_cvtepi32_pd(_mm256_cvtepu8_epi32(bytes));
-#else
-  Vec v;
-  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
-  return v;
-#endif
-}
-
-inline VecFInt load(const int32_t* p) { return *reinterpret_cast<const VecFIntUnaligned*>(p); }
-
-// kFloatLanes bytes as int32s.
-inline VecFInt widen_codes(const uint8_t* p) {
-#if defined(__AVX512F__)
-  return (VecFInt)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-  VecFInt v;
-  for (int i = 0; i < kFloatLanes; ++i) v[i] = p[i];
-  return v;
-#endif
-}
-
-// v rounded to floats.
-inline Vec round_to_float(Vec v) {
-#if defined(__AVX512F__)
-  return (Vec)_mm512_cvtps_pd(_mm512_cvtpd_ps((__m512d)v));
-#else
-  return __builtin_convertvector(__builtin_convertvector(v, HalfF), Vec);
-#endif
-}
-
-// A bit for each lane whose mask, a VecInt or a VecFInt, is set.
-template <class Mask>
-unsigned bits(Mask mask) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof mask[0] == 8) return _mm512_movepi64_mask((__m512i)mask);
-  return _mm512_movepi32_mask((__m512i)mask);
-#else
-  unsigned result = 0;
-  for (size_t i = 0; i < sizeof mask / sizeof mask[0]; ++i) result |= (mask[i] & 1u) << i;
-  return result;
-#endif
-}
 
 inline double reduce_add(Vec v) {
   double sum = 0;
@@ -223,17 +117,6 @@ inline VecF exp_normal(VecF v) {
 inline VecF exp(VecF v) {
   const VecF result = v < -87.0f ? VecF{} : exp_normal(v);
   return v != v ? v : result;
-}
-
-// 1/√v of a positive, normal v, off by 2⁻¹⁴ of it at most.
-inline VecF approximate_reciprocal_root(VecF v) {
-#if defined(__AVX512F__)
-  return (VecF)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)v);
-#else
-  VecF root;
-  for (int i = 0; i < kFloatLanes; ++i) root[i] = __builtin_sqrtf(v[i]);
-  return 1.0f / root;
-#endif
 }
 
 // A sum that keeps what its additions round off: those of many nearly equal terms round alike.
