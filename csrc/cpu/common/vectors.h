@@ -48,15 +48,13 @@ inline VecF load(const float* p) { return *reinterpret_cast<const VecFUnaligned*
 inline void store(float* p, VecF v) { *reinterpret_cast<VecFUnaligned*>(p) = v; }
 inline VecF broadcast(float v) { return v - VecF{}; }
 
-// kLanes floats, int32s or bytes as doubles; kFloatLanes bytes as int32s; the lanes of a, then
-// those of b, as floats; doubles rounded to floats; a bit for each lane whose mask, a VecInt or a
-// VecFInt, is set. All are exact or round to nearest. And 1/√v of a positive, normal v, off by 2⁻¹⁴
-// of it at most. Compilers do not find the instructions that do these.
+// Of the error of a root of 1/v its square remains, 1.5 times.
+inline VecF newton_step(VecF v, VecF root) { return root * (1.5f - (0.5f * v) * (root * root)); }
 
-// A Newton step: of the error of a root its square remains, 1.5 times.
-inline VecF improve_reciprocal_root(VecF v, VecF root) {
-  return root * (1.5f - (0.5f * v) * (root * root));
-}
+// What follows has an instruction or two on each processor that compilers do not find: kLanes
+// floats, int32s or bytes as doubles; kFloatLanes bytes as int32s; the lanes of a, then those of b,
+// as floats; doubles rounded to floats; a bit for each lane whose mask, a VecInt or a VecFInt, is
+// set; and 1/√v of a positive, normal v, off by kRoughRoot of it at most.
 
 #if defined(__SSE2__)
 inline __m128i load_4_bytes(const uint8_t* p) {
@@ -90,7 +88,8 @@ inline Vec round_to_float(Vec v) {
 }
 inline unsigned bits(VecInt mask) { return _mm512_movepi64_mask((__m512i)mask); }
 inline unsigned bits(VecFInt mask) { return _mm512_movepi32_mask((__m512i)mask); }
-inline VecF approximate_reciprocal_root(VecF v) {
+constexpr double kRoughRoot = 0x1p-14;
+inline VecF rough_reciprocal_root(VecF v) {
   return (VecF)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)v);
 }
 
@@ -112,9 +111,8 @@ inline VecF narrow(Vec a, Vec b) {
 inline Vec round_to_float(Vec v) { return (Vec)_mm256_cvtps_pd(_mm256_cvtpd_ps((__m256d)v)); }
 inline unsigned bits(VecInt mask) { return _mm256_movemask_pd((__m256d)mask); }
 inline unsigned bits(VecFInt mask) { return _mm256_movemask_ps((__m256)mask); }
-inline VecF approximate_reciprocal_root(VecF v) {
-  return improve_reciprocal_root(v, (VecF)_mm256_rsqrt_ps((__m256)v));
-}
+constexpr double kRoughRoot = 0x1.8p-12;
+inline VecF rough_reciprocal_root(VecF v) { return (VecF)_mm256_rsqrt_ps((__m256)v); }
 
 #elif defined(__SSE2__)
 
@@ -135,9 +133,8 @@ inline VecF narrow(Vec a, Vec b) {
 inline Vec round_to_float(Vec v) { return (Vec)_mm_cvtps_pd(_mm_cvtpd_ps((__m128d)v)); }
 inline unsigned bits(VecInt mask) { return _mm_movemask_pd((__m128d)mask); }
 inline unsigned bits(VecFInt mask) { return _mm_movemask_ps((__m128)mask); }
-inline VecF approximate_reciprocal_root(VecF v) {
-  return improve_reciprocal_root(v, (VecF)_mm_rsqrt_ps((__m128)v));
-}
+constexpr double kRoughRoot = 0x1.8p-12;
+inline VecF rough_reciprocal_root(VecF v) { return (VecF)_mm_rsqrt_ps((__m128)v); }
 
 #elif defined(__aarch64__)
 
@@ -155,8 +152,9 @@ inline VecF narrow(Vec a, Vec b) {
 inline Vec round_to_float(Vec v) { return (Vec)vcvt_f64_f32(vcvt_f32_f64((float64x2_t)v)); }
 inline unsigned bits(VecInt mask) { return (mask[0] & 1) | (mask[1] & 2); }
 inline unsigned bits(VecFInt mask) { return vaddvq_u32((uint32x4_t)(mask & VecFInt{1, 2, 4, 8})); }
-inline VecF approximate_reciprocal_root(VecF v) {  // the instruction's error is 2⁻⁸
-  return improve_reciprocal_root(v, (VecF)vrsqrteq_f32((float32x4_t)v));
+constexpr double kRoughRoot = 0x1.8p-16;
+inline VecF rough_reciprocal_root(VecF v) {
+  return newton_step(v, (VecF)vrsqrteq_f32((float32x4_t)v));  // which is off by 2⁻⁸
 }
 
 #else
@@ -189,13 +187,20 @@ unsigned bits(Mask mask) {
   for (size_t i = 0; i < sizeof mask / sizeof mask[0]; ++i) result |= (mask[i] & 1u) << i;
   return result;
 }
-inline VecF approximate_reciprocal_root(VecF v) {
+constexpr double kRoughRoot = 0x1p-22;
+inline VecF rough_reciprocal_root(VecF v) {
   VecF root;
   for (int i = 0; i < kFloatLanes; ++i) root[i] = __builtin_sqrtf(v[i]);
   return 1.0f / root;
 }
 
 #endif
+
+// The same, off by 2⁻¹⁴ at most.
+inline VecF approximate_reciprocal_root(VecF v) {
+  const VecF root = rough_reciprocal_root(v);
+  return kRoughRoot <= 0x1p-14 ? root : newton_step(v, root);
+}
 
 inline void narrow(float* p, Vec v) {
   *reinterpret_cast<HalfFUnaligned*>(p) = __builtin_convertvector(v, HalfF);

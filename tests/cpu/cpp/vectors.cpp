@@ -74,15 +74,16 @@ void test_bits(std::mt19937& engine) {
   }
 }
 
-void test_roots() {
+template <class Root>
+void test_roots(const char* what, double most, const Root& root) {
   double worst = 0;
   for (float v = 0x1p-126f; v < 1e38f; v *= 1.0007f) {
-    const VecF root = approximate_reciprocal_root(broadcast(v));
+    const VecF roots = root(broadcast(v));
     for (int i = 0; i < kFloatLanes; ++i) {
-      worst = std::fmax(worst, std::fabs(root[i] * std::sqrt(double{v}) - 1));
+      worst = std::fmax(worst, std::fabs(roots[i] * std::sqrt(double{v}) - 1));
     }
   }
-  expect(worst <= 0x1p-14, "approximate_reciprocal_root", 0, worst, 0x1p-14);
+  expect(worst <= most, what, 0, worst, most);
 }
 
 void test_short_products(std::mt19937& engine) {
@@ -107,7 +108,8 @@ int main() {
   test_conversions(engine);
   test_bits<pfgm::VecInt>(engine);
   test_bits<pfgm::VecFInt>(engine);
-  test_roots();
+  test_roots("rough_reciprocal_root", pfgm::kRoughRoot, pfgm::rough_reciprocal_root);
+  test_roots("approximate_reciprocal_root", 0x1p-14, pfgm::approximate_reciprocal_root);
   test_short_products(engine);
   return failures > 0;
 }
