@@ -18,10 +18,14 @@ namespace pfgm {
 namespace {
 
 constexpr int kTileQueries = 64;
-// Accumulators stay in registers: 24 of 32, or 12 of 16.
-#if defined(__AVX512F__) || defined(__aarch64__)
+// Accumulators stay in registers: 24 of 32, or 12 of 16; on ARM, where what is broadcast takes
+// some, 20 of 32.
+#if defined(__AVX512F__)
 constexpr int kProductVectors = 4;
 constexpr int product_rows(int vectors) { return vectors == 1 ? 12 : 24 / vectors; }
+#elif defined(__aarch64__)
+constexpr int kProductVectors = 4;
+constexpr int product_rows(int vectors) { return vectors == 1 ? 12 : 20 / vectors; }
 #else
 constexpr int kProductVectors = 2;
 constexpr int product_rows(int) { return 6; }
