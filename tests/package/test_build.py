@@ -13,6 +13,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ninja
@@ -251,6 +252,21 @@ def test_an_empty_variable_is_not_set(
     for name in ("PFGM_CUDA", "PFGM_CUDA_ARCHS", "CUDA_HOME", "CXX"):
         monkeypatch.setenv(name, "")
     assert found() == unset
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_instruction_sets_are_those_of_the_processor(
+    machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine=machine))
+    build = runpy.run_path(str(ROOT / "csrc" / "ninja_build.py"))
+    text = build["ninja_file"]("_C.so")
+    assert ("-mavx" in text) == (machine == "x86_64")
+    isas = set(re.findall(r"-DPFGM_ISA=(\w+)", text))
+    dispatched = (ROOT / "csrc/cpu/dispatch.cpp").read_text().split("namespace pfgm")[0]
+    if machine != "x86_64":
+        dispatched = re.sub(r"(?s)#if defined\(__x86_64__\).*?#endif", "", dispatched)
+    assert isas == set(re.findall(r"PFGM_DECLARE_KERNELS\((\w+)\)", dispatched))
 
 
 @pytest.mark.parametrize("wanted", ["90", "75,80;90", " 80 90;"])

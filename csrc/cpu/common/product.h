@@ -13,18 +13,19 @@
 #if defined(__AVX512VNNI__)
 #define PFGM_INTEGER_PRODUCT
 #endif
-#if defined(__AVX2__)
-#define PFGM_SHORT_PRODUCT
-#endif
 
 namespace pfgm {
 namespace {
 
 constexpr int kTileQueries = 64;
-// Accumulators stay in registers: 24 of 32, or 12 of 16.
+// Accumulators stay in registers: 24 of 32, or 12 of 16; on ARM, where what is broadcast takes
+// some, 20 of 32.
 #if defined(__AVX512F__)
 constexpr int kProductVectors = 4;
 constexpr int product_rows(int vectors) { return vectors == 1 ? 12 : 24 / vectors; }
+#elif defined(__aarch64__)
+constexpr int kProductVectors = 4;
+constexpr int product_rows(int vectors) { return vectors == 1 ? 12 : 20 / vectors; }
 #else
 constexpr int kProductVectors = 2;
 constexpr int product_rows(int) { return 6; }
@@ -75,7 +76,6 @@ struct IntegerProduct {
 };
 #endif
 
-#if defined(PFGM_SHORT_PRODUCT)
 // a holds two signed 16-bit integers, packed two for each query. Sums are exact where they fit.
 struct ShortProduct {
   typedef int32_t Element;
@@ -86,14 +86,18 @@ struct ShortProduct {
     return (Sum)_mm512_dpwssd_epi32((__m512i)sum, _mm512_set1_epi32(a), (__m512i)load(packed));
 #elif defined(__AVX512F__)
     return sum + (Sum)_mm512_madd_epi16(_mm512_set1_epi32(a), (__m512i)load(packed));
-#else
+#elif defined(__AVX2__)
     return sum + (Sum)_mm256_madd_epi16(_mm256_set1_epi32(a), (__m256i)load(packed));
+#elif defined(__SSE2__)
+    return sum + (Sum)_mm_madd_epi16(_mm_set1_epi32(a), (__m128i)load(packed));
+#else
+    const VecFInt pairs = load(packed), first = (VecFInt)((VecFBits)pairs << 16) >> 16;
+    return sum + first * static_cast<int16_t>(a) + (pairs >> 16) * (a >> 16);
 #endif
   }
   static void put(int32_t* out, Sum sum) { *reinterpret_cast<VecFIntUnaligned*>(out) = sum; }
   static void add_to(int32_t* out, Sum sum) { put(out, load(out) + sum); }
 };
-#endif
 
 // Elements of `a`, which need not be aligned: bytes of 8-bit codes are read four at a time.
 template <class Element>

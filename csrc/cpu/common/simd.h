@@ -1,132 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of doubles and floats by the compiler's vector extensions, as wide as the instruction set
-// that the translation unit is compiled for. Everything has internal linkage: the same source is
-// compiled once per instruction set, and no function may be shared between them.
+// Functions of vectors, in double and in float.
 #pragma once
 
 #include <cmath>
-#include <cstdint>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace pfgm {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 8;
-#elif defined(__AVX__)
-constexpr int kLanes = 4;
-#else
-constexpr int kLanes = 2;
-#endif
-constexpr int kPad = 8;  // rows are padded to this many columns whatever the instruction set
-
-// A VecF has two Vecs' worth of lanes.
-typedef double Vec __attribute__((vector_size(8 * kLanes)));
-typedef int64_t VecInt __attribute__((vector_size(8 * kLanes)));
-typedef uint64_t VecBits __attribute__((vector_size(8 * kLanes)));  // wraps around
-typedef double VecUnaligned __attribute__((vector_size(8 * kLanes), aligned(8), may_alias));
-
-constexpr int kFloatLanes = 2 * kLanes;
-typedef float VecF __attribute__((vector_size(8 * kLanes)));
-typedef int32_t VecFInt __attribute__((vector_size(8 * kLanes)));
-typedef uint32_t VecFBits __attribute__((vector_size(8 * kLanes)));  // wraps around
-typedef float VecFUnaligned __attribute__((vector_size(8 * kLanes), aligned(4), may_alias));
-typedef int32_t VecFIntUnaligned __attribute__((vector_size(8 * kLanes), aligned(4), may_alias));
-typedef float HalfF __attribute__((vector_size(4 * kLanes)));
-typedef float HalfFUnaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-
-inline Vec load(const double* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
-inline void store(double* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
-inline Vec broadcast(double v) { return v - Vec{}; }
-
-inline VecF load(const float* p) { return *reinterpret_cast<const VecFUnaligned*>(p); }
-inline void store(float* p, VecF v) { *reinterpret_cast<VecFUnaligned*>(p) = v; }
-inline VecF broadcast(float v) { return v - VecF{}; }
-
 // One instruction each; b where either is NaN.
 inline VecF smaller(VecF a, VecF b) { return a < b ? a : b; }
 inline VecF larger(VecF a, VecF b) { return a > b ? a : b; }
-
-// kLanes floats or int32s as doubles, and back.
-template <class T>
-Vec widen(const T* p) {
-  typedef T Half __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-  return __builtin_convertvector(*reinterpret_cast<const Half*>(p), Vec);
-}
-inline void narrow(float* p, Vec v) {
-  *reinterpret_cast<HalfFUnaligned*>(p) = __builtin_convertvector(v, HalfF);
-}
-
-// The lanes of a, then those of b, as floats.
-inline VecF narrow(Vec a, Vec b) {
-  const HalfF low = __builtin_convertvector(a, HalfF), high = __builtin_convertvector(b, HalfF);
-#if defined(__AVX512F__)
-  return (VecF)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)low), (__m256)high, 1);
-#else
-  VecF v;
-  __builtin_memcpy(&v, &low, sizeof low);
-  __builtin_memcpy(reinterpret_cast<char*>(&v) + sizeof low, &high, sizeof high);
-  return v;
-#endif
-}
-
-inline Vec widen(const uint8_t* p) {
-#if defined(__AVX512F__)
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return (Vec)_mm512_cvtepi32_pd(_mm256_cvtepu8_epi32(bytes));
-#else
-  Vec v;
-  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
-  return v;
-#endif
-}
-
-inline VecFInt load(const int32_t* p) { return *reinterpret_cast<const VecFIntUnaligned*>(p); }
-
-// kFloatLanes bytes as int32s.
-inline VecFInt widen_codes(const uint8_t* p) {
-#if defined(__AVX512F__)
-  return (VecFInt)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-  VecFInt v;
-  for (int i = 0; i < kFloatLanes; ++i) v[i] = p[i];
-  return v;
-#endif
-}
-
-// v rounded to floats.
-inline Vec round_to_float(Vec v) {
-#if defined(__AVX512F__)
-  return (Vec)_mm512_cvtps_pd(_mm512_cvtpd_ps((__m512d)v));
-#else
-  return __builtin_convertvector(__builtin_convertvector(v, HalfF), Vec);
-#endif
-}
-
-// A bit for each lane whose mask, a VecInt or a VecFInt, is set.
-template <class Mask>
-unsigned bits(Mask mask) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof mask[0] == 8) return _mm512_movepi64_mask((__m512i)mask);
-  return _mm512_movepi32_mask((__m512i)mask);
-#else
-  unsigned result = 0;
-  for (size_t i = 0; i < sizeof mask / sizeof mask[0]; ++i) result |= (mask[i] & 1u) << i;
-  return result;
-#endif
-}
-
-// A bit for each lane in which a < b.
-inline unsigned below(VecF a, VecF b) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);  // GCC goes by way of a vector
-#else
-  return bits(a < b);
-#endif
-}
 
 inline double reduce_add(Vec v) {
   double sum = 0;
@@ -208,11 +93,13 @@ inline VecF log1p_finite(VecF u) {
   constexpr float kLog[] = {-0.49999997f, 0.33333328f, -0.25017029f, 0.20018245f};
   const VecFBits bits = (VecFBits)(1.0f + u) + (0x40000u - 0x3f800000u);  // to the next i/16
   const VecFBits high = bits & ~0x7fffffu;                                // e << 23
-  const __m512i i = _mm512_srli_epi32((__m512i)bits, 19);
-  const VecF c = (VecF)((VecFBits)_mm512_permutexvar_ps(i, (__m512)kInverse) - high);
+  const auto entry = [&](VecF table) {
+    return (VecF)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)(bits >> 19), (__m512)table);
+  };
+  const VecF c = (VecF)((VecFBits)entry(kInverse) - high);
   const VecF z = u * c + (c - 1.0f);
   const VecF e = __builtin_convertvector((VecFInt)high, VecF);  // 2^23 times the exponent
-  const VecF log = e * (kLn2 * 0x1p-23f) + (VecF)_mm512_permutexvar_ps(i, (__m512)kLogs);
+  const VecF log = e * (kLn2 * 0x1p-23f) + entry(kLogs);
   return log + (z * z * (((kLog[3] * z + kLog[2]) * z + kLog[1]) * z + kLog[0]) + z);
 }
 #else
@@ -244,7 +131,12 @@ inline VecF log1p(VecF u) { return u - u == 0.0f ? log1p_finite(u) : u - u; }
 inline VecF exp_normal(VecF v) {
   constexpr float kMagic = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer
   const VecF shifted = v * 1.44269504f + kMagic;
-  const VecF r = v - (shifted - kMagic) * kLn2;
+  const VecF n = shifted - kMagic;
+#if defined(__FMA__) || defined(__aarch64__)
+  const VecF r = v - n * kLn2;
+#else  // 355/512 times n is exact
+  const VecF r = (v - n * 0x1.63p-1f) - n * -0x1.bd0106p-13f;
+#endif
   constexpr float kExp[] = {0.49999993440f, 0.16666520522f, 0.04166838934f, 0.00836873020f,
                             0.00138145708f};
   VecF series = broadcast(kExp[4]);
@@ -258,17 +150,6 @@ inline VecF exp_normal(VecF v) {
 inline VecF exp(VecF v) {
   const VecF result = v < -87.0f ? VecF{} : exp_normal(v);
   return v != v ? v : result;
-}
-
-// 1/√v of a positive, normal v, off by 2⁻¹⁴ of it at most.
-inline VecF approximate_reciprocal_root(VecF v) {
-#if defined(__AVX512F__)
-  return (VecF)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)v);
-#else
-  VecF root;
-  for (int i = 0; i < kFloatLanes; ++i) root[i] = __builtin_sqrtf(v[i]);
-  return 1.0f / root;
-#endif
 }
 
 // A sum that keeps what its additions round off: those of many nearly equal terms round alike.

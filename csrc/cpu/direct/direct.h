@@ -123,12 +123,6 @@ void for_strips(int64_t dim, const Task& task) {
   }
 }
 
-inline bool any(VecFInt mask) {
-  int32_t result = 0;
-  for (int i = 0; i < kFloatLanes; ++i) result |= mask[i];
-  return result != 0;
-}
-
 // sums (kFloatLanes,) += v, in double.
 inline void accumulate(double* sums, VecF v) {
   float lanes[kFloatLanes];

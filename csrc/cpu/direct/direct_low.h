@@ -40,13 +40,16 @@ struct LowScale {
     shift[i] = static_cast<float>(offset * inverse[i]);
   }
 
-  // R^(−k/2) · 2/k. A root y to 2⁻¹⁴ leaves e = 1 − R y², and (1 − e)^(−k/2) = 1 + e k/2 to 5e-8.
+  // R^(−k/2) · 2/k. A root y leaves e = 1 − R y², and (1 − e)^(−k/2) = 1 + (k/2) e to 5e-8 of a
+  // root to 2⁻¹⁴; and with (k/2) (k/2 + 1)/2 e² to 2e-9 of any.
   template <int k>
   VecF weight(VecF distance) const {
     const VecF ratio = distance * inverse + shift;
-    const VecF y = approximate_reciprocal_root(ratio), square = y * y;
+    const VecF y = rough_reciprocal_root(ratio), square = y * y;
     const VecF power = k == 1 ? y : k == 2 ? square : k == 3 ? square * y : square * square;
-    return power * ((1.0f + 2.0f / k) - ratio * square);
+    if constexpr (kRoughRoot <= 0x1p-14) return power * ((1.0f + 2.0f / k) - ratio * square);
+    const VecF e = 1.0f - ratio * square;
+    return power * (e * (e * (0.25f * k + 0.5f) + 1.0f) + 2.0f / k);
   }
 };
 

@@ -124,7 +124,7 @@ struct Queries {
       for (int n = kRun / 4; n > 0; n /= 2) {
         for (int i = 0; i < n; ++i) half[i] = smaller(half[i], half[n + i]);
       }
-      if (!any(half[0] <= nearest)) continue;
+      if (!bits(half[0] <= nearest)) continue;
       VecFInt as_near = {};
       for (int i = 0; i < kRun; ++i) as_near -= v[r + i] == half[0];
       equal = half[0] < nearest ? as_near : half[0] == nearest ? equal + as_near : equal;
@@ -136,7 +136,7 @@ struct Queries {
   // sums along.
   void follow(const Pass& pass) {
     const VecFInt fallen = (nearest - scale.origin) * scale.inverse < pass.slack();
-    if (!any(fallen)) return;
+    if (!bits(fallen)) return;
     const Scale old = scale;
     scale.move(fallen ? nearest : scale.origin, offset, rate, pass.gaussian);
     for (int i = 0; i < kFloatLanes; i += kLanes) {

@@ -24,7 +24,6 @@
 namespace pfgm {
 namespace {
 
-#if defined(PFGM_SHORT_PRODUCT)
 constexpr double kBasisError = 1e-11;  // of P P' = 1, and of coordinates beside ‖y‖
 constexpr double kShortNorm = 32000;   // _sketch.NORM
 constexpr int64_t kSketchRows = 1024;  // references of a task
@@ -287,7 +286,6 @@ inline void choose_sparse(const FieldParams& p, const Tiles& tiles, bool last, i
   }
   for (; next != rows.end(); ++next) candidates[*next].too_many = true;
 }
-#endif
 
 }  // namespace
 }  // namespace pfgm

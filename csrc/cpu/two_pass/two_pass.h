@@ -55,9 +55,7 @@ struct TwoPass {
       if (!uncertified[b]) tiles.rows.push_back(b);
     }
     std::vector<Candidates> candidates(p.batch);
-#if defined(PFGM_SHORT_PRODUCT)
     tiles = sketch_passes(tiles, candidates);
-#endif
     if (tiles.rows.empty()) return;
     Screen screen(p, o, tiles);
     screen_references(screen);
@@ -69,7 +67,6 @@ struct TwoPass {
     second_pass(rest, candidates);
   }
 
-#if defined(PFGM_SHORT_PRODUCT)
   // Finishes the queries for which sketches leave few candidates and returns the others.
   Tiles sketch_passes(const Tiles& tiles, std::vector<Candidates>& candidates) const {
     if (!p.sketches[0].points || tiles.rows.empty()) return tiles;
@@ -109,7 +106,6 @@ struct TwoPass {
       }
     });
   }
-#endif
 
   // Finishes the queries with few candidates and returns the others. fills_vectors: these will be
   // packed anew.
