@@ -23,7 +23,7 @@ from pfgm_kernels.edits import EDITED, version_of
 from pfgm_kernels.nearby import Nearby
 from pfgm_kernels.on_disk import OnDisk, Paths
 from pfgm_kernels.roll_call import telling
-from pfgm_kernels.shards import COMPILED, QUERIES, Sharded
+from pfgm_kernels.shards import QUERIES, Sharded
 
 LEAST_WORKSPACE = 1 << 20
 CALLS = 32
@@ -241,10 +241,11 @@ class ReferenceSet:
             NotImplementedError: they are not in memory, or not all, and a function is compiled.
         """
         if torch.compiler.is_compiling() and not isinstance(self.values, Tensor):
-            what = COMPILED
-            if isinstance(self.values, OnDisk):
-                what = what.replace("of several processes", "in files")
-            raise NotImplementedError(what)
+            where = "in files" if isinstance(self.values, OnDisk) else "of several processes"
+            raise NotImplementedError(
+                f"a compiled function expects references in memory, got some {where}: call the op "
+                "outside of it, or leave out fullgraph=True"
+            )
         if torch.compiler.is_compiling():
             # Versions are known when the graph runs. CUDA graphs run on copies, an exported
             # program elsewhere: nothing was remembered of those.
