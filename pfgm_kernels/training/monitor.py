@@ -100,7 +100,7 @@ class Monitor:
             substitution=methods.substitution(config),
             **options,
         ).x
-        return pictures(x, self.data.low, self.data.high)
+        return pictures(x, self.data.low, self.data.high).float()
 
 
 def by_level(name: str, seen: Sequence[tuple[Tensor, Tensor]], D: float) -> dict[str, float]:
