@@ -93,8 +93,13 @@ class Chunks:
         if copied and not on_disk:
             references = min(references, max(1, share // (8 * REFERENCE_ROWS * self.d)))
         together = held is not None and most <= references
+        self._near: Tensor | None = None
         if self.shards:
             rows = self._of_all_ranks(rows, together)
+            self._near = self.shards.near(x, inputs.t, self.k, share)
+        if self._near is not None:  # in the place of what is read of a file at a time
+            self.values = values[self._near]
+            count = len(self._near)
         self._ranges = ranges if together else None
         seen = [slice(0, count)] if together else slices(count, references)
         self.parts: list[Part] = [(queries, seen) for queries in slices(batch, rows, TILE)]
@@ -103,9 +108,9 @@ class Chunks:
         self._last: tuple[slice, tuple[Tensor, Tensor, list[Tensor]]] | None = None
         self._read: Reader | None = None
         self._anchors: tuple[Tensor, Tensor] | None = None
-        if isinstance(values, OnDisk):
+        if isinstance(self.values, OnDisk):
             order = [references for _, seen in self.parts for references in seen]
-            self._read = Reader(values, order)
+            self._read = Reader(self.values, order)
 
     def _of_all_ranks(self, rows: int, together: bool) -> int:
         """How many queries all ranks take at a time; raises ValueError where calls differ."""
@@ -176,6 +181,8 @@ class Chunks:
             return self._own(x, t, queries, seen)[0]
         mine, to_anchor = self._own(x, t, queries, seen)
         assert to_anchor is not None
+        if self._near is not None:
+            mine = mine[0], mine[1], self._near[mine[2]], mine[3]
         absent = None if self._absent is None else self._absent[queries]
         total, rows = self.shards.join(mine, to_anchor, x, t, self.k, self.inputs.table, absent)
         self._anchors = total[2], rows

@@ -6,7 +6,9 @@ A sketch (`backends/_sketch.py`) bounds r_j = (‖x − x0_j‖² − ‖x − o
     r_j ≥ ‖y_j‖² − 2 P x'·P y_j − 2 ‖Q x'‖ ‖Q y_j‖
 
 Queries for which that leaves few references see these alone, as if they were classes in memory; the
-others see all, as ever. It is kept in a file of its own, made in two passes over the references.
+others see all, as ever. Ranks of a group take the same queries at a time, so that each reads either
+what is near any of them, by a sketch of its part and the nearest of all parts, or all of its part.
+A sketch is kept in a file of its own, made in two passes over the references.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor
 from pfgm_kernels.backends._sketch import Sketch, columns_of, sketches
 from pfgm_kernels.backends._values import decode
 from pfgm_kernels.files import write_bytes
-from pfgm_kernels.on_disk import OnDisk
+from pfgm_kernels.on_disk import OnDisk, check_finite
 
 SPLIT = {"field_forward", "field_backward", "field_jvp", "field_trace"}
 ANCHOR = 11
@@ -98,18 +100,11 @@ class Nearby:
 
         anchor: (B,) the nearest reference, where it is known.
         """
-        d, device = self.source.shape[1], x.device
-        x, t = x.reshape(len(x), d), t.double()
+        device = x.device
         queries, references, counts = [], [], []
-        single = torch.promote_types(x.dtype, self.source.dtype) != torch.float64
-        depth = CUTOFF[torch.float32 if single else torch.float64]
-        depth += math.log(max(len(self.norms), 1 << 20))
         left = workspace // self.source.row_bytes
-        step = max(1, workspace // (32 * d))
-        for start in range(0, len(x), step):
-            some = slice(start, start + step)
-            nearest = None if anchor is None else anchor[some]
-            lists = self._lists(x[some].double(), t[some], k, depth, nearest, workspace)
+        squares = self.nearest(x, workspace, anchor)
+        for start, lists in self._lists(x, t, k, squares, len(self.norms), workspace):
             for b, found in sorted(lists.items(), key=lambda each: len(each[1])):
                 if len(found) <= left:
                     left -= len(found)
@@ -124,42 +119,75 @@ class Nearby:
             torch.stack([ends[:-1], ends[1:]], 1),
         )
 
+    def near_any(
+        self, x: Tensor, t: Tensor, k: float, squares: Tensor, count: int, workspace: int
+    ) -> Tensor | None:
+        """(m,) references, at least one and all that may carry weight for any query (B, *event);
+        None where these are too many, of a query or in all.
+
+        squares: (B,) see `nearest`; those of `count` references that these are some of.
+        """
+        found = torch.zeros(0, dtype=torch.int64, device=x.device)
+        known = 0
+        for _, lists in self._lists(x, t, k, squares, count, workspace):
+            known += len(lists)
+            found = torch.cat([found, *lists.values()]).unique()
+            if len(found) * self.source.row_bytes > workspace:
+                return None
+        if known < len(x):
+            return None
+        return found if len(found) else found.new_zeros(1)
+
+    def nearest(self, x: Tensor, workspace: int, anchor: Tensor | None = None) -> Tensor:
+        """(B,) a squared distance that some reference, near the nearest, is at from each query
+        (B, *event); infinite where it is not likely that few are near.
+        """
+        squares = x.new_full((len(x),), torch.inf, dtype=torch.float64)
+        for some, rows, shifted, squared in self._chunks(x, workspace):
+            level = self.levels[0]
+            bounds = _Bounds(level, self.norms, shifted, squared, workspace)
+            near = (bounds.outside <= level.scale[2]).nonzero().flatten()
+            if len(near):
+                known = None if anchor is None else anchor[some][near, None]
+                likely = bounds.of(near).likely() if known is None else known
+                squares[some][near] = self._nearest(rows[near], likely)
+        return squares
+
     def _lists(
-        self,
-        x: Tensor,
-        t: Tensor,
-        k: float,
-        depth: float,
-        anchor: Tensor | None,
-        workspace: int,
-    ) -> dict[int, Tensor]:
-        """Of queries (n, d) those with few references, which they are."""
-        shifted = (x - self.origin) / self.unit
-        squared = shifted.square().sum(1)
-        rest = torch.arange(len(x), device=x.device)
-        squares: Tensor | None = None
-        lists: dict[int, Tensor] = {}
-        for level in self.levels:
-            bounds = _Bounds(level, self.norms, shifted[rest], squared[rest], workspace)
-            if squares is None:
-                near = (bounds.outside <= level.scale[2]).nonzero().flatten()
-                rest, bounds = rest[near], bounds.of(near)
+        self, x: Tensor, t: Tensor, k: float, squares: Tensor, count: int, workspace: int
+    ) -> Iterator[tuple[int, dict[int, Tensor]]]:
+        """Of each chunk of queries, where it starts, those of it with few references, and these."""
+        single = torch.promote_types(x.dtype, self.source.dtype) != torch.float64
+        depth = CUTOFF[torch.float32 if single else torch.float64]
+        depth += math.log(max(count, 1 << 20))
+        farthest = _farthest(squares, t.double(), k, depth) / self.unit**2
+        for some, _, shifted, squared in self._chunks(x, workspace):
+            lists: dict[int, Tensor] = {}
+            limit = farthest[some] - squared
+            rest = limit.isfinite().nonzero().flatten()
+            for level in self.levels:
                 if len(rest) == 0:
                     break
-                likely = bounds.likely() if anchor is None else anchor[rest, None]
-                squares = x.new_full((len(x),), torch.inf)
-                squares[rest] = self._nearest(x[rest], likely)
-            limit = _farthest(squares[rest], t[rest], k, depth) / self.unit**2
-            more = []
-            for b, found in zip(rest.tolist(), bounds.within(limit - squared[rest]), strict=True):
-                if found is None:
-                    more.append(b)
-                elif len(found):  # else x is not finite
-                    lists[b] = found
-            rest = rest.new_tensor(more)
-            if len(rest) == 0:
-                break
-        return lists
+                bounds = _Bounds(level, self.norms, shifted[rest], squared[rest], workspace)
+                found = bounds.within(limit[rest])
+                few = {
+                    b: each
+                    for b, each in zip(rest.tolist(), found, strict=True)
+                    if each is not None
+                }
+                lists |= few
+                rest = rest.new_tensor([b for b in rest.tolist() if b not in few])
+            yield some.start, lists
+
+    def _chunks(self, x: Tensor, workspace: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Of queries (B, *event) the places of some, these (n, d), x' and ‖x'‖²; none without
+        sketches.
+        """
+        step = max(1, workspace // (32 * self.source.shape[1]))
+        for start in range(0, len(x) if self.levels else 0, step):
+            rows = x[start : start + step].double().reshape(-1, self.source.shape[1])
+            shifted = (rows - self.origin) / self.unit
+            yield slice(start, start + len(rows)), rows, shifted, shifted.square().sum(1)
 
     def _nearest(self, x: Tensor, likely: Tensor) -> Tensor:
         """The least squared distance (n,) of x (n, d) to the references (n, c)."""
@@ -320,7 +348,9 @@ def _make(source: OnDisk, table: Tensor) -> tuple[Tensor, Tensor, list[Sketch]]:
     norms = sample.new_empty(count)
     for start in range(0, count, rows):  # into one piece: small ones would keep large ones from use
         part = slice(start, start + rows)
-        norms[part] = ((decode(source[part], table) - grid[4:]) / unit).square().sum(1)
+        values = source[part]
+        check_finite(values, start)
+        norms[part] = ((decode(values, table) - grid[4:]) / unit).square().sum(1)
     columns = columns_of(min(d * source.dtype.itemsize, 8 * MOST_BYTES // count))
     return norms, grid, sketches(source, table, norms, grid, columns)
 

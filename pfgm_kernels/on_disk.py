@@ -245,12 +245,17 @@ class Reader:
                 rows = rows.to(self._source.device, non_blocking=True)
             stream.synchronize()
             rows.record_stream(using)
-        if rows.is_floating_point() and not bool(torch.stack(rows.aminmax()).isfinite().all()):
-            raise ValueError(
-                "references in files are finite, got NaN or Inf among those from "
-                f"{references.start} to {references.stop}"
-            )
+        check_finite(rows, references.start)
         return rows
+
+
+def check_finite(rows: Tensor, start: int) -> None:
+    """Raises ValueError where one of the rows (n, d) from `start` on is not finite."""
+    if rows.is_floating_point() and not bool(torch.stack(rows.aminmax()).isfinite().all()):
+        raise ValueError(
+            "references in files are finite, got NaN or Inf among those from "
+            f"{start} to {start + len(rows)}"
+        )
 
 
 def _ends(references: slice) -> tuple[int, int]:

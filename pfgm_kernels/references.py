@@ -23,7 +23,7 @@ from pfgm_kernels.edits import EDITED, version_of
 from pfgm_kernels.nearby import Nearby
 from pfgm_kernels.on_disk import OnDisk, Paths
 from pfgm_kernels.roll_call import telling
-from pfgm_kernels.shards import COMPILED, QUERIES, Sharded
+from pfgm_kernels.shards import QUERIES, Sharded
 
 LEAST_WORKSPACE = 1 << 20
 CALLS = 32
@@ -143,8 +143,8 @@ class ReferenceSet:
         check_shape("images", images)
         references = cls.__new__(cls)
         values, classes = grouped(flatten(images), labels)
-        event_shape = images.shape[1:]
-        references._set(values, classes, table, event_shape, workspace, backend, group, queries)
+        shape = images.shape[1:]
+        references._set(values, classes, table, shape, workspace, backend, group, queries)
         return references
 
     @classmethod
@@ -186,6 +186,7 @@ class ReferenceSet:
             device: where calls compute, that of their queries; the CPU by default.
             sketch: a file of coordinates in few dimensions, by which queries near the data read the
                 references near them alone. Made where it is not there, in two passes over all.
+                In a group each rank has one of its part, or none has.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: a file that is missing, damaged, of another
@@ -202,8 +203,8 @@ class ReferenceSet:
         rows, classes = grouped(values, labels)
         if sketch is not None and isinstance(rows, OnDisk):
             rows.near = Nearby.open(Path(sketch), rows, table)
-        event_shape = values.event_shape
-        references._set(rows, classes, table, event_shape, workspace, backend, group, queries)
+        shape = values.event_shape
+        references._set(rows, classes, table, shape, workspace, backend, group, queries)
         return references
 
     def _set(
@@ -240,19 +241,20 @@ class ReferenceSet:
             RuntimeError: the values were edited since they were prepared.
             NotImplementedError: they are not in memory, or not all, and a function is compiled.
         """
-        if torch.compiler.is_compiling() and not isinstance(self.values, Tensor):
-            what = COMPILED
-            if isinstance(self.values, OnDisk):
-                what = what.replace("of several processes", "in files")
-            raise NotImplementedError(what)
-        if torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
+            if version_of(self.own) != self._version:
+                raise RuntimeError(EDITED)
+        elif not isinstance(self.values, Tensor):
+            where = "in files" if isinstance(self.values, OnDisk) else "of several processes"
+            raise NotImplementedError(
+                f"a compiled function expects references in memory, got some {where}: call the op "
+                "outside of it, or leave out fullgraph=True"
+            )
+        elif self.device.type == "cpu" and not torch.compiler.is_exporting():
             # Versions are known when the graph runs. CUDA graphs run on copies, an exported
             # program elsewhere: nothing was remembered of those.
-            if self.device.type == "cpu" and not torch.compiler.is_exporting():
-                version = -1 if self._version is None else self._version
-                return self.values, torch.ops.pfgm.stored_table(self.values, self.table, version)
-        elif version_of(self.own) != self._version:
-            raise RuntimeError(EDITED)
+            version = -1 if self._version is None else self._version
+            return self.values, torch.ops.pfgm.stored_table(self.values, self.table, version)
         return self.values, self.table
 
     def operands_for(self, backend: str) -> list[Tensor]:
@@ -302,8 +304,7 @@ class ReferenceSet:
         self.stored()
         values = self.own.to(device, non_blocking=non_blocking)
         table = self.table.to(device, non_blocking=non_blocking)
-        classes = self.classes and self.classes.to(device)
-        return self._like(values, classes, table)
+        return self._like(values, self.classes and self.classes.to(device), table)
 
     def __getitem__(self, index: slice | Tensor) -> ReferenceSet:
         """A subset of the references, which are counted as they were given, with their labels:
@@ -315,7 +316,6 @@ class ReferenceSet:
             TypeError, ValueError, IndexError: another index, or one of nothing.
         """
         self.stored()
-        values, table = self.own, self.table
         if isinstance(self.values, Sharded):
             raise ValueError("a subset expects references of one process, got those of a group")
         if isinstance(index, Tensor):
@@ -332,9 +332,9 @@ class ReferenceSet:
         if self.classes is not None:
             labels = self.classes.labels[index]
             index = self.classes.place()[index]
-        values = values[index]
+        values = self.own[index]
         check_shape("a subset", values)
-        return self._like(*grouped(values, labels), table)
+        return self._like(*grouped(values, labels), self.table)
 
     def _like(
         self, values: Tensor | OnDisk, classes: Classes | None, table: Tensor

@@ -22,10 +22,6 @@ from pfgm_kernels.on_disk import OnDisk
 QUERIES = ("replicated", "local")
 RANGES = 6
 """Where functions of `ops` have the ranges of the queries among their arguments."""
-COMPILED = (
-    "a compiled function expects references in memory, got some of several processes: call the op "
-    "outside of it, or leave out fullgraph=True"
-)
 HEADER = 512
 """Bytes that ranks compare at a time: always as many, so that calls that differ can."""
 
@@ -64,6 +60,7 @@ class Sharded:
             "low and high": table[[0, -1]].tolist() if len(table) else None,
             "queries": queries,
             "set with labels or without": classes is not None,
+            "set with a sketch or without": isinstance(part, OnDisk) and part.near is not None,
         }
         with self.roll.call():
             here = len(classes.counts) if classes else 0
@@ -130,8 +127,6 @@ class Sharded:
         self, name: str, function: Callable[..., Any], args: Sequence[Any], rows: set[int]
     ) -> Any:
         """What a function of `ops` gives; rows: which of its arguments have a row a query."""
-        if torch.compiler.is_compiling():
-            raise NotImplementedError(COMPILED)
         run = self._answer
         if "torch._dynamo" in sys.modules:  # which is not to trace collectives
             run = torch.compiler.disable(run)
@@ -155,6 +150,16 @@ class Sharded:
         rows = rows * mine[:, None].to(rows.dtype)
         self.sum(rows)
         return rows
+
+    def near(self, x: Tensor, t: Tensor, k: float, workspace: int) -> Tensor | None:
+        """(m,) those of this rank's references that the queries (B, *event) need, by its sketch;
+        None where they are all, or there is no sketch.
+        """
+        if not isinstance(self.part, OnDisk) or self.part.near is None or len(x) == 0:
+            return None
+        squares = self.gathered(self.part.near.nearest(x, workspace)).amin(0)
+        found: Tensor | None = self.part.near.near_any(x, t, k, squares, len(self), workspace)
+        return found
 
     def join(
         self,

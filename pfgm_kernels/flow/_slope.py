@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from pfgm_kernels.flow._queries import shaped
 from pfgm_kernels.flow.substitution import Substitution
 
 FieldFn = Callable[..., Tensor]
@@ -58,10 +59,7 @@ class Slope:
         self.evaluations[slice(None) if rows is None else rows] += 1
         flat = x.flatten(1)
         wanted = (flat.shape[0], flat.shape[1] + 1)
-        if not isinstance(field, Tensor) or field.shape != wanted:
-            got = tuple(field.shape) if isinstance(field, Tensor) else type(field).__name__
-            raise ValueError(f"field_fn expects to return shape (B, d + 1) = {wanted}, got {got}")
-        field = field.to(x.dtype)
+        field = shaped("field_fn's output", field, wanted, "(B, d + 1)").to(x.dtype)
         field_x, field_t = field[:, :-1], field[:, -1]
         if self.substitution is not None:
             known = self.substitution.t_component(flat, t, field_x)

@@ -66,7 +66,7 @@ class Noise:
         self, x: Tensor, generator: torch.Generator | None, seeds: Iterable[int] | None
     ) -> None:
         if generator is not None and seeds is not None:
-            raise TypeError("expected generator or seeds, got both")
+            raise ValueError("expected a generator or seeds, got both")
         self.generator = generator
         self.each = None if seeds is None else generators(seeds, stream=1)  # 0: the prior's
         if self.each is not None and len(self.each) != len(x):

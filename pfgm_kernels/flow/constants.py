@@ -82,7 +82,7 @@ def constants(
     """
     sigma, tau, D = positive("sigma", sigma), positive("tau", tau), positive("D", D, finite=False)
     if not isinstance(references, ReferenceSet):
-        references = ReferenceSet(references)
+        references = ReferenceSet(references, backend="eager")  # which prepares nothing
     norm, root_d = _mean_norm(references), math.sqrt(math.prod(references.event_shape))
     ratio = max(1.0, norm**2 / (2 * root_d * sigma**2))
     M = int(0.75 * math.log(ratio) / math.log1p(tau)) + 1

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels._checks import integer, number, tensor
+from pfgm_kernels.flow._queries import shaped
 from pfgm_kernels.flow._slope import FieldFn, Slope
 from pfgm_kernels.flow.ode import finite_batch
 from pfgm_kernels.flow.prior import log_prior
@@ -170,12 +171,7 @@ class _Change:
         if callable(self.divergence):
             slope = self.slope(x, t, rows)
             divergence = self.divergence(x, t.to(x.dtype), **self.slope.arguments_of(rows))
-            if not isinstance(divergence, Tensor) or divergence.shape != t.shape:
-                is_tensor = isinstance(divergence, Tensor)
-                got = tuple(divergence.shape) if is_tensor else type(divergence).__name__
-                raise ValueError(
-                    f"divergence expects to return shape (B,) = {tuple(t.shape)}, got {got}"
-                )
+            divergence = shaped("divergence's output", divergence, t.shape, "(B,)")
         else:
             slope, divergence = self._by_gradients(x, t, rows)
         self.slope.watch("div dx/dt", divergence[:, None], t)

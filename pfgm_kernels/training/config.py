@@ -174,6 +174,12 @@ class TrainConfig:
             known["spike"] = math.inf  # its losses are spikes
         return cls(**known | changes)
 
+    @property
+    def of_network(self) -> dict[str, Any]:
+        """The arguments of `networks.build` that a run has."""
+        names = "network event_shape predicts width depth gamma D sigma_data"
+        return {name: getattr(self, name) for name in names.split()} | {"num_classes": self.classes}
+
     def load_data(self, progress: Callable[[float], None] | None = None) -> DataSet:
         """The data set of the run, with the same rows held out; raises as `data.load` does."""
         return data_sets.load(
@@ -192,19 +198,7 @@ class TrainConfig:
             known = {"center": moments.center, "spread": moments.spread}
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(self.seed)
-            return networks.build(
-                self.network,
-                self.event_shape,
-                predicts=self.predicts,
-                num_classes=self.classes,
-                width=self.width,
-                depth=self.depth,
-                gamma=self.gamma,
-                D=self.D,
-                sigma_data=self.sigma_data,
-                given=network,
-                **known,
-            )
+            return networks.build(**self.of_network, given=network, **known)
 
     def write(self, folder: Path) -> None:
         values = {"versions": settings.versions()} | asdict(self)

@@ -77,23 +77,25 @@ def count_classes(data: DataSet) -> int:
 
 def references_of(
     config: TrainConfig, data: DataSet, device: torch.device, ranks: Ranks
-) -> ReferenceSet:
+) -> ReferenceSet | None:
     """The whole training part on the device, with its labels where the run is class-conditional; of
-    a sharded run this rank's part.
+    a sharded run this rank's part; None where no target is of references.
     """
+    if config.classes and count_classes(data) > config.classes:
+        raise ValueError(f"classes expects at least {count_classes(data)}, got {config.classes}")
+    if not needs_references(config):
+        return None
     if config.sharded and ranks.world > 1:
         return data.references_of_part(ranks.rank, ranks.world, device)
-    if not config.classes:
-        return data.references.to(device)
-    if count_classes(data) > config.classes:
-        raise ValueError(f"classes expects at least {count_classes(data)}, got {config.classes}")
-    return data.references_by_class().to(device)
+    return (data.references_by_class() if config.classes else data.references).to(device)
 
 
 def make_loss(
-    config: TrainConfig, references: ReferenceSet
+    config: TrainConfig, references: ReferenceSet | None
 ) -> FieldLoss | UnnormalizedLoss | PosteriorMeanLoss:
-    """The loss of the config, of what `as_predicted` makes of its model."""
+    """The loss of the config, of what `as_predicted` makes of its model; references as of
+    `references_of`.
+    """
     noise: dict[str, Any] = {
         "D": config.D,
         "sigma": config.sigma,
@@ -101,12 +103,13 @@ def make_loss(
         "M": config.M,
         "restrict_M": config.restrict_M,
     }
-    if config.method == "pfgm":
-        return FieldLoss(references, gamma=config.gamma, **noise)
     if config.method == "unnormalized":
         return UnnormalizedLoss(**noise)
+    if config.method == "pfgm":
+        assert references is not None
+        return FieldLoss(references, gamma=config.gamma, **noise)
     return PosteriorMeanLoss(
-        references if needs_references(config) else None,
+        references,
         D=config.D,
         sigma_data=config.sigma_data,
         mean=config.log_sigma_mean,

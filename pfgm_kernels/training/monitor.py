@@ -18,6 +18,7 @@ from pfgm_kernels.flow.grid import T_MIN, grid
 from pfgm_kernels.training import methods
 from pfgm_kernels.training.config import TrainConfig
 from pfgm_kernels.training.data import DataSet
+from pfgm_kernels.training.data.dataset import pictures
 from pfgm_kernels.training.ranks import Ranks
 
 QUERIES = 1024
@@ -99,9 +100,7 @@ class Monitor:
             substitution=methods.substitution(config),
             **options,
         ).x
-        low, high = self.data.low, self.data.high
-        images = ((x - low) / (high - low)).clamp(0, 1)
-        return images if images.dim() == 4 else images[:, None]
+        return pictures(x, self.data.low, self.data.high).float()
 
 
 def by_level(name: str, seen: Sequence[tuple[Tensor, Tensor]], D: float) -> dict[str, float]:

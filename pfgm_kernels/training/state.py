@@ -184,7 +184,9 @@ class Training:
         needs the point that it was made of among its references.
         """
         count, size = len(self.data.train), self.config.batch_size // self.parts
-        if self.config.references and not isinstance(self.loss, UnnormalizedLoss):
+        if self.config.references:
+            assert self.references is not None
+            assert not isinstance(self.loss, UnnormalizedLoss)
             drawn = torch.randperm(count, generator=generator, device="cpu")
             chosen = drawn[: self.config.references].to(self.device)
             self.loss.references = self.references[chosen]

@@ -261,8 +261,8 @@ def test_churn_checks_its_constants(make, error, message):
         ({"seeds": [-1] * 6}, ValueError, "seeds expects an integer ≥ 0, got -1"),
         (
             {"seeds": range(6), "generator": torch.Generator()},
-            TypeError,
-            "expected generator or seeds, got both",
+            ValueError,
+            "expected a generator or seeds, got both",
         ),
     ],
 )

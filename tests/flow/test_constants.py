@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pfgm_kernels import ReferenceSet
+from pfgm_kernels.backends import BACKENDS
 from pfgm_kernels.flow import PRESETS, constants, perturb
 
 # Of the configurations published with Xu et al. 2022; steps are those of the fixed grids there.
@@ -83,6 +84,13 @@ def test_all_the_references_count_however_they_are_stored(monkeypatch):
     monkeypatch.setattr(module, "DECODED", 100)  # eight at a time
     assert constants(references).gamma == pytest.approx(expected, rel=1e-6)
     assert constants(references) == constants(ReferenceSet(references.table[images.long()]))
+
+
+def test_nothing_is_prepared_of_a_tensor(monkeypatch):
+    x0 = torch.randn(50, 40, generator=seeded())
+    known = constants(ReferenceSet(x0))
+    monkeypatch.setattr(BACKENDS["cpu"], "prepare", None)
+    assert constants(x0) == known
 
 
 def test_units_do_not_matter():

@@ -282,7 +282,7 @@ def test_progress_and_times():
         (
             {"divergence": lambda x, t: x},
             ValueError,
-            r"divergence expects to return shape \(B,\) = \(3,\), got \(3, 2\)",
+            r"divergence's output expects shape \(B,\) = \(3,\), got \(3, 2\)",
         ),
         ({"divergence": lambda x, t: None}, ValueError, r"\(B,\) = \(3,\), got NoneType"),
         (

@@ -6,15 +6,19 @@ from __future__ import annotations
 import errno
 import math
 import os
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from cases import seeded
+from groups import part, run
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_displacement, assert_gradients, assert_log_mass, differentiate, solve
+from stored import results
 from torch import Tensor
 
 from pfgm_kernels import ReferenceSet, divergence, nearby, poisson_displacement, poisson_field
@@ -23,13 +27,16 @@ from pfgm_kernels.backends._sketch import Sketch
 from pfgm_kernels.on_disk import OnDisk
 
 COUNT, DIM = 1100, 60
+DTYPES = (torch.uint8, torch.float16, torch.float64)
+WHERE = {"one": (-2, 1), "near": (-2, 6), "mixed": (2, 6)}
+"""Up to which power of ten queries are from the references, and how many there are."""
+SMALL = {"LEAST_DIM": 1, "LEAST_COUNT": 1, "MOST_BYTES": 1.0, "COLUMNS": (4, 16)}
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    for name, value in (("LEAST_DIM", 1), ("LEAST_COUNT", 1), ("MOST_BYTES", 1.0)):
+    for name, value in SMALL.items():
         monkeypatch.setattr(_sketch, name, value)
-    monkeypatch.setattr(_sketch, "COLUMNS", (4, 16))
 
 
 def near_a_plane() -> Tensor:
@@ -41,16 +48,21 @@ def near_a_plane() -> Tensor:
     return points / points.abs().max()
 
 
+def stored(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What is in files, and what that stands for (COUNT, DIM)."""
+    x0 = near_a_plane()
+    rows = ((x0 + 1) * 127.5).round().byte() if dtype == torch.uint8 else x0.to(dtype)
+    exact = (rows.double() / 127.5 - 1).float() if dtype == torch.uint8 else rows
+    return rows.view(-1, 3, DIM // 3), exact
+
+
 def saved(folder: Path, dtype: torch.dtype) -> tuple[list[Path], Tensor]:
     """Three files, and what they stand for."""
-    x0 = near_a_plane()
-    stored = ((x0 + 1) * 127.5).round().byte() if dtype == torch.uint8 else x0.to(dtype)
+    rows, exact = stored(dtype)
     paths = [folder / f"{i}.npy" for i in range(3)]
-    for path, part in zip(paths, stored.split([300, 1, COUNT - 301]), strict=True):
-        np.save(path, part.reshape(-1, 3, DIM // 3).numpy())
-    if dtype == torch.uint8:
-        return paths, (stored.double() / 127.5 - 1).float()
-    return paths, stored
+    for path, some in zip(paths, rows.split([300, 1, COUNT - 301]), strict=True):
+        np.save(path, some.numpy())
+    return paths, exact
 
 
 def queries(x0: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,6 +76,10 @@ def queries(x0: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def read(monkeypatch) -> list[int]:
+    return counting(monkeypatch)
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each look into the files took."""
     rows: list[int] = []
     reading = OnDisk.read
@@ -155,6 +171,50 @@ def test_it_is_kept(tmp_path, monkeypatch):
     assert torch.equal(poisson_field(x, t, again.to("cpu")), expected)
 
 
+def of_each_rank(folder: Path, rank: int, world: int, queries_of: str) -> dict:
+    """Results of parts with sketches and of parts without, and how many rows each read."""
+    for name, value in SMALL.items():
+        setattr(_sketch, name, value)
+    read, found = counting(pytest.MonkeyPatch()), {}
+    for dtype in DTYPES:
+        rows, x0 = stored(dtype)
+        path = folder / f"{dtype}-{rank}.npy"
+        np.save(path, part(rows, rank, world).numpy())
+        options = {"group": dist.group.WORLD, "queries": queries_of}
+        sets = (
+            ReferenceSet.from_files(path, **options),
+            ReferenceSet.from_files(path, sketch=path.with_suffix(".npz"), **options),
+        )
+        for where, (farthest, count) in WHERE.items():
+            x, t = queries(x0, torch.logspace(-4, farthest, count))
+            for D in (1.0, math.inf):
+                for sketch, references in enumerate(sets):
+                    read.clear()
+                    values = results(x, t, references, D)
+                    found[where, dtype, D, sketch] = values | {"read": sum(read)}
+    with pytest.raises(ValueError, match="expect one set with a sketch or without, got False on r"):
+        ReferenceSet.from_files(path, sketch=path.with_suffix(".npz") if rank else None, **options)
+    return found
+
+
+@pytest.mark.parametrize(
+    "queries_of", ["local", pytest.param("replicated", marks=pytest.mark.exhaustive)]
+)
+def test_each_rank_of_a_group_has_its_own(tmp_path, queries_of):
+    for found in run(tmp_path, 2, of_each_rank, queries_of):
+        for where, dtype, D in product(WHERE, DTYPES, (1.0, math.inf)):
+            plain, sketched = (found[where, dtype, D, sketch] for sketch in (0, 1))
+            whole, read = plain.pop("read"), sketched.pop("read")
+            assert read >= whole if where == "mixed" else read < whole / 4
+            exact = 1e-10 if dtype == torch.float64 else 1e-6
+            for each, expected in zip(sketched.values(), plain.values(), strict=True):
+                for got, wanted in zip(each, expected, strict=True):
+                    gap, size = (
+                        (a.reshape(len(a), -1)).norm(dim=1) for a in (got - wanted, wanted)
+                    )
+                    assert (gap <= exact * (1 + size)).all()
+
+
 def test_that_of_other_files_is_refused(tmp_path):
     paths, _ = saved(tmp_path, torch.uint8)
     kept = tmp_path / "sketch.npz"
@@ -179,6 +239,16 @@ def test_a_damaged_one_is_named(tmp_path):
         kept.write_bytes(content)
         with pytest.raises(ValueError, match=r"damaged file .*sketch\.npz: expected a sketch"):
             ReferenceSet.from_files(paths, sketch=kept)
+
+
+def test_references_that_are_not_finite_have_none(tmp_path):
+    paths, _ = saved(tmp_path, torch.float32)
+    rows = np.load(paths[2])
+    rows[99, 0] = math.nan
+    np.save(paths[2], rows)
+    with pytest.raises(ValueError, match="references in files are finite, got NaN or Inf among"):
+        ReferenceSet.from_files(paths, sketch=tmp_path / "sketch.npz")
+    assert not (tmp_path / "sketch.npz").exists()
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):

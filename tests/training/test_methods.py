@@ -47,7 +47,7 @@ def config_of(moons: DataSet, **options: Any) -> TrainConfig:
     return TrainConfig.for_data(moons, **(TINY | options))
 
 
-def references_of(config: TrainConfig, points: DataSet) -> ReferenceSet:
+def references_of(config: TrainConfig, points: DataSet) -> ReferenceSet | None:
     return methods.references_of(config, points, torch.device("cpu"), Ranks())
 
 
@@ -96,7 +96,7 @@ def test_the_losses_are_given_the_configs_numbers(moons: DataSet) -> None:
     options = {"D": 9.0, "sigma_data": 0.3, "log_sigma_mean": -2.0, "log_sigma_std": 0.7}
     for targets in ("exact", "clean"):
         config = config_of(moons, method="pfgmpp", targets=targets, **options)
-        loss = methods.make_loss(config, moons.references)
+        loss = methods.make_loss(config, references_of(config, moons))
         assert isinstance(loss, PosteriorMeanLoss)
         assert (loss.D, loss.sigma_data) == (9, 0.3)
         assert loss.heights.keywords == {"D": 9, "mean": -2.0, "std": 0.7}
@@ -111,6 +111,18 @@ def test_the_losses_are_given_the_configs_numbers(moons: DataSet) -> None:
     )
     assert isinstance(raw, UnnormalizedLoss)
     assert raw.perturb.keywords == noise
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_targets_of_no_references_have_none_prepared(moons: DataSet, conditional: bool) -> None:
+    config = config_of(moons, method="pfgmpp", targets="clean", conditional=conditional)
+    raw = config_of(moons, method="unnormalized", predicts="field", conditional=conditional)
+    unread = replace(moons, name="other")  # whose references are not prepared yet
+    for each in (config, raw):
+        training = Training(each, unread)
+        assert training.references is None
+        assert math.isfinite(training.advance().loss)
+    assert "references" not in vars(unread)
 
 
 @pytest.mark.parametrize("conditional", [False, True])
@@ -153,6 +165,9 @@ def test_classes_are_those_of_the_labels(moons: DataSet) -> None:
         config_of(replace(moons, train_labels=None), conditional=True)
     with pytest.raises(ValueError, match="classes expects at least 2, got 1"):
         references_of(replace(config, classes=1), moons)
+    clean = replace(config, method="pfgmpp", targets="clean", predicts="denoiser", classes=1)
+    with pytest.raises(ValueError, match="classes expects at least 2, got 1"):
+        references_of(clean, moons)
     digits = data.load("digits")
     images = references_of(config_of(digits, conditional=True), digits)
     assert torch.equal(images.labels, digits.train_labels)

@@ -121,6 +121,16 @@ class DataSet:
         )
 
 
+def pictures(samples: Tensor, low: float, high: float) -> Tensor:
+    """Images (n, height, width) or (n, channels, height, width) of values low ... high as float64
+    (n, channels, height, width) in [0, 1]; what is beyond goes to the nearer end.
+
+    In float64, rounding gives the 8 bits that are saved of them.
+    """
+    images = ((samples.double() - low) / (high - low)).clamp(0, 1)
+    return images if images.dim() == 4 else images[:, None]
+
+
 class Split(NamedTuple):
     """Where the rows of a data set go in memory: those to train on first, in their order."""
 

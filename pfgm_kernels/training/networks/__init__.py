@@ -64,7 +64,7 @@ def check_name(name: str) -> str:
 
 
 def build(
-    name: str,
+    network: str,
     event_shape: tuple[int, ...],
     *,
     predicts: str,
@@ -79,29 +79,27 @@ def build(
 ) -> nn.Module:
     """A new model, (x, t, labels=) -> the field (B, d + 1), or (B, *event) of a denoiser.
 
-    given: the module itself where the name is ``own``. moments: ``center`` and ``spread`` of the
+    given: the module itself where the network is ``own``. moments: ``center`` and ``spread`` of the
     data, for what normalises by them. Raises ValueError, in one sentence, where the network cannot
     be had, or not for such events.
     """
-    if (name == OWN) != (given is not None):
+    if (network == OWN) != (given is not None):
         raise ValueError(
             f"network={OWN!r} in the config goes with a network given from Python: expected both, "
-            f"got {name!r} and {'no network' if given is None else type(given).__name__}"
+            f"got {network!r} and {'no network' if given is None else type(given).__name__}"
         )
     if predicts == "mean":
         options: dict[str, Any] = {"gamma": gamma, "num_classes": num_classes} | moments
         return FieldNetwork(event_shape, width=width, depth=depth, **options)
     height = predicts == "field"
     if given is not None:
-        network = own.check(name, given)
-    elif name == "perceptron":
-        network = Perceptron(
+        module = own.check(network, given)
+    elif network == "perceptron":
+        module = Perceptron(
             event_shape, width=width, depth=depth, num_classes=num_classes, height=height
         )
-    elif name in PRESETS:
-        network = UNet(name, event_shape, num_classes=num_classes, height=height)
+    elif network in PRESETS:
+        module = UNet(network, event_shape, num_classes=num_classes, height=height)
     else:
-        network = own.make(name, event_shape, num_classes)
-    return (
-        PublishedField(network) if height else Preconditioned(network, D=D, sigma_data=sigma_data)
-    )
+        module = own.make(network, event_shape, num_classes)
+    return PublishedField(module) if height else Preconditioned(module, D=D, sigma_data=sigma_data)

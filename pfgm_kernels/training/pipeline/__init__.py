@@ -26,6 +26,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
 from pfgm_kernels._checks import integer
+from pfgm_kernels.training.data.dataset import pictures
 from pfgm_kernels.training.pipeline.model import PoissonFlowModel, Safetensors
 from pfgm_kernels.training.pipeline.scheduler import Generators, PoissonFlowScheduler
 
@@ -123,10 +124,7 @@ class PoissonFlowPipeline(Safetensors, DiffusionPipeline):
         return labels.long().expand(count)
 
     def _pictures(self, x: Tensor, output_type: str) -> Any:
-        # In float64, so that rounding gives the 8 bits that `pfgm sample` saves.
-        low, high = self.unet.config.low, self.unet.config.high
-        images = ((x.double() - low) / (high - low)).clamp(0, 1)
-        images = images[:, None] if images.dim() == 3 else images
+        images = pictures(x, self.unet.config.low, self.unet.config.high)
         if output_type == "pt":
             return images.to(x.dtype)
         array = images.movedim(1, -1).cpu().numpy()

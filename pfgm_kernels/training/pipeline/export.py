@@ -63,15 +63,7 @@ def pipeline_of(model: torch.nn.Module, config: TrainConfig) -> PoissonFlowPipel
     """The pipeline of what `load_model` gave, with its own copy of the weights."""
     substitution = methods.substitution(config)
     unet = PoissonFlowModel(
-        event_shape=config.event_shape,
-        network=config.network,
-        predicts=config.predicts,
-        D=config.D,
-        sigma_data=config.sigma_data,
-        gamma=config.gamma,
-        num_classes=config.classes,
-        width=config.width,
-        depth=config.depth,
+        **config.of_network,
         low=config.low,
         high=config.high,
         substitute_below=None if substitution is None else substitution.below,
