@@ -123,7 +123,9 @@ def test_the_error_of_the_products_is_within_its_bound(generator):
 def test_one_pass_serves_nearly_all_queries(generator):
     x0 = torch.randn(600, 40, generator=generator)
     x = 0.2 * torch.randn(70, 40, generator=generator)  # tensor cores cut little of x·y
-    call = Call(x.to(DEVICE), torch.ones(70).double().to(DEVICE), x0.to(DEVICE), x0.new_empty(0), 41.0)
+    call = Call(
+        x.to(DEVICE), torch.ones(70).double().to(DEVICE), x0.to(DEVICE), x0.new_empty(0), 41.0
+    )
     prepared = operands.prepare(call.values, call.table)
     _, left = fused.fused_forward(call, prepared, empty_outputs(call))
     assert left.sum() <= 7

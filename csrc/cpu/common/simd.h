@@ -97,7 +97,7 @@ inline VecF log1p_finite(VecF u) {
     return (VecF)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)(bits >> 19), (__m512)table);
   };
   const VecF c = (VecF)((VecFBits)entry(kInverse) - high);
-  const VecF z = u * c + (c - 1.0f);
+  const VecF z = multiply_add(u, c, c - 1.0f);
   const VecF e = __builtin_convertvector((VecFInt)high, VecF);  // 2^23 times the exponent
   const VecF log = e * (kLn2 * 0x1p-23f) + entry(kLogs);
   return log + (z * z * (((kLog[3] * z + kLog[2]) * z + kLog[1]) * z + kLog[0]) + z);
@@ -132,11 +132,8 @@ inline VecF exp_normal(VecF v) {
   constexpr float kMagic = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer
   const VecF shifted = v * 1.44269504f + kMagic;
   const VecF n = shifted - kMagic;
-#if defined(__FMA__) || defined(__aarch64__)
-  const VecF r = v - n * kLn2;
-#else  // 355/512 times n is exact
-  const VecF r = (v - n * 0x1.63p-1f) - n * -0x1.bd0106p-13f;
-#endif
+  const VecF r = kFused ? multiply_add(n, broadcast(-kLn2), v)
+                        : (v - n * 0x1.63p-1f) - n * -0x1.bd0106p-13f;  // 355/512 n is exact
   constexpr float kExp[] = {0.49999993440f, 0.16666520522f, 0.04166838934f, 0.00836873020f,
                             0.00138145708f};
   VecF series = broadcast(kExp[4]);

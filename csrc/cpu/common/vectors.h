@@ -54,7 +54,8 @@ inline VecF newton_step(VecF v, VecF root) { return root * (1.5f - (0.5f * v) * 
 // What follows has an instruction or two on each processor that compilers do not find: kLanes
 // floats, int32s or bytes as doubles; kFloatLanes bytes as int32s; the lanes of a, then those of b,
 // as floats; doubles rounded to floats; a bit for each lane whose mask, a VecInt or a VecFInt, is
-// set, or in which a < b; and 1/√v of a positive, normal v, off by kRoughRoot of it at most.
+// set, or in which a < b; a b + c, rounded once where kFused; and 1/√v of a positive, normal v, off
+// by kRoughRoot of it at most.
 
 #if defined(__SSE2__)
 inline __m128i load_4_bytes(const uint8_t* p) {
@@ -91,6 +92,10 @@ inline unsigned bits(VecFInt mask) { return _mm512_movepi32_mask((__m512i)mask);
 inline unsigned below(VecF a, VecF b) {
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
 }
+constexpr bool kFused = true;
+inline VecF multiply_add(VecF a, VecF b, VecF c) {
+  return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
 constexpr double kRoughRoot = 0x1p-14;
 inline VecF rough_reciprocal_root(VecF v) {
   return (VecF)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)v);
@@ -114,6 +119,10 @@ inline VecF narrow(Vec a, Vec b) {
 inline Vec round_to_float(Vec v) { return (Vec)_mm256_cvtps_pd(_mm256_cvtpd_ps((__m256d)v)); }
 inline unsigned bits(VecInt mask) { return _mm256_movemask_pd((__m256d)mask); }
 inline unsigned bits(VecFInt mask) { return _mm256_movemask_ps((__m256)mask); }
+constexpr bool kFused = true;
+inline VecF multiply_add(VecF a, VecF b, VecF c) {
+  return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
 constexpr double kRoughRoot = 0x1.8p-12;
 inline VecF rough_reciprocal_root(VecF v) { return (VecF)_mm256_rsqrt_ps((__m256)v); }
 
@@ -136,6 +145,8 @@ inline VecF narrow(Vec a, Vec b) {
 inline Vec round_to_float(Vec v) { return (Vec)_mm_cvtps_pd(_mm_cvtpd_ps((__m128d)v)); }
 inline unsigned bits(VecInt mask) { return _mm_movemask_pd((__m128d)mask); }
 inline unsigned bits(VecFInt mask) { return _mm_movemask_ps((__m128)mask); }
+constexpr bool kFused = false;
+inline VecF multiply_add(VecF a, VecF b, VecF c) { return a * b + c; }
 constexpr double kRoughRoot = 0x1.8p-12;
 inline VecF rough_reciprocal_root(VecF v) { return (VecF)_mm_rsqrt_ps((__m128)v); }
 
@@ -155,6 +166,10 @@ inline VecF narrow(Vec a, Vec b) {
 inline Vec round_to_float(Vec v) { return (Vec)vcvt_f64_f32(vcvt_f32_f64((float64x2_t)v)); }
 inline unsigned bits(VecInt mask) { return (mask[0] & 1) | (mask[1] & 2); }
 inline unsigned bits(VecFInt mask) { return vaddvq_u32((uint32x4_t)(mask & VecFInt{1, 2, 4, 8})); }
+constexpr bool kFused = true;
+inline VecF multiply_add(VecF a, VecF b, VecF c) {
+  return (VecF)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
 constexpr double kRoughRoot = 0x1.8p-16;
 inline VecF rough_reciprocal_root(VecF v) {
   return newton_step(v, (VecF)vrsqrteq_f32((float32x4_t)v));  // which is off by 2⁻⁸
@@ -190,6 +205,8 @@ unsigned bits(Mask mask) {
   for (size_t i = 0; i < sizeof mask / sizeof mask[0]; ++i) result |= (mask[i] & 1u) << i;
   return result;
 }
+constexpr bool kFused = false;
+inline VecF multiply_add(VecF a, VecF b, VecF c) { return a * b + c; }
 constexpr double kRoughRoot = 0x1p-22;
 inline VecF rough_reciprocal_root(VecF v) {
   VecF root;
