@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMBERS = [
-    ("cpu", "PAD", "cpu/common/simd.h", "kPad"),
+    ("cpu", "PAD", "cpu/common/vectors.h", "kPad"),
     ("cpu", "TILE", "cpu/common/product.h", "kTileQueries"),
     ("cpu", "WORK_PER_THREAD", "cpu/classes.h", "kWorkPerThread"),
     ("cpu", "MAX_DIRECT_DIM", "cpu/common/kernels.h", "kMaxDirectDim"),

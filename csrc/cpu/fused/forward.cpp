@@ -84,7 +84,7 @@ struct FusedTile {
   // Moves the queries to the smallest r of a block. Returns whether any query takes part.
   bool advance(const float* r, int64_t first, int64_t count) {
     for (int64_t v = 0; v < width; v += kFloatLanes) {
-      const VecF least = smaller(smallest(r + v, count), load(nearest + v));
+      const VecF least = smaller(smallest(r + v, width, count), load(nearest + v));
       std::fill_n(factor + v, kFloatLanes, 1.0);
       for (unsigned mask = below(least, load(nearest + v)); mask; mask &= mask - 1) {
         const int lane = __builtin_ctz(mask), q = static_cast<int>(v) + lane;
@@ -97,18 +97,6 @@ struct FusedTile {
     bool any = false;
     for (int q = 0; q < size; ++q) any |= certified[q];
     return any;
-  }
-
-  // Of the rows of a block.
-  VecF smallest(const float* r, int64_t count) const {
-    VecF least[4];  // more than one, so that it need not wait for the one before
-    std::fill_n(least, 4, broadcast(INFINITY));
-    int64_t j = 0;
-    for (; j + 4 <= count; j += 4) {
-      for (int i = 0; i < 4; ++i) least[i] = smaller(load(r + (j + i) * width), least[i]);
-    }
-    for (; j < count; ++j) least[0] = smaller(load(r + j * width), least[0]);
-    return smaller(smaller(least[0], least[1]), smaller(least[2], least[3]));
   }
 
   void move(int q, float r) {

@@ -99,6 +99,18 @@ struct FusedBlock {
   }
 };
 
+// Of rows that are so far apart.
+inline VecF smallest(const float* r, int64_t apart, int64_t rows) {
+  VecF least[4];  // more than one, so that none waits for the one before
+  std::fill_n(least, 4, broadcast(INFINITY));
+  int64_t j = 0;
+  for (; j + 4 <= rows; j += 4) {
+    for (int i = 0; i < 4; ++i) least[i] = smaller(load(r + (j + i) * apart), least[i]);
+  }
+  for (; j < rows; ++j) least[0] = smaller(load(r + j * apart), least[0]);
+  return smaller(smaller(least[0], least[1]), smaller(least[2], least[3]));
+}
+
 // u is at most this, so that log1p_finite and exp_normal do, which are faster.
 constexpr float kMostU = 1e30f;
 
