@@ -8,6 +8,8 @@ PYBIND11_MODULE(_C, module) {
   define<pfgm::field_backward_queries_cpu>(module, "field_backward_queries_cpu");
   define<pfgm::field_backward_references_cpu>(module, "field_backward_references_cpu");
   define<pfgm::prepare_references_cpu>(module, "prepare_references_cpu");
+  define<pfgm::field_finish_cpu>(module, "field_finish_cpu");
+  define<pfgm::field_begin_cpu>(module, "field_begin_cpu");
   module.def("use_instruction_set", pfgm::use_instruction_set);
 #ifdef PFGM_CUDA_ARCHS
   define<pfgm::field_forward_cuda>(module, "field_forward_cuda");

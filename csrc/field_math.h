@@ -154,5 +154,32 @@ struct OnlineState {
   }
 };
 
+// What a field is (v, −t) times, of norm n (Eq. 12).
+PFGM_HOST_DEVICE double field_factor(const FieldParams& p, double norm) {
+  return norm == 0 ? 0 : p.scale / (norm + p.gamma);
+}
+
+// From the cotangents (a, b) of a result to that of v, g = factor · (a − along · v), and to what
+// reaches t not by way of the weights. Of a field g = f · (a − u (u·(a, b)) n/(n + gamma)), n the
+// norm of (v, −t), u = (v, −t)/n and f = scale/(n + gamma).
+struct ResultCotangent {
+  double factor, along, dt;
+
+  // square: ‖v‖²; product: a·v. All are zero at the singular point.
+  PFGM_HOST_DEVICE ResultCotangent(const FieldParams& p, double t, bool singular, double square,
+                                   double product, double b)
+      : factor(singular ? 0 : 1), along(0), dt(0) {
+    if (p.output != Output::kField) return;
+    const double norm = ::hypot(::sqrt(square), t);
+    if (!singular) factor = field_factor(p, norm);
+    if (norm != 0) along = (product - b * t) / norm / (norm + p.gamma);
+    dt = -factor * (b + t * along);
+  }
+
+  PFGM_HOST_DEVICE double of_v(double a, double v) const {
+    return factor == 0 ? 0 : factor * (a - along * v);
+  }
+};
+
 }  // namespace
 }  // namespace pfgm

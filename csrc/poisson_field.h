@@ -28,7 +28,7 @@ constexpr int kSketches = 2;
 struct FieldParams {
   int64_t batch, count, dim;
   double half_k;    // (d + D)/2; infinity selects the Gaussian kernel
-  const double* x;  // (B, ld); null for CUDA where x_single is there
+  const double* x;  // (B, ld), (B, d) in rows.cpp; null where x_single is there
   const double* t;  // (B,)
   // The first and the last + 1 of the references that each query sees, equal ones together; null
   // where all see all.
@@ -39,7 +39,7 @@ struct FieldParams {
 
   // Whether the queries are float32, so that the kernels need not compute in double throughout.
   bool single;
-  const float* x_single;  // (B, d) for CUDA
+  const float* x_single;  // (B, d) for CUDA and rows.cpp
   // CPU: what prepare_references wrote, or null (cpu/common/operands.h).
   double* norms;               // (N,)
   uint8_t* codes;              // (N, d)
@@ -69,12 +69,12 @@ struct FieldParams {
   double* projection;         // (B,) grad_displacement · v
   double* grad_log_mass;      // (B,)
   const double* tilt;         // (B,) forward mode (cpu/common/pull.h), or null
-  double* dx;                 // (B, ld) 2 Σ_j c_j (x0_j − x), which CUDA adds to what is there;
-                              // for the CPU kernels null where it is not wanted
+  double* dx;                 // (B, ld), (B, d) in rows.cpp: 2 Σ_j c_j (x0_j − x), which CUDA adds
+                              // to what is there; for the CPU kernels null where it is not wanted
   double* dt;                 // (B,) with a tilt 2 Σ_j c_j; likewise
   void* dvalues;              // (N, d) of value_type, or null
 
-  // CUDA: what is done of each query before and after the sums (cuda/rows.cu).
+  // What is done of each query before and after the sums (cpu/rows.cpp, cuda/rows.cu).
   Output output;
   double gamma, scale;
   bool result_single;  // whether result and residual are float
@@ -96,6 +96,8 @@ void field_forward_cpu(const FieldParams& params);
 void field_backward_queries_cpu(const FieldParams& params);
 void field_backward_references_cpu(const FieldParams& params);
 void prepare_references_cpu(const FieldParams& params);
+void field_finish_cpu(const FieldParams& params);
+void field_begin_cpu(const FieldParams& params);
 int64_t field_forward_cuda(const FieldParams& params);
 int64_t field_backward_cuda(const FieldParams& params);
 int64_t prepare_references_cuda(const FieldParams& params);

@@ -24,6 +24,8 @@ struct Kernels {
   void (*backward_queries)(const FieldParams&);
   void (*backward_references)(const FieldParams&);
   void (*prepare_references)(const FieldParams&);
+  void (*finish)(const FieldParams&);
+  void (*begin)(const FieldParams&);
 };
 
 #define PFGM_KERNELS(isa, condition) \
@@ -32,7 +34,9 @@ struct Kernels {
    isa::field_forward,               \
    isa::field_backward_queries,      \
    isa::field_backward_references,   \
-   isa::prepare_references}
+   isa::prepare_references,          \
+   isa::field_finish,                \
+   isa::field_begin}
 
 // Best first.
 const Kernels kKernels[] = {
@@ -52,14 +56,20 @@ const Kernels kKernels[] = {
 const Kernels* chosen = std::find_if(std::begin(kKernels), std::end(kKernels),
                                      [](const Kernels& k) { return k.runs_here(); });
 
-void check(const FieldParams& p) {
+void check(const FieldParams& p, const void* x) {
   if (p.batch < 0 || p.count < 1 || p.dim < 1 || p.num_threads < 1 || !(p.half_k > 0)) {
     throw std::invalid_argument("CPU kernel called with sizes out of range");
   }
   // An empty tensor has no address.
-  if ((p.batch > 0 && (!p.x || !p.t)) || !p.values) {
+  if ((p.batch > 0 && (!x || !p.t)) || !p.values) {
     throw std::invalid_argument("CPU kernel called with a null pointer");
   }
+}
+
+void check(const FieldParams& p) { check(p, p.x); }
+
+void check_rows(const FieldParams& p) {
+  check(p, p.single ? static_cast<const void*>(p.x_single) : p.x);
 }
 
 }  // namespace
@@ -98,6 +108,16 @@ void prepare_references_cpu(const FieldParams& p) {
     throw std::invalid_argument("prepare_references called with a null pointer");
   }
   chosen->prepare_references(p);
+}
+
+void field_finish_cpu(const FieldParams& p) {
+  check_rows(p);
+  chosen->finish(p);
+}
+
+void field_begin_cpu(const FieldParams& p) {
+  check_rows(p);
+  chosen->begin(p);
 }
 
 }  // namespace pfgm

@@ -1,12 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is done of each query before and after the sums over references. With the norm n of (v, −t),
-//
-//   finish   result = v,  x + v  or  scale · (v, −t)/(n + gamma), Eq. (12); residual = v − (x0_a −
-//   x) begin    the cotangents g of v and g_m of the log mass from those of the result, and what
-//            reaches x and t not by way of the weights:  −g, for x + v 0;  0, for a field g_t
-//
-// of which g = f · (a − u (u·(a, b)) n/(n + gamma)), (a, b) the cotangents of a field, u = (v,
-// −t)/n and f = scale/(n + gamma). At the singular point, t = 0 on a reference, all are 0.
+// What is done of each query before and after the sums over references (pfgm_kernels/rows.py), as
+// cpu/rows.cpp does it.
 #include "two_pass.cuh"
 
 namespace pfgm {
@@ -55,8 +49,6 @@ struct Row {
   __device__ double to_anchor(int64_t c) const {
     return decode(p, p.anchor[b] * p.dim + c) - load_query(p, b * p.dim + c);
   }
-
-  __device__ double factor(double norm) const { return norm == 0 ? 0 : p.scale / (norm + p.gamma); }
 };
 
 __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ RowArguments a) {
@@ -71,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
       square += v * v;
     }
     square = row.sum(square);
-    if (row.inside()) factor = row.factor(::hypot(::sqrt(square), p.t[row.b]));
+    if (row.inside()) factor = field_factor(p, ::hypot(::sqrt(square), p.t[row.b]));
   }
   const int64_t columns = p.dim + (field ? 1 : 0);
   for (int64_t c = row.lane; c < row.end(); c += row.lanes) {
@@ -111,17 +103,12 @@ __global__ void __launch_bounds__(kThreads) begin_kernel(const __grid_constant__
   const double t = row.inside() ? p.t[row.b] : 1;
   const bool singular = t == 0 && apart == 0 && p.half_k != INFINITY;
   const double last = field && row.inside() ? cotangent(p.dim) : 0;
-  double factor = singular ? 0 : 1;
-  if (field) {
-    const double norm = ::hypot(::sqrt(length), t);
-    factor = singular ? 0 : row.factor(norm);
-    along = norm == 0 ? 0 : (along - last * t) / norm / (norm + p.gamma);
-  }
+  const ResultCotangent pull(p, t, singular, length, along, last);
   double projection = 0;
   for (int64_t c = row.lane; c < row.end(); c += row.lanes) {
     const int64_t at = row.b * p.dim + c;
     const double v = row.to_anchor(c) + load(p.residual, p.result_single, at);
-    const double g = factor == 0 ? 0 : factor * (field ? cotangent(c) - v * along : cotangent(c));
+    const double g = pull.of_v(cotangent(c), v);
     p.grad_displacement[at] = g;
     p.dx[at] = p.output == Output::kMean ? 0 : -g;
     projection += g * v;
@@ -131,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) begin_kernel(const __grid_constant__
   p.projection[row.b] = projection;
   p.anchor_square[row.b] = square;
   p.grad_log_mass[row.b] = singular || p.log_mass == nullptr ? 0 : p.log_mass[row.b];
-  p.dt[row.b] = field ? -factor * (last + t * along) : 0;
+  p.dt[row.b] = pull.dt;
 }
 
 int64_t launch_rows(void (*kernel)(RowArguments), const FieldParams& p) {

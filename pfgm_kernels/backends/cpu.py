@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels.backends import _native
+from pfgm_kernels.backends._rows import begin_arguments, finish_arguments
 from pfgm_kernels.backends._sketch import Sketch, columns_of, sketches
+from pfgm_kernels.outputs import Output
 from pfgm_kernels.rows import Cotangents, Rows
 
 PAD = 8  # the kernels read rows padded to a multiple of this
 TILE = 64  # queries that they take at a time
 WORK_PER_THREAD = 1 << 20  # columns of pairs that take longer than a thread takes to wake up
+COLUMN_OF_QUERY = 8  # columns of pairs that take as long as one of a query in `finish` or `begin`
 WORK = 1 << 35  # columns of pairs in a chunk, so that an interrupt is noticed within a second or so
 MAX_DIRECT_DIM = 24  # up to here they need nothing prepared
 RANGES = "seen"  # of queries that see ranges of the references, a chunk holds these pairs
@@ -112,6 +115,21 @@ def forward(
     if ranges is not None:
         anchor += ranges[:, 0]
     return displacement[:, :d], log_mass, anchor, anchor_log_weight
+
+
+def finish(rows: Rows, output: Output, v: Tensor, result: Tensor) -> None:
+    """As rows.finish."""
+    arguments = finish_arguments(rows, output, _padded(v), result)
+    _native.launch("field_finish_cpu", **arguments, num_threads=_num_threads_of(rows))
+
+
+def begin(rows: Rows, output: Output, g: Tensor | None, g_m: Tensor | None) -> Cotangents:
+    """As rows.begin."""
+    n, d = rows.x.shape
+    found = Cotangents.empty(rows)._replace(g=rows.t.new_empty(n, d + -d % PAD)[:, :d])
+    arguments = begin_arguments(rows, output, g, g_m, found)
+    _native.launch("field_begin_cpu", **arguments, num_threads=_num_threads_of(rows))
+    return found
 
 
 def backward(
@@ -246,7 +264,15 @@ def _num_threads(work: int) -> int:
     return max(1, min(torch.get_num_threads(), work // WORK_PER_THREAD))
 
 
+def _num_threads_of(rows: Rows) -> int:
+    return _num_threads(rows.x.numel() * COLUMN_OF_QUERY)
+
+
 def _padded(rows: Tensor) -> Tensor:
-    """Rows (B, d) as contiguous float64 (B, ld), with zeros in the columns beyond d."""
+    """Rows (B, d) as float64 (B, ld), with zeros in the columns beyond d; those of `forward` and
+    `begin` as they are.
+    """
     padding = -rows.shape[1] % PAD
+    if rows.dtype == torch.float64 and rows.stride() == (rows.shape[1] + padding, 1):
+        return rows
     return torch.nn.functional.pad(rows.double(), (0, padding)).contiguous()

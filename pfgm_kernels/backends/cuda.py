@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pfgm_kernels.backends import _native
+from pfgm_kernels.backends._rows import begin_arguments, cotangent_arguments, finish_arguments
 from pfgm_kernels.backends._shapes import fit
 from pfgm_kernels.outputs import Output
 from pfgm_kernels.rows import Cotangents, Rows
@@ -127,23 +128,13 @@ def forward(
 
 def finish(rows: Rows, output: Output, v: Tensor, result: Tensor) -> None:
     """As rows.finish."""
-    kept = {"residual": rows.residual} if len(rows.residual) else {}
-    arguments = _rows(rows) | _output(output, result) | kept
-    _launch("field_finish_cuda", **arguments, displacement=v, result=result)
+    _launch("field_finish_cuda", **finish_arguments(rows, output, v, result))
 
 
 def begin(rows: Rows, output: Output, g: Tensor | None, g_m: Tensor | None) -> Cotangents:
     """As rows.begin."""
     found = Cotangents.empty(rows)
-    given = {"result": None if g is None else g.to(rows.x.dtype), "log_mass": g_m}
-    _launch(
-        "field_begin_cuda",
-        **_rows(rows),
-        **_output(output, rows.residual),
-        residual=rows.residual,
-        **{name: tensor for name, tensor in given.items() if tensor is not None},
-        **_names(found),
-    )
+    _launch("field_begin_cuda", **begin_arguments(rows, output, g, g_m, found))
     return found
 
 
@@ -161,7 +152,7 @@ def backward(
     _launch(
         "field_backward_cuda",
         **_common(rows.x, rows.t, values, table, operands, rows.k),
-        **_names(cotangents),
+        **cotangent_arguments(cotangents),
         **_within(rows.ranges),
         anchor_log_weight=rows.anchor_log_weight,
         **({} if dvalues is None else {"dvalues": dvalues}),
@@ -171,32 +162,6 @@ def backward(
 
 def _within(ranges: Tensor | None) -> dict[str, Any]:
     return {} if ranges is None else {"ranges": ranges}
-
-
-def _names(cotangents: Cotangents) -> dict[str, Any]:
-    return {
-        "grad_displacement": cotangents.g,
-        "grad_log_mass": cotangents.g_m,
-        "projection": cotangents.projection,
-        "anchor_square": cotangents.anchor_square,
-        "dx": cotangents.dx,
-        "dt": cotangents.dt,
-    }
-
-
-def _rows(rows: Rows) -> dict[str, Any]:
-    anchor = rows.anchor
-    arguments = _common(rows.x, rows.t, anchor.values, anchor.table, [], rows.k)
-    return arguments | {"anchor": anchor.index}
-
-
-def _output(output: Output, result: Tensor) -> dict[str, Any]:
-    return {
-        "output": output.name,
-        "gamma": output.gamma,
-        "scale": output.scale,
-        "result_single": result.dtype == torch.float32,
-    }
 
 
 def _common(

@@ -37,6 +37,8 @@ ENTRY_POINTS = (
     "field_backward_queries",
     "field_backward_references",
     "prepare_references",
+    "field_finish",
+    "field_begin",
 )
 
 

@@ -27,6 +27,7 @@ LAYERS = [
     ("backends._native", "backends._shapes", "backends._values", "classes", "cuts", "outputs"),
     ("backends._sketch",),
     ("edits", "nearby", "rows"),
+    ("backends._rows",),
     ("backends.eager", "backends.cpu", "backends.triton", "backends.cuda"),
     ("backends", "merge"),
     ("shards",),

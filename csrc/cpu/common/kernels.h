@@ -12,6 +12,8 @@
   void field_backward_queries(const FieldParams&);    \
   void field_backward_references(const FieldParams&); \
   void prepare_references(const FieldParams&);        \
+  void field_finish(const FieldParams&);              \
+  void field_begin(const FieldParams&);               \
   }
 
 #ifdef PFGM_ISA

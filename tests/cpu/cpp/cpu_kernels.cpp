@@ -8,6 +8,7 @@
 #include <functional>
 #include <stdexcept>
 
+#include "cpu_rows.h"
 #include "cpu_truth.h"
 
 namespace {
@@ -112,22 +113,19 @@ Outputs compute(const Problem& p) {
   if (p.encode && grid[1] < 0) forward.codes = backward.codes = nullptr;
   pfgm::field_forward_cpu(forward);
 
-  Array<double> anchor_square(p.batch, p.skewed), projection(p.batch, p.skewed);
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t a = outputs.anchor[b];
     if (a < 0 || a >= p.count) throw std::runtime_error(p.name() + ": there is no such anchor");
-    anchor_square[b] = projection[b] = 0;
-    for (int64_t c = 0; c < p.dim; ++c) {
-      const int64_t i = b * p.ld() + c;
-      anchor_square[b] += (p.value(a, c) - p.x[i]) * (p.value(a, c) - p.x[i]);
-      projection[b] += p.g[i] * outputs.displacement[i];
-    }
   }
+  Begun begun(p);
+  begun.compute<float>(p, forward, pfgm::Output::kField);  // for what it reads and writes
+  begun.compute<double>(p, forward, pfgm::Output::kMean);
+  begun.compute<double>(p, forward, pfgm::Output::kDisplacement);
   backward.anchor_log_weight = outputs.anchor_log_weight.get();
-  backward.anchor_square = anchor_square.get();
-  backward.grad_displacement = p.g.get();
-  backward.projection = projection.get();
-  backward.grad_log_mass = p.g_m.get();
+  backward.anchor_square = begun.anchor_square.get();
+  backward.grad_displacement = begun.g.get();
+  backward.projection = begun.projection.get();
+  backward.grad_log_mass = begun.g_m.get();
   backward.dx = outputs.dx.get();
   backward.dt = outputs.dt.get();
   pfgm::field_backward_queries_cpu(backward);
