@@ -163,21 +163,23 @@ PFGM_HOST_DEVICE double field_factor(const FieldParams& p, double norm) {
 // reaches t not by way of the weights. Of a field g = f · (a − u (u·(a, b)) n/(n + gamma)), n the
 // norm of (v, −t), u = (v, −t)/n and f = scale/(n + gamma).
 struct ResultCotangent {
-  double factor, along, dt;
+  double factor, along;
 
-  // square: ‖v‖²; product: a·v. All are zero at the singular point.
+  // square: ‖v‖²; product: a·v. Both are zero at the singular point.
   PFGM_HOST_DEVICE ResultCotangent(const FieldParams& p, double t, bool singular, double square,
                                    double product, double b)
-      : factor(singular ? 0 : 1), along(0), dt(0) {
+      : factor(singular ? 0 : 1), along(0) {
     if (p.output != Output::kField) return;
     const double norm = ::hypot(::sqrt(square), t);
     if (!singular) factor = field_factor(p, norm);
     if (norm != 0) along = (product - b * t) / norm / (norm + p.gamma);
-    dt = -factor * (b + t * along);
   }
 
   PFGM_HOST_DEVICE double of_v(double a, double v) const {
     return factor == 0 ? 0 : factor * (a - along * v);
+  }
+  PFGM_HOST_DEVICE double of_t(const FieldParams& p, double b, double t) const {
+    return p.output == Output::kField ? -factor * (b + t * along) : 0;
   }
 };
 

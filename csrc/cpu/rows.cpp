@@ -116,7 +116,7 @@ struct Row {
     p.projection[b] = dot(g, v, dim);
     p.anchor_square[b] = dot(anchored, anchored, dim);
     p.grad_log_mass[b] = singular || !p.log_mass ? 0 : p.log_mass[b];
-    p.dt[b] = pull.dt;
+    p.dt[b] = pull.of_t(p, last, t);
   }
 };
 

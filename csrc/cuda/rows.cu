@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) begin_kernel(const __grid_constant__
   p.projection[row.b] = projection;
   p.anchor_square[row.b] = square;
   p.grad_log_mass[row.b] = singular || p.log_mass == nullptr ? 0 : p.log_mass[row.b];
-  p.dt[row.b] = pull.dt;
+  p.dt[row.b] = pull.of_t(p, last, t);
 }
 
 int64_t launch_rows(void (*kernel)(RowArguments), const FieldParams& p) {
