@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is done of each query before and after the sums over references (pfgm_kernels/rows.py): one
-// pass over its columns, in double, where the stored rows are float or double.
+// What is done of each query before and after the sums over references (pfgm_kernels/rows.py), in
+// double.
 #include <algorithm>
 
 #include "../field_math.h"
@@ -34,7 +34,7 @@ double dot(const double* a, const double* b, int64_t dim) {
   return sum;
 }
 
-// Query b. Arrays of doubles have rows of ld, the others of dim.
+// Query b. displacement and grad_displacement have rows of ld, all others of dim.
 struct Row {
   const FieldParams& p;
   int64_t b, dim = p.dim, at = b * dim, ld = round_up(dim, kPad);
