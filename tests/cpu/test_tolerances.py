@@ -40,6 +40,30 @@ def test_a_cluster_far_from_another(d, size, spread, seed):
         check(x, torch.full((4,), t), x0, D)
 
 
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("d", [40, 300, 1000])
+@pytest.mark.parametrize("share", [0.3, 0.01])
+def test_clusters_off_a_grid_the_other_way(d, share, seed):
+    """Codes leave out what moves all distances of a cluster by as much, towards the queries or away
+    from them; share: of what a value may be off the grid by.
+    """
+    centres = torch.randint(2, 254, (2, d), generator=seeded(seed)).double()
+    cluster = torch.arange(300) % 2
+    codes = centres[cluster] + torch.randint(-1, 2, (300, d), generator=seeded(seed + 10))
+    codes[0, :2] = torch.tensor([0.0, 255.0])
+    points, centres = (2 * values / 255 - 1 for values in (codes, centres))
+    away = centres[0] - centres[1]
+    direction = normal(4, d, seed=seed + 20).double()
+    direction -= (direction @ away / away.square().sum())[:, None] * away
+    for far in (0.5, 1.0, 2.0):
+        x = centres.mean(0) + far * direction  # as far from one as from the other
+        off = share * 2**-21 * torch.sign(points - x[0])
+        x0 = (points + torch.where(cluster == 0, 1.0, -1.0)[:, None] * off).float()
+        for D in (1, 1000):
+            for t in (0.1, 1.0):
+                check(x.float(), t * (x - centres[0]).norm(dim=1).float(), x0, D)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("d", [100, 257, 300])
 @pytest.mark.parametrize("size", [40, 200])

@@ -12,6 +12,9 @@
 namespace pfgm {
 namespace {
 
+// Of coefficients c_j in a sample, root mean square: dx may be off by as much of all it sums.
+constexpr double kSampledPull = 7e-6;
+
 // The coefficients c_j of the queries of a second pass, in place of the products.
 struct Pull {
   const SecondPass& pass;
@@ -22,6 +25,7 @@ struct Pull {
   std::vector<float> constants, corrections, masses;
   std::vector<float> tilts;                                  // (padded,) κ'
   Buffer<double> moments{pass.num_blocks * tiles.padded()};  // as pass.block_sums, of c u
+  Buffer<double> sizes{pass.num_blocks * tiles.padded()};    // the same of |c|
 
   explicit Pull(const SecondPass& pass)
       : pass(pass),
@@ -57,7 +61,7 @@ struct Pull {
       const VecF correction = load(&corrections[i]), mass = load(&masses[i]);
       const VecF tilt = load(&tilts[i]);
       CompensatedSum sum, moment;
-      VecF mass_here = {};
+      VecF size = {};
       for (int64_t j = first; j < last; ++j) {
         float* products = pass.screen.tile_products(tile) + j * width + q;
         const VecF u = pass.arguments(products, i);
@@ -70,11 +74,12 @@ struct Pull {
         store(products, finite);
         sum.add(finite);
         moment.add(finite * u);
-        mass_here += weights;
+        size += finite < 0.0f ? -finite : finite;
       }
-      pass.put(pass.block_sums, block, i, sum);
-      pass.put(moments, block, i, moment);
-      any |= bits(mass_here != 0.0f) != 0;
+      pass.put(pass.block_sums, block, i, sum.total());
+      pass.put(moments, block, i, moment.total());
+      pass.put(sizes, block, i, size);
+      any |= bits(size != 0.0f) != 0;
     }
     pass.active[tile * pass.num_blocks + block] = any;
   }
@@ -124,9 +129,26 @@ struct Backward : TwoPass {
     const Buffer<double> sums = p.dx ? pass.gather() : Buffer<double>();
     pass.for_queries([&](int64_t i, int64_t b) {
       const double total = pass.total(pass.block_sums, i);
+      uncertified[b] = !agrees(pull, i, b, scales[i]);
       finish_total(b, scales[i], total, pass.total(pull.moments, i));
       if (p.dx) finish_pull(b, scales[i], total, sums.get() + i * p.dim);
     });
+  }
+
+  // Whether coefficients in a sample are what direct differences give, as far as a gradient shows.
+  bool agrees(const Pull& pull, int64_t i, int64_t b, double scale) const {
+    const int64_t ld = round_up(p.dim, kPad);
+    const double *g = p.grad_displacement + b * ld, *x = p.x + b * ld;
+    const double slope = RadialKernel(p.half_k, p.t[b]).slope(p.anchor_square[b]);
+    const TotalPull total(p, b);
+    const Errors errors = pull.pass.sample(pull.sizes, i, [&](int64_t j, double c) {
+      return pair_coefficient(p, b, total, pair_sums(reader, x, g, j)) / (slope * scale) / c - 1;
+    });
+    const double size = 2 * slope * scale * pull.pass.total(pull.sizes, i);
+    const double dx = size * ::sqrt(p.anchor_square[b]);
+    double square = 0;
+    for (int64_t c = 0; c < p.dim; ++c) square += g[c] * g[c];
+    return errors.root_mean_square * dx <= kSampledPull * (dx + ::sqrt(square));
   }
 
   // g', K and what they are to be multiplied by, for the queries of a tile.

@@ -18,6 +18,12 @@ constexpr int64_t kGatherStrip = 4 * kGatherColumns;  // that a task takes at mo
 // Logits may be off by this much, root mean square. What remains of it in a sum in which no single
 // reference weighs more than 1/128 is an order of magnitude less, for the errors are independent.
 constexpr double kDenseTolerance = 2.8e-6;
+// That errors are independent is an assumption: of references that err alike nothing averages. So
+// the coefficients of some are compared with what direct differences give.
+constexpr int kSampled = 8;
+struct Errors {
+  double mean, root_mean_square;
+};
 // What is left out of a query moves all logits alike, by this much at most, root mean square.
 constexpr double kResidualTolerance = 5e-7;
 
@@ -155,7 +161,7 @@ struct SecondPass {
           store(products, weights);
           sum.add(weights);
         }
-        put(block_sums, block, i, sum);
+        put(block_sums, block, i, sum.total());
         any |= bits(sum.sum != 0.0f) != 0;
       }
       active[task] = any;
@@ -163,19 +169,54 @@ struct SecondPass {
   }
 
   // Puts the sums over a block for kFloatLanes queries from i into sums (blocks, padded).
-  void put(const Buffer<double>& sums, int64_t block, int64_t i, const CompensatedSum& sum) const {
+  void put(const Buffer<double>& sums, int64_t block, int64_t i, VecF sum) const {
     double* out = sums.get() + block * tiles.padded() + i;
-    const VecF total = sum.total();
-    for (int lane = 0; lane < kFloatLanes; ++lane) out[lane] = total[lane];
+    for (int lane = 0; lane < kFloatLanes; ++lane) out[lane] = sum[lane];
   }
 
-  float& weight(int64_t i, int64_t j) const { return screen.product(i, j); }
+  // What stands in the place of the products of query i, as far apart as its tile is wide.
+  float* weights(int64_t i) const { return &screen.product(i, 0); }
 
   // The total of sums (blocks, padded) for query i.
   double total(const Buffer<double>& sums, int64_t i) const {
     double sum = 0;
     for (int64_t block = 0; block < num_blocks; ++block) sum += sums[block * tiles.padded() + i];
     return sum;
+  }
+
+  // What error(j, coefficient) is over some references of query i, drawn by the sizes of the
+  // coefficients that stand in the place of the products; 0 where there are none. sizes (blocks,
+  // padded): the sums of these.
+  template <class Error>
+  Errors sample(const Buffer<double>& sizes, int64_t i, const Error& error) const {
+    const double share = total(sizes, i) / kSampled;
+    Errors errors{0, 0};
+    if (share == 0) return errors;
+    const float* coefficients = weights(i);
+    const int64_t width = tiles.width(i / kTileQueries);
+    double before = 0;  // the size of the blocks before this one
+    int64_t block = 0, drawn = -1;
+    for (int n = 0; n < kSampled; ++n) {
+      // At irregular places, for an order may have a period.
+      double left = (n + ::fmod(0.618 * (n + 1), 1.0)) * share - before;
+      for (; block + 1 < num_blocks; ++block) {
+        const double size = sizes[block * tiles.padded() + i];
+        if (left < size) break;
+        left -= size;
+        before += size;
+      }
+      const int64_t end = std::min(p.count, (block + 1) * block_rows);
+      for (int64_t j = block * block_rows; j < end && left >= 0; ++j) {
+        const float size = std::abs(coefficients[j * width]);
+        left -= size;
+        if (size > 0) drawn = j;
+      }
+      if (drawn < 0) continue;  // what is left of sums from which all was taken
+      const double value = error(drawn, coefficients[drawn * width]);
+      errors.mean += value / kSampled;
+      errors.root_mean_square = ::hypot(errors.root_mean_square, value / ::sqrt(kSampled));
+    }
+    return errors;
   }
 
   // (queries, d) Σ_j w_j y_j with what stands in the place of the products as weights. A task takes

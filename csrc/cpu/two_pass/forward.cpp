@@ -11,6 +11,10 @@
 namespace pfgm {
 namespace {
 
+// What weights in a sample may be off by on average, which moves the log mass; and root mean
+// square: where some references err alike, and others the other way, 0.7 of that shows in a
+// displacement.
+constexpr double kSampledMean = 8e-7, kSampledDeviation = 1.4e-6;
 constexpr double kAlikePull = 1e-4;  // of which a tenth is seen, of ‖g‖
 
 struct Forward : TwoPass {
@@ -36,9 +40,15 @@ struct Forward : TwoPass {
     std::vector<double> rest(size);  // weight of the references that are not heavy
     std::vector<std::vector<int32_t>> heavy(size);
     pass.for_queries([&](int64_t i, int64_t b) {
-      const double total = pass.total(pass.block_sums, i), off = pass.weight(i, p.anchor[b]) - 1;
-      if (total * kHeavy > 1) uncertified[b] = !(std::abs(off) <= kAnchorTolerance);
+      const double square = pass.anchors.squares[i], total = pass.total(pass.block_sums, i);
+      const RadialKernel kernel(p.half_k, p.t[b]);
       rest[i] = take_heavy(pass, i, total, heavy[i]);
+      const Errors errors = pass.sample(pass.block_sums, i, [&](int64_t j, double weight) {
+        return kernel.relative_weight(exact_square(b, j), square) / weight - 1;
+      });
+      const double share = rest[i] / total;
+      uncertified[b] = !(std::abs(errors.mean) * share <= kSampledMean &&
+                         errors.root_mean_square * share <= kSampledDeviation);
     });
     const Buffer<double> sums = pass.gather();
     pass.for_queries([&](int64_t i, int64_t b) {
@@ -50,25 +60,25 @@ struct Forward : TwoPass {
     return pair_sums(reader, p.x + b * round_up(p.dim, kPad), nullptr, j).distance;
   }
 
-  // Takes the heavy references out of the weights; returns the weight of the others.
+  // Takes the heavy references out of the weights and their sums; returns the weight of the others.
   double take_heavy(const SecondPass& pass, int64_t i, double total,
                     std::vector<int32_t>& heavy) const {
     if (total * kHeavy > 2) return total;  // the anchor itself, of weight about 1, is not heavy
-    float* weights = &pass.weight(i, 0);
+    float* weights = pass.weights(i);
     const int64_t width = pass.tiles.width(i / kTileQueries);
-    double taken = 0;
     for (int64_t block = 0; block < pass.num_blocks; ++block) {
-      if (pass.block_sums[block * pass.tiles.padded() + i] <= total * kHeavy) continue;
+      double& sum = pass.block_sums[block * pass.tiles.padded() + i];
+      if (sum <= total * kHeavy) continue;
       const int64_t first = block * pass.block_rows;
       for (int64_t j = first; j < std::min(p.count, first + pass.block_rows); ++j) {
         float& weight = weights[j * width];
         if (weight <= total * kHeavy) continue;
         heavy.push_back(static_cast<int32_t>(j));
-        taken += weight;
+        sum = std::max(0.0, sum - weight);
         weight = 0;
       }
     }
-    return std::max(0.0, total - taken);
+    return pass.total(pass.block_sums, i);
   }
 
   void finish(int64_t b, double anchor_square, double rest, const std::vector<int32_t>& heavy,
