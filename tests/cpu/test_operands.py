@@ -149,6 +149,15 @@ def test_crowds(dtype):
         assert prepare(values, table)[1][2] == (dtype == torch.uint8 and count == 3000)
 
 
+@pytest.mark.parametrize("count", [3, 5000])
+@pytest.mark.parametrize(("values", "alike"), [(3, True), (32, True), (40, False)])
+def test_few_values(values, alike, count):
+    """Up to 32 among a thousand that are looked at."""
+    table = torch.randn(values, generator=seeded())
+    drawn = torch.randint(0, values, (count, D), generator=seeded(1))
+    assert prepare(table[drawn])[1][2] == alike
+
+
 @pytest.mark.parametrize(("apart", "alike"), [(0, True), (1e-7, True), (3e-5, True), (1e-3, False)])
 def test_two_that_coincide_among_few(apart, alike):
     values = torch.randn(60, D, generator=seeded())

@@ -12,6 +12,7 @@ from test_adversarial import check, normal, three_threads  # noqa: F401
 from torch import Tensor
 
 from pfgm_kernels import ReferenceSet, poisson_displacement
+from pfgm_kernels.backends import cpu
 
 pytestmark = pytest.mark.usefixtures("poison", "three_threads")
 
@@ -62,6 +63,36 @@ def test_clusters_off_a_grid_the_other_way(d, share, seed):
         for D in (1, 1000):
             for t in (0.1, 1.0):
                 check(x.float(), t * (x - centres[0]).norm(dim=1).float(), x0, D)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("D", [2e8, 2e9])
+def test_what_a_grid_leaves_out_of_two_decides(D, seed):
+    """One is farther by its codes, and nearer. Of queries a digit holds what is beside the origin."""
+    d = 1000
+    codes = torch.randint(0, 256, (302, d), generator=seeded(seed)).double()
+    _, grid, _ = cpu.prepare((2 * codes / 255 - 1).float(), torch.empty(0), codes.numel())
+    x = ((grid[4:] - grid[3]) / grid[0]).round() + 1
+    near = torch.randint(-60, 60, (d,), generator=seeded(seed + 1)).double()
+    codes[300:] = x + torch.stack([near, near.flip(0)])
+    columns = (codes[301] == x).nonzero()[:2, 0]
+    codes[301, columns] += 1
+    points, x = 2 * codes / 255 - 1, 2 * x / 255 - 1
+    off = 0.3 * 2**-21 * torch.sign(points[300:] - x)
+    points[300:] += torch.stack([off[0], -off[1]])
+    distances = (points[300:] - x).norm(dim=1)
+    assert distances[1] < distances[0]
+    check(x.float().expand(2, -1), distances.float(), points.float(), D)
+
+
+@pytest.mark.parametrize("d", [3, 16, 40, 300])
+def test_many_that_weigh_hardly_anything(d):
+    """exp(−22) of the nearest each, and together six times what the log mass may be off by."""
+    directions = torch.nn.functional.normalize(normal(20_000, d), dim=1)
+    x = 1e-3 * normal(2, d)
+    for D in (1, 300):
+        x0 = torch.cat([directions[:1] * math.exp(-22 / (d + D)), directions])
+        check(x, torch.full((2,), 0.01), x0, D)
 
 
 @pytest.mark.parametrize("seed", range(3))

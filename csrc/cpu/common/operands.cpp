@@ -20,10 +20,9 @@ constexpr int64_t kMeanRows = 64;         // references that the origin is the m
 // that, and what they are off the grid by would show in the result.
 constexpr double kGridTolerance = 0x1p-22;
 
-// codes ↦ low + step · code, within tolerance. step = 0: no grid. off: by how much a value is at
-// most.
+// codes ↦ low + step · code, within tolerance. step = 0: no grid.
 struct Grid {
-  double low = 0, step = 0, tolerance = 0, off = 0;
+  double low = 0, step = 0, tolerance = 0;
 };
 
 Grid table_grid(const float* table) {
@@ -31,10 +30,11 @@ Grid table_grid(const float* table) {
   grid.low = table[0];
   grid.step = (double{table[255]} - table[0]) / 255;
   grid.tolerance = kGridTolerance * std::abs(255 * grid.step);
+  double off = 0;
   for (int u = 0; u < 256; ++u) {
-    grid.off = std::max(grid.off, std::abs(table[u] - (grid.low + grid.step * u)));
+    off = std::max(off, std::abs(table[u] - (grid.low + grid.step * u)));
   }
-  if (!(grid.off <= grid.tolerance)) grid.step = 0;
+  if (!(off <= grid.tolerance)) grid.step = 0;
   return grid;
 }
 
@@ -65,7 +65,7 @@ double smallest_gap(std::vector<float>& values, double tolerance, double most) {
   return most;
 }
 
-// The grid that a sample lies on, of values from low to high, with room on both sides for others.
+// The grid that a sample lies on, of values from low to high.
 Grid sample_grid(std::vector<float> sample, double low, double high) {
   const double range = high - low;
   Grid grid;
@@ -77,11 +77,12 @@ Grid sample_grid(std::vector<float> sample, double low, double high) {
   const double steps = std::round(range / smallest_gap(sample, grid.tolerance, range));
   if (steps > 255) return grid;
   const double step = range / steps;
+  double off = 0;
   for (const float v : sample) {
-    grid.off = std::max(grid.off, std::abs(v - (low + step * std::round((v - low) / step))));
+    off = std::max(off, std::abs(v - (low + step * std::round((v - low) / step))));
   }
-  if (!(grid.off <= grid.tolerance)) return grid;
-  grid.low = low - std::floor((255 - steps) / 2) * step;
+  if (!(off <= grid.tolerance)) return grid;
+  grid.low = low;
   grid.step = step;
   return grid;
 }
@@ -188,7 +189,6 @@ void sample_mean(const FieldParams& p, double* mean) {
 std::vector<int32_t> write_grid(const FieldParams& p, const Grid& grid, const double* mean) {
   p.grid[0] = grid.step;
   p.grid[1] = std::sqrt(static_cast<double>(p.dim)) * 2 * grid.tolerance / std::abs(grid.step);
-  p.grid[2] = grid.off > 0;
   p.grid[3] = grid.low;
   double* origin = p.grid + kGridHeader;
   std::vector<int32_t> origin_codes(p.dim);
@@ -272,7 +272,7 @@ double float_norm(const Row<kSource> row, const double* origin, int64_t dim) {
   return sum - sum == 0 ? sum : NAN;
 }
 
-// Codes, norms and all of the grid; what it says of references that are alike, as if they were.
+// Codes, norms and all of the grid but whether references are alike.
 void encode_or_centre(const FieldParams& p) {
   std::vector<double> mean(p.dim);
   sample_mean(p, mean.data());
@@ -284,7 +284,6 @@ void encode_or_centre(const FieldParams& p) {
   std::copy(mean.begin(), mean.end(), p.grid + kGridHeader);
   p.grid[0] = 1;
   p.grid[1] = -1;
-  p.grid[2] = 1;
   const RowReader reader(p);
   for_runs(p, [&](int64_t first, int64_t last) {
     for (int64_t j = first; j < last; ++j) {
@@ -298,7 +297,7 @@ void encode_or_centre(const FieldParams& p) {
 
 void PFGM_ISA::prepare_references(const FieldParams& p) {
   encode_or_centre(p);
-  p.grid[2] = are_alike(p) ? 1 + p.grid[2] : 0;
+  p.grid[2] = are_alike(p);
 }
 
 }  // namespace pfgm

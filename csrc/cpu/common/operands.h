@@ -24,14 +24,13 @@ struct Operands {
   double deviation;              // ‖x0 − (origin + unit · y)‖ / unit at most, where there are codes
   Buffer<double> origin;         // (ld,) with zeros beyond d, as rows of queries are
   Buffer<int32_t> origin_codes;  // (ld,), where there are codes
-  bool alike;            // whether rounding errors of float products are (alike.h), and those of
-  bool rounded;          // a grid's values, where these are not exact
-  double radius;         // max ‖y‖, NaN where any reference is not finite
-  Buffer<double> roots;  // (N,) ‖y‖
+  bool alike;                    // whether rounding errors of float products are (alike.h)
+  double radius;                 // max ‖y‖, NaN where any reference is not finite
+  Buffer<double> roots;          // (N,) ‖y‖
 };
 
-// FieldParams' grid: unit, deviation (negative: there are no codes), whether references are alike
-// (2: and their values rounded), what code 0 stands for, origin (d,).
+// FieldParams' grid: unit, deviation (negative: there are no codes), whether references are alike,
+// what code 0 stands for, origin (d,).
 constexpr int64_t kGridHeader = 4;
 
 // Whether the references are codes on a grid, as prepare_references found.
@@ -47,7 +46,6 @@ inline Operands make_operands(const FieldParams& p) {
   o.inverse_unit = 1 / o.unit;
   o.deviation = coded ? p.grid[1] : 0;
   o.alike = p.grid[2] > 0;
-  o.rounded = p.grid[2] > 1;
   const int64_t ld = round_up(p.dim, kPad);
   const double* origin = p.grid + kGridHeader;
   o.origin = Buffer<double>(ld);

@@ -32,7 +32,7 @@ inline bool certify(const Screen& screen, int64_t b, int64_t anchor, double anch
   const FieldParams& p = screen.p;
   const Operands& o = screen.o;
   const Bound& bound = screen.bounds[b];
-  if (o.alike && (bound.roundings > 0 || o.rounded)) return false;
+  if (o.alike && bound.roundings > 0) return false;
   const double slope = RadialKernel(p.half_k, p.t[b]).slope(anchor_square);
   const double root_dim = ::sqrt(static_cast<double>(p.dim)), x_norm = ::sqrt(bound.squared);
   // The product of the anchor, from its squared distance: partial sums get as far as that, and by

@@ -14,7 +14,7 @@ namespace {
 // What weights in a sample may be off by on average, which moves the log mass; and root mean
 // square: where some references err alike, and others the other way, 0.7 of that shows in a
 // displacement.
-constexpr double kSampledMean = 8e-7, kSampledDeviation = 1.4e-6;
+constexpr double kSampledMean = 6e-7, kSampledDeviation = 1e-6;
 constexpr double kAlikePull = 1e-4;  // of which a tenth is seen, of ‖g‖
 
 struct Forward : TwoPass {
