@@ -112,6 +112,16 @@ def test_queries_that_are_put_aside(share):
     assert_log_mass(log_mass, expected)
 
 
+def test_one_query_that_all_references_count_for():
+    """For one direct differences with some hundred references would be worth it."""
+    x0 = hard("plane")
+    x, t = x0.mean(0, keepdim=True), torch.full((1,), 100.0)
+    v, log_mass = poisson_displacement(x, t, sketched(ReferenceSet(x0, backend="cpu")))
+    expected = solve(x, t, x0)
+    assert_displacement(v, expected, 1e-6)
+    assert_log_mass(log_mass, expected)
+
+
 def test_images_classes_and_chunks():
     codes = ((hard("plane").clamp(-2, 2) + 2) * 63.75).round().byte()
     exact = (codes.double() / 127.5 - 1).float()
@@ -130,6 +140,21 @@ def test_images_classes_and_chunks():
             expected = solve(x[here], t[here], exact[labels == label])
             assert_displacement(v[here], expected, 1e-6)
             assert_log_mass(log_mass[here], expected)
+
+
+def test_a_class_that_lies_elsewhere():
+    """But for ten references, which must not pass for the only ones that count in the other."""
+    labels = torch.arange(COUNT) % 2
+    x0 = 0.1 * hard("plane")
+    x = x0[1:40:2]
+    x0[20::2] += torch.randn(DIM, generator=seeded(3))
+    made = sketched(ReferenceSet(x0, labels=labels, backend="cpu"))
+    t = torch.full((len(x),), 0.3)
+    for label in range(2):
+        v, log_mass = poisson_displacement(x, t, made, labels=torch.full((len(x),), label))
+        expected = solve(x, t, x0[labels == label])
+        assert_displacement(v, expected, 1e-6)
+        assert_log_mass(log_mass, expected)
 
 
 @given(st.integers(0, 1 << 30))

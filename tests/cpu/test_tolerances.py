@@ -65,19 +65,36 @@ def test_clusters_off_a_grid_the_other_way(d, share, seed):
                 check(x.float(), t * (x - centres[0]).norm(dim=1).float(), x0, D)
 
 
+def origin_of(codes: Tensor) -> Tensor:
+    """The codes (d,) that products are about, of references (N, d) that are sampled likewise."""
+    _, grid, _ = cpu.prepare((2 * codes / 255 - 1).float(), torch.empty(0), codes.numel())
+    return ((grid[4:] - grid[3]) / grid[0]).round()
+
+
+@pytest.mark.parametrize("D", [1, 3000])
+def test_one_that_seems_nearer_than_another(D):
+    """By what the first digit leaves of a query, which the norm of a reference multiplies."""
+    codes = torch.randint(0, 256, (302, 1000), generator=seeded()).double()
+    x = origin_of(codes) + 5.5  # a digit for all but the first column, which is as far as its unit
+    x[0] += 1270 - 5.5
+    codes[300:] = x - torch.tensor([[-5.5], [5.5]])
+    codes[300:, 0] = x[0] - 1270
+    points, x = (2 * values / 255 - 1 for values in (codes, x))
+    check(x.float()[None], torch.full((1,), 0.1), points.float(), D)
+
+
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("D", [2e8, 2e9])
 def test_what_a_grid_leaves_out_of_two_decides(D, seed):
     """One is farther by its codes, and nearer. Of queries a digit holds what is beside the origin."""
     d = 1000
     codes = torch.randint(0, 256, (302, d), generator=seeded(seed)).double()
-    _, grid, _ = cpu.prepare((2 * codes / 255 - 1).float(), torch.empty(0), codes.numel())
-    x = ((grid[4:] - grid[3]) / grid[0]).round() + 1
+    x = origin_of(codes) + 1
     near = torch.randint(-60, 60, (d,), generator=seeded(seed + 1)).double()
     codes[300:] = x + torch.stack([near, near.flip(0)])
     columns = (codes[301] == x).nonzero()[:2, 0]
     codes[301, columns] += 1
-    points, x = 2 * codes / 255 - 1, 2 * x / 255 - 1
+    points, x = (2 * values / 255 - 1 for values in (codes, x))
     off = 0.3 * 2**-21 * torch.sign(points[300:] - x)
     points[300:] += torch.stack([off[0], -off[1]])
     distances = (points[300:] - x).norm(dim=1)
@@ -93,6 +110,13 @@ def test_many_that_weigh_hardly_anything(d):
     for D in (1, 300):
         x0 = torch.cat([directions[:1] * math.exp(-22 / (d + D)), directions])
         check(x, torch.full((2,), 0.01), x0, D)
+
+
+def test_many_that_count_beside_many():
+    """A third of a sphere is nearer by exp(−10.2), which makes 40,000 together count for gradients."""
+    x0 = torch.nn.functional.normalize(normal(60_000, 260), dim=1)
+    x0[::3] *= math.exp(-10.2 / 261)
+    check(1e-4 * normal(2, 260), torch.full((2,), 1e-2), x0, g_v=torch.zeros(2, 260))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -144,6 +168,17 @@ def test_among_crowds(d, D, seed):
     x0 = x0[torch.randint(0, len(x0), (240,), generator=seeded(seed))]
     x = normal(8, d, seed=seed + 20)
     check(x, torch.logspace(-0.7, 0.7, 8) * math.sqrt(d + D), x0, D)
+
+
+@pytest.mark.parametrize(("seed", "D"), [(98, 496985), (217, 528956)])  # of four hundred
+def test_between_two_crowds(seed, D):
+    """Gradients are what remains of a displacement, which equal terms round alike."""
+    crowds = normal(2, 1000, seed=seed)
+    x = crowds.mean(0) + 0.01 * normal(4, 1000, seed=seed + 2)
+    squares = (x[:, None].double() - crowds.double()).square().sum(2)
+    s = (1000 + D) / 6 * squares.diff(dim=1).abs().mean()
+    t = (s - squares[0].mean()).sqrt().float()
+    check(x, t.expand(4), crowds.repeat(500, 1), D)
 
 
 @pytest.mark.parametrize("d", [60, 300, 3072])

@@ -48,13 +48,16 @@ def problem(d: int, batch: int = 23, dtype: torch.dtype = torch.float32, D: floa
 
 @pytest.mark.parametrize("d", [2, 20, 40, 300])
 @pytest.mark.parametrize("D", [1, math.inf])
-@pytest.mark.parametrize("kind", ["float32", "float64", "images"])
+@pytest.mark.parametrize("kind", ["float32", "float64", "images", "decoded images"])
 def test_values_and_gradients(backend, d, D, kind):
     dtype = torch.float64 if kind == "float64" else torch.float32
     x, t, x0, wanted, labels = problem(d, dtype=dtype, D=D)
     options = {"labels": labels.to(backend.device), "backend": backend.name}
+    images = (40 * x0 + 128).clamp(0, 255).to(torch.uint8)
+    if kind == "decoded images":
+        x, x0 = 0.3 * x, images.float() / 127.5 - 1
+        t = t * torch.logspace(-2, -0.5, len(t))
     if kind == "images":
-        images = (40 * x0 + 128).clamp(0, 255).to(torch.uint8)
         references = ReferenceSet.from_images(images.to(backend.device), **options)
         x0 = references.table.cpu()[images.long()]
         x, t = 0.3 * x, 0.3 * t

@@ -21,7 +21,7 @@ inline double finite_or_zero(double v) { return v - v == 0 ? v : 0; }
 // Whether two references are so close that roundings of their distances, much alike, depend on each
 // other. norm: the square of what is rounded.
 inline bool coincide(const FieldParams& p, int64_t a, int64_t b, double norm) {
-  constexpr double kClose = 1e-4;
+  constexpr double kClose = 1e-3;
   double square = 0;
   for (int64_t c = 0; c < p.dim && square <= kClose * kClose * norm; ++c) {
     const double difference = decode(p, a * p.dim + c) - decode(p, b * p.dim + c);

@@ -96,10 +96,8 @@ struct Backward : TwoPass {
 
   bool limited_by_smallest() const override { return false; }
 
-  // The anchor is that of all chunks and shards; NaN is for the exact kernel.
-  bool may_have_none(int64_t b) const override {
-    return std::isfinite(p.anchor_square[b]) && std::isfinite(p.anchor_log_weight[b]);
-  }
+  // The anchor is that of all chunks and shards.
+  bool may_have_none() const override { return true; }
 
   double limit(const Bound& bound, int64_t b, double) const override {
     return farthest_r(p, o, b, bound.offset, p.anchor_square[b], depth(b));

@@ -15,7 +15,7 @@ namespace {
 // square: where some references err alike, and others the other way, 0.7 of that shows in a
 // displacement.
 constexpr double kSampledMean = 6e-7, kSampledDeviation = 1e-6;
-constexpr double kAlikePull = 1e-4;  // of which a tenth is seen, of ‖g‖
+constexpr double kAlikePull = 3e-5;  // of which a third is seen, of ‖g‖
 
 struct Forward : TwoPass {
   using TwoPass::TwoPass;

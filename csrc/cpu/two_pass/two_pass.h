@@ -36,7 +36,7 @@ struct TwoPass {
   // Whether limits depend on the smallest r.
   virtual bool limited_by_smallest() const { return true; }
   // Whether these references may be without any that counts.
-  virtual bool may_have_none(int64_t) const { return false; }
+  virtual bool may_have_none() const { return false; }
 
   // The squared distance of the anchor, exactly; `nearest` is the reference with the smallest r.
   virtual double anchor_square(int64_t b, int64_t nearest) const = 0;
@@ -125,7 +125,7 @@ struct TwoPass {
     for (const int64_t b : tiles.rows) {
       if (candidates[b].too_many) {
         dense.rows.push_back(b);
-      } else if (candidates[b].list.empty() && !may_have_none(b)) {
+      } else if (candidates[b].list.empty() && !may_have_none()) {
         uncertified[b] = 1;
       } else {
         sparse.push_back({b, &candidates[b].list, {}});
