@@ -86,10 +86,12 @@ class Cotangents(NamedTuple):
     """(n,)"""
 
     @staticmethod
-    def empty(rows: Rows) -> Cotangents:
-        matrices = [torch.empty_like(rows.x, dtype=torch.float64) for _ in range(2)]
+    def empty(rows: Rows, columns: int = 0) -> Cotangents:
+        """columns: of the rows of g, where these are to be longer than d."""
+        n, d = rows.x.shape
+        g, dx = (rows.t.new_empty(n, max(d, c))[:, :d] for c in (columns, d))
         numbers = [torch.empty_like(rows.t) for _ in range(4)]
-        return Cotangents(matrices[0], numbers[0], numbers[1], numbers[2], matrices[1], numbers[3])
+        return Cotangents(g, numbers[0], numbers[1], numbers[2], dx, numbers[3])
 
 
 def finish(rows: Rows, output: Output, v: Tensor, result: Tensor) -> None:

@@ -125,8 +125,7 @@ def finish(rows: Rows, output: Output, v: Tensor, result: Tensor) -> None:
 
 def begin(rows: Rows, output: Output, g: Tensor | None, g_m: Tensor | None) -> Cotangents:
     """As rows.begin."""
-    n, d = rows.x.shape
-    found = Cotangents.empty(rows)._replace(g=rows.t.new_empty(n, d + -d % PAD)[:, :d])
+    found = Cotangents.empty(rows, columns=rows.x.shape[1] + -rows.x.shape[1] % PAD)
     arguments = begin_arguments(rows, output, g, g_m, found)
     _native.launch("field_begin_cpu", **arguments, num_threads=_num_threads_of(rows))
     return found

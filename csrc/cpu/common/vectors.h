@@ -145,8 +145,6 @@ inline VecF narrow(Vec a, Vec b) {
 inline Vec round_to_float(Vec v) { return (Vec)_mm_cvtps_pd(_mm_cvtpd_ps((__m128d)v)); }
 inline unsigned bits(VecInt mask) { return _mm_movemask_pd((__m128d)mask); }
 inline unsigned bits(VecFInt mask) { return _mm_movemask_ps((__m128)mask); }
-constexpr bool kFused = false;
-inline VecF multiply_add(VecF a, VecF b, VecF c) { return a * b + c; }
 constexpr double kRoughRoot = 0x1.8p-12;
 inline VecF rough_reciprocal_root(VecF v) { return (VecF)_mm_rsqrt_ps((__m128)v); }
 
@@ -205,8 +203,6 @@ unsigned bits(Mask mask) {
   for (size_t i = 0; i < sizeof mask / sizeof mask[0]; ++i) result |= (mask[i] & 1u) << i;
   return result;
 }
-constexpr bool kFused = false;
-inline VecF multiply_add(VecF a, VecF b, VecF c) { return a * b + c; }
 constexpr double kRoughRoot = 0x1p-22;
 inline VecF rough_reciprocal_root(VecF v) {
   VecF root;
@@ -214,6 +210,11 @@ inline VecF rough_reciprocal_root(VecF v) {
   return 1.0f / root;
 }
 
+#endif
+
+#if !defined(__FMA__) && !defined(__aarch64__)
+constexpr bool kFused = false;
+inline VecF multiply_add(VecF a, VecF b, VecF c) { return a * b + c; }
 #endif
 
 #if !defined(__AVX512F__)
