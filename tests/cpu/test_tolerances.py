@@ -86,7 +86,7 @@ def test_one_that_seems_nearer_than_another(D):
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("D", [2e8, 2e9])
 def test_what_a_grid_leaves_out_of_two_decides(D, seed):
-    """One is farther by its codes, and nearer. Of queries a digit holds what is beside the origin."""
+    """One is farther by its codes, and nearer. A digit holds all that queries differ by."""
     d = 1000
     codes = torch.randint(0, 256, (302, d), generator=seeded(seed)).double()
     x = origin_of(codes) + 1
@@ -113,7 +113,7 @@ def test_many_that_weigh_hardly_anything(d):
 
 
 def test_many_that_count_beside_many():
-    """A third of a sphere is nearer by exp(−10.2), which makes 40,000 together count for gradients."""
+    """A third of a sphere is nearer: the others have exp(−10.2) of their weight each."""
     x0 = torch.nn.functional.normalize(normal(60_000, 260), dim=1)
     x0[::3] *= math.exp(-10.2 / 261)
     check(1e-4 * normal(2, 260), torch.full((2,), 1e-2), x0, g_v=torch.zeros(2, 260))
