@@ -295,7 +295,7 @@ def _squared_distances(x: Tensor, rows: Tensor) -> Tensor:
     """‖x_i − x0_j‖² (B, N) by direct differences; an infinite one is NaN, never a small weight."""
     distances = torch.cdist(x, rows, compute_mode="donot_use_mm_for_euclid_dist")
     squares = distances.square_()
-    return squares.masked_fill_(squares.isinf(), math.nan)
+    return squares.add_(squares - squares)
 
 
 def _offset(t: Tensor, k: float) -> Tensor:
@@ -309,7 +309,7 @@ def _relative_logits(squares: Tensor, nearest: Tensor, t: Tensor, k: float) -> T
     if not math.isfinite(k):
         return difference.div_((-2 * t * t)[:, None])
     # Without t², which cancels: its rounding would move the logits of a large k. At the singular
-    # point (s = 0) the coinciding references share all the weight.
+    # point (s = 0) the coinciding references share all the weight, for those of others are infinite.
     s = (nearest + _offset(t, k))[:, None]
-    difference = torch.where((s == 0) & (squares > 0), math.inf, difference.div_(s))
-    return torch.where((s == 0) & (squares == 0), 0.0, difference).log1p_().mul_(-k / 2)
+    difference.div_(s).masked_fill_((s == 0) & (squares == 0), 0.0)
+    return difference.log1p_().mul_(-k / 2)
