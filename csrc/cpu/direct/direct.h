@@ -10,6 +10,7 @@
 // `inverse` leaves over. For the Gaussian kernel u is the logit's size, (‖x − x0‖² − origin)/(2t²).
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "../../field_math.h"
@@ -21,7 +22,7 @@ namespace {
 
 constexpr int kQueries = 64;  // in a tile: they share a decoded block of references
 constexpr int kBlock = 256;   // references in a block, whose float sums go into double
-constexpr int kRun = 16;      // references whose sums start from zero: equal terms round alike
+constexpr int kRun = 8;       // references whose sums start from zero
 constexpr int kColumns = 8;   // columns whose sums stay in registers
 constexpr int kMaxDim = 24;   // kMaxDirectDim
 constexpr int64_t kDirectPart = 4 * kBlock;
@@ -30,19 +31,21 @@ constexpr int kTileVectors = kQueries / kFloatLanes;
 // How weights relative to the scale are computed.
 enum class Weighing { kPower, kLogarithm, kGaussian };
 
-constexpr double kCrowdTolerance = 6e-7;  // log masses of equal references may be off by this much
-// Log masses may be off by this much, four times their root mean square, which is so much of the
-// slope of a logit times its squared distance, and of a weight.
-constexpr double kLogMassTolerance = 1e-6;
-constexpr double kSquareRounding = 4e-8, kWeightRounding = 5e-8;
-constexpr double kMostAlikeSlope = 1.5;
-constexpr double kLeastAlike = 4;  // k/2 from which on references that are alike matter
-// On a reference the sum is of others: below this share of the weight, and with the nearest's
-// squared distance below this share of the sum's, float has too few digits of theirs.
-constexpr double kFaint = 1e-3;
+// Log masses and displacements, relative to their terms, may be off by this much; log masses by
+// that of copies of the nearest.
+constexpr double kTolerance = 1e-6, kCrowdTolerance = 6e-7;
+// Root mean squares of what float rounds of a squared distance, relative to it, of a weight, and of
+// a logit that is taken by way of a logarithm.
+constexpr double kSquareRounding = 4e-8, kWeightRounding = 5e-8, kLogitRounding = 3e-8;
+// Most of what that of a query's differences from references makes of a squared distance: for all
+// references alike, as the digits that a query has more than they are the same.
+constexpr double kQueryRounding = 0x1p-23;
+constexpr double kMostGentle = 4;  // k/2 up to which powers are precise whatever the weights
+constexpr double kLeastSquares = 1e-5;
 
-inline double rounding_of_weights(double slope) {
-  return slope * kSquareRounding + kWeightRounding;
+// slope: of the logit times its squared distance; depth: of the logit below the nearest's.
+inline double rounding_of_weights(double slope, double depth) {
+  return slope * kSquareRounding + kWeightRounding + depth * kLogitRounding;
 }
 
 constexpr int kMaxPower = 40;  // beyond it the rounding of powers exceeds that of logarithms
@@ -170,25 +173,51 @@ inline void squared_distances(const DirectBlock& block, const VecF* x, VecF* out
   });
 }
 
+// n sums of the runs of a block, of two and two that are sums of as many. Terms that are equal round
+// alike, and beside one that is large: of its sum with 255 others that moves 5e-7 at most.
+template <int n>
+struct PairwiseSums {
+  VecF sums[6][n];  // of 2^i runs each, i falling
+  int size = 0, runs = 0;
+
+  void add(VecF* run) {
+    for (int i = runs++; i % 2 == 1; i /= 2) absorb(run);
+    for (int c = 0; c < n; ++c) sums[size][c] = run[c];
+    ++size;
+  }
+
+  const VecF* total() {
+    while (size > 1) absorb(sums[size - 2]);
+    return sums[0];
+  }
+
+ private:
+  void absorb(VecF* into) {
+    --size;
+    for (int c = 0; c < n; ++c) into[c] += sums[size][c];
+  }
+};
+
 // sum += Σ_r weights[r], sums[c] += Σ_r weights[r] (row_r[c] − x[c]), in float within the block.
 inline void gather(const DirectBlock& block, const VecF* x, const VecF* weights, double* sum,
                    double (*sums)[kFloatLanes]) {
   for_strips(block.dim, [&](int first, auto columns) {
     constexpr int n = decltype(columns)::value;
-    VecF query[n], total[n] = {}, total_weight = {};
+    VecF query[n];
     for (int c = 0; c < n; ++c) query[c] = x[first + c];
+    PairwiseSums<n + 1> total;
     const float* row = block.rows + first;
     for (int start = 0; start < block.padded; start += kRun) {
-      VecF part[n] = {}, part_weight = {};
+      VecF run[n + 1] = {};
       for (int r = start; r < start + kRun; ++r, row += block.dim) {
-        part_weight += weights[r];
-        for (int c = 0; c < n; ++c) part[c] -= weights[r] * (query[c] - row[c]);
+        for (int c = 0; c < n; ++c) run[c] -= weights[r] * (query[c] - row[c]);
+        run[n] += weights[r];
       }
-      total_weight += part_weight;
-      for (int c = 0; c < n; ++c) total[c] += part[c];
+      total.add(run);
     }
-    for (int c = 0; c < n; ++c) accumulate(sums[first + c], total[c]);
-    if (first == 0) accumulate(sum, total_weight);
+    const VecF* strip = total.total();
+    for (int c = 0; c < n; ++c) accumulate(sums[first + c], strip[c]);
+    if (first == 0) accumulate(sum, strip[n]);
   });
 }
 

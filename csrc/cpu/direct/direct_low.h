@@ -56,7 +56,7 @@ struct LowScale {
 // The sums of n ≤ kRun references from zero, and the smallest squared distance among them.
 template <int kDim>
 struct LowRun {
-  VecF sums[kDim] = {}, weight = {}, nearest = broadcast(INFINITY);
+  VecF sums[kDim + 1] = {}, nearest = broadcast(INFINITY);  // at last, of the weights
 
   template <int k>
   void add(const float* row, int n, const VecF* x, const LowScale& scale) {
@@ -69,7 +69,7 @@ struct LowRun {
       }
       nearest = smaller(distance, nearest);
       const VecF w = scale.weight<k>(distance);
-      weight += w;
+      sums[kDim] += w;
       for (int c = 0; c < kDim; ++c) sums[c] += w * difference[c];
     }
   }
