@@ -173,8 +173,8 @@ inline void squared_distances(const DirectBlock& block, const VecF* x, VecF* out
   });
 }
 
-// n sums of the runs of a block, of two and two that are sums of as many. Terms that are equal round
-// alike, and beside one that is large: of its sum with 255 others that moves 5e-7 at most.
+// n sums of the runs of a block, of two and two that are sums of as many. Terms that are equal
+// round alike, and beside one that is large: of its sum with 255 others that moves 5e-7 at most.
 template <int n>
 struct PairwiseSums {
   VecF sums[6][n];  // of 2^i runs each, i falling
@@ -227,32 +227,36 @@ struct Scale {
   // The squared distance whose s is 1 / inverse; for the Gaussian kernel the origin.
   alignas(64) double square[kFloatLanes];
 
-  // offset: what t adds to s. rate: 1/(2t²) for the Gaussian kernel.
+  // offset: what t adds to s. rate: 1/(2t²) for the Gaussian kernel. In vectors: what GCC 12 makes
+  // of a loop over lanes leaves the rounding of `inverse` out of `low`.
   void move(VecF to, const double* offset, const double* rate, bool gaussian) {
-    origin = to;
-    for (int i = 0; i < kFloatLanes; ++i) {
-      const double exact = gaussian ? rate[i] : 1 / (origin[i] + offset[i]);
-      inverse[i] = static_cast<float>(exact);
-      const double inverse64 = inverse[i];
-      low[i] = static_cast<float>(gaussian ? exact - inverse64
-                                           : (origin[i] + offset[i]) * inverse64 - 1);
-      square[i] = gaussian ? origin[i] : 1 / inverse64 - offset[i];
+    float nearest[kFloatLanes];
+    store(nearest, origin = to);
+    Vec rounded[2], rest[2];
+    for (int half = 0; half < 2; ++half) {
+      const int i = half * kLanes;
+      const Vec from = widen(nearest + i), s = from + load(offset + i);
+      const Vec exact = gaussian ? load(rate + i) : 1.0 / s;
+      rounded[half] = round_to_float(exact);
+      rest[half] = gaussian ? exact - rounded[half] : s * rounded[half] - 1.0;
+      store(square + i, gaussian ? from : 1.0 / rounded[half] - load(offset + i));
     }
+    inverse = narrow(rounded[0], rounded[1]);
+    low = narrow(rest[0], rest[1]);
   }
 };
 
 // Squared distances become weights relative to the scale, in place. NaN and infinity become NaN.
 struct Weights {
   double half_k;
-  float half_k_high, half_k_low;
+  float single;  // k/2
   Weighing weighing;
   int k;
   float second_order;
 
   explicit Weights(double half_k)
       : half_k(half_k),
-        half_k_high(static_cast<float>(half_k)),
-        half_k_low(static_cast<float>(half_k - half_k_high)),
+        single(static_cast<float>(half_k)),
         weighing(choose_weighing(half_k)),
         k(weighing == Weighing::kPower ? static_cast<int>(2 * half_k) : 0),
         second_order(static_cast<float>(half_k * (half_k + 1) / 2)) {}
@@ -263,15 +267,13 @@ struct Weights {
       for (int r = 0; r < kCount; ++r) {
         v[r] = log1p((v[r] - scale.origin) * scale.inverse + scale.low);
       }
-      for (int r = 0; r < kCount; ++r) {
-        const VecF logit = v[r] * half_k_high;
-        v[r] = exp_sum(-logit, (logit - v[r] * half_k_high) - v[r] * half_k_low);
-      }
+      for (int r = 0; r < kCount; ++r) v[r] = exp(v[r] * -single);
     } else if constexpr (kWeighing == Weighing::kGaussian) {
       for (int r = 0; r < kCount; ++r) {
-        const VecF difference = v[r] - scale.origin;
-        const VecF logit = difference * scale.inverse;
-        v[r] = exp_sum(-logit, (logit - difference * scale.inverse) - difference * scale.low);
+        const VecF difference = v[r] - scale.origin, logit = difference * scale.inverse;
+        const VecF lost = (logit - difference * scale.inverse) - difference * scale.low;
+        const VecF power = exp(-logit);
+        v[r] = power + power * lost;
       }
     } else {
       powers<kCount>(scale, v);
@@ -279,12 +281,6 @@ struct Weights {
   }
 
  private:
-  // exp(high + low) for a tiny low, which is NaN where high is not finite.
-  static VecF exp_sum(VecF high, VecF low) {
-    const VecF power = exp(high);
-    return power + power * low;
-  }
-
   // (1 + u)^(−k/2). An approximate root y leaves e = 1 − (1 + u) y², and the power is
   // y^k (1 − e)^(−k/2) = y^k (1 + (k/2) e + (k/2) (k/2 + 1)/2 e²), to 3e-9 for k ≤ 40.
   template <int kCount>
@@ -297,7 +293,7 @@ struct Weights {
       square[r] = y * y;
       const VecF e = (1.0f - ratio * square[r]) - lost * square[r];
       const VecF start = k % 2 == 1 ? y : broadcast(1.0f);
-      result[r] = start + start * (e * (e * second_order + half_k_high));
+      result[r] = start + start * (e * (e * second_order + single));
     }
     for (int n = k / 2; n > 0;) {
       if (n % 2 == 1) {

@@ -32,6 +32,7 @@ struct Pass {
   int64_t ld, begin, end;  // the references' part
   double crowd;            // as many references err alike
   bool gaussian, logarithm;
+  double off;  // what float rounds of k/2, relative to it
   bool steep;  // whether the weights of some may be too imprecise
 
   Pass(const FieldParams& p, int64_t begin, int64_t end, double crowd)
@@ -42,7 +43,8 @@ struct Pass {
         end(end),
         crowd(crowd),
         gaussian(p.half_k == INFINITY),
-        logarithm(weights.weighing != Weighing::kPower),
+        logarithm(weights.weighing == Weighing::kLogarithm),
+        off(gaussian ? 0 : std::abs(weights.single / p.half_k - 1)),
         steep(is_steep(weights)) {}
 
   // References whose distance falls below the scale by more than this, in u, move it: close to it
@@ -214,7 +216,8 @@ bool precise(const Pass& pass, const RadialKernel& kernel, double distance, Othe
   if (!pass.steep || others.share <= 0) return true;
   const double nearest = 1 - others.share;
   const double count = static_cast<double>(pass.end - pass.begin - 1);
-  // If logits are so much below the nearest's: the slope times the squared distance, and the extent.
+  // If logits are so much below the nearest's: the slope times the squared distance, and the
+  // extent.
   struct Depth {
     double depth, slope, extent;
   };
@@ -228,9 +231,10 @@ bool precise(const Pass& pass, const RadialKernel& kernel, double distance, Othe
   const double alike = std::min(::sqrt(pass.crowd) * others.root / others.share, 1.0);
   const Depth own = alike < 1 ? at(others.share / (others.root * others.root)) : all;
   const double rounding = rounding_of_weights(own.slope, pass.logarithm ? own.depth : 0);
-  const double query = kQueryRounding * std::min(2 / ::sqrt(pass.p.dim), 1.0) * all.slope;
+  const double digits = kQueryRounding * std::min(2 / ::sqrt(pass.p.dim), 1.0);
+  const double common = (digits * all.slope + pass.off * all.depth) * all.extent;
   const double tolerance = kTolerance + (kCrowdTolerance - kTolerance) * alike;
-  return ::hypot(query * all.extent, 4 * rounding * alike * own.extent) <= tolerance;
+  return ::hypot(common, 4 * rounding * alike * own.extent) <= tolerance;
 }
 
 // Completes a query's part: sums become relative to the nearest reference, whose weight in them,
