@@ -31,22 +31,15 @@ constexpr int kTileVectors = kQueries / kFloatLanes;
 // How weights relative to the scale are computed.
 enum class Weighing { kPower, kLogarithm, kGaussian };
 
-// Log masses and displacements, relative to their terms, may be off by this much; log masses by
-// that of copies of the nearest.
-constexpr double kTolerance = 1e-6, kCrowdTolerance = 6e-7;
-// Root mean squares of what float rounds of a squared distance, relative to it, of a weight, and of
-// a logit that is taken by way of a logarithm.
-constexpr double kSquareRounding = 4e-8, kWeightRounding = 5e-8, kLogitRounding = 3e-8;
+// Weights may make log masses, and displacements relative to their terms, be off by this much,
+// which leaves something to sums; log masses by that if they are copies' of the nearest.
+constexpr double kTolerance = 9e-7, kCrowdTolerance = 6e-7;
+// Root mean squares of what float rounds of a squared distance, relative to it, and of a weight.
+constexpr double kSquareRounding = 4e-8, kWeightRounding = 5e-8;
 // Most of what that of a query's differences from references makes of a squared distance: for all
 // references alike, as the digits that a query has more than they are the same.
 constexpr double kQueryRounding = 0x1p-23;
 constexpr double kMostGentle = 4;  // k/2 up to which powers are precise whatever the weights
-constexpr double kLeastSquares = 1e-5;
-
-// slope: of the logit times its squared distance; depth: of the logit below the nearest's.
-inline double rounding_of_weights(double slope, double depth) {
-  return slope * kSquareRounding + kWeightRounding + depth * kLogitRounding;
-}
 
 constexpr int kMaxPower = 40;  // beyond it the rounding of powers exceeds that of logarithms
 

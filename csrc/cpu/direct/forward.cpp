@@ -31,7 +31,7 @@ struct Pass {
   Weights weights;
   int64_t ld, begin, end;  // the references' part
   double crowd;            // as many references err alike
-  bool gaussian, logarithm;
+  bool gaussian;
   double off;  // what float rounds of k/2, relative to it
   bool steep;  // whether the weights of some may be too imprecise
 
@@ -43,7 +43,6 @@ struct Pass {
         end(end),
         crowd(crowd),
         gaussian(p.half_k == INFINITY),
-        logarithm(weights.weighing == Weighing::kLogarithm),
         off(gaussian ? 0 : std::abs(weights.single / p.half_k - 1)),
         steep(is_steep(weights)) {}
 
@@ -216,10 +215,10 @@ bool precise(const Pass& pass, const RadialKernel& kernel, double distance, Othe
   if (!pass.steep || others.share <= 0) return true;
   const double nearest = 1 - others.share;
   const double count = static_cast<double>(pass.end - pass.begin - 1);
-  // If logits are so much below the nearest's: the slope times the squared distance, and the
-  // extent.
   struct Depth {
-    double depth, slope, extent;
+    double depth;   // of a logit below the nearest's; if it is that of all the others,
+    double slope;   // the slope of a logit times its squared distance
+    double extent;  // how much of log mass and v is theirs
   };
   const auto at = [&](double ratio) -> Depth {
     const double depth = std::max(::log(nearest * ratio), 0.0);
@@ -230,7 +229,7 @@ bool precise(const Pass& pass, const RadialKernel& kernel, double distance, Othe
   const Depth all = at(count / others.share);
   const double alike = std::min(::sqrt(pass.crowd) * others.root / others.share, 1.0);
   const Depth own = alike < 1 ? at(others.share / (others.root * others.root)) : all;
-  const double rounding = rounding_of_weights(own.slope, pass.logarithm ? own.depth : 0);
+  const double rounding = own.slope * kSquareRounding + kWeightRounding;
   const double digits = kQueryRounding * std::min(2 / ::sqrt(pass.p.dim), 1.0);
   const double common = (digits * all.slope + pass.off * all.depth) * all.extent;
   const double tolerance = kTolerance + (kCrowdTolerance - kTolerance) * alike;
@@ -268,9 +267,8 @@ void finish(const Pass& pass, const Queries& queries, int lane, double nearest_w
   // What the correction would be for all others that may be copies of the nearest.
   const double share = 1 / part->state.sum, copies = queries.equal[lane] - 1;
   const double off = std::abs(correction) * std::min(1 - share, copies * share);
-  // Float does not resolve squares that are small beside the nearest's.
   const double square = nearest_weight * nearest_weight, squares = queries.squares[lane] - square;
-  const double root = squares > kLeastSquares * square ? factor * share * ::sqrt(squares) : 1;
+  const double root = squares > 0 ? factor * share * ::sqrt(squares) : 1;
   part->certified = finite == 0 && fits_float(kernel, distance) && off <= kCrowdTolerance &&
                     precise(pass, kernel, distance, {1 - share, root});
 }
