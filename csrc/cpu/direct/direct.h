@@ -263,10 +263,9 @@ struct Weights {
       for (int r = 0; r < kCount; ++r) v[r] = exp(v[r] * -single);
     } else if constexpr (kWeighing == Weighing::kGaussian) {
       for (int r = 0; r < kCount; ++r) {
-        const VecF difference = v[r] - scale.origin, logit = difference * scale.inverse;
-        const VecF lost = (logit - difference * scale.inverse) - difference * scale.low;
-        const VecF power = exp(-logit);
-        v[r] = power + power * lost;
+        const VecF difference = v[r] - scale.origin;
+        const VecF power = exp(difference * -scale.inverse);
+        v[r] = power - power * (difference * scale.low);
       }
     } else {
       powers<kCount>(scale, v);
