@@ -20,20 +20,21 @@ inline double finite_or_zero(double v) { return v - v == 0 ? v : 0; }
 
 // Whether two references are so close that roundings of their distances, much alike, depend on each
 // other. norm: the square of what is rounded.
-inline bool coincide(const FieldParams& p, int64_t a, int64_t b, double norm) {
-  constexpr double kClose = 1e-3;
+inline bool coincide(const FieldParams& p, int64_t a, int64_t b, double norm, double close) {
   double square = 0;
-  for (int64_t c = 0; c < p.dim && square <= kClose * kClose * norm; ++c) {
+  for (int64_t c = 0; c < p.dim && square <= close * close * norm; ++c) {
     const double difference = decode(p, a * p.dim + c) - decode(p, b * p.dim + c);
     square += difference * difference;
   }
-  return square <= kClose * kClose * norm;
+  return square <= close * close * norm;
 }
 
-// Whether many references coincide, judged by a sample: by its neighbours in the order of a
+constexpr int64_t kSampleRows = 1024;
+
+// How many pairs of a sample of the references coincide, or `most`: of neighbours in the order of a
 // projection, of which a few columns do.
-inline bool has_crowds(const FieldParams& p) {
-  constexpr int64_t kSampleRows = 1024, kSampleColumns = 16, kCrowd = 8;
+inline int64_t coinciding_pairs(const FieldParams& p, double close, int64_t most) {
+  constexpr int64_t kSampleColumns = 16;
   const int64_t rows = std::min(p.count, kSampleRows), columns = std::min(p.dim, kSampleColumns);
   const auto pick =
       [&](int64_t i) {  // one of the i-th share, at random: an order may have a period
@@ -64,11 +65,19 @@ inline bool has_crowds(const FieldParams& p) {
   for (auto& [projection, i] : sample) projection = finite_or_zero(projection);
   std::sort(sample.begin(), sample.end());
   int64_t equal = 0;
-  for (int64_t i = 1; i < rows && equal < kCrowd; ++i) {
+  for (int64_t i = 1; i < rows && equal < most; ++i) {
     const int64_t a = sample[i - 1].second, b = sample[i].second;
-    equal += coincide(p, picked[a], picked[b], norms[a]);
+    equal += coincide(p, picked[a], picked[b], norms[a], close);
   }
-  return equal >= kCrowd || equal * 64 > rows;
+  return equal;
+}
+
+// Whether many references coincide.
+inline bool has_crowds(const FieldParams& p) {
+  constexpr int64_t kCrowd = 8;
+  constexpr double kClose = 1e-3;
+  const int64_t equal = coinciding_pairs(p, kClose, kCrowd);
+  return equal >= kCrowd || equal * 64 > std::min(p.count, kSampleRows);
 }
 
 // Whether there are few values, judged by a sample from all columns: mostly, a part of it does.

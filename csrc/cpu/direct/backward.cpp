@@ -18,8 +18,8 @@ namespace {
 // A vector of queries and their sums over one part of the references.
 struct Queries {
   VecF x[kMaxDim], g[kMaxDim];
-  VecF shift_high, shift_low;  // g·v − g_m
-  VecF tilt;                   // κ u by the squared distance
+  VecF shift;  // g·v − g_m
+  VecF tilt;   // κ u by the squared distance
   Scale scale;
   alignas(64) double factor[kFloatLanes];  // of the sums
   alignas(64) double sum[kFloatLanes], sums[kMaxDim][kFloatLanes];
@@ -63,11 +63,8 @@ struct Queries {
         ::sqrt(square * s) + ::fabs(p.projection[b]) + ::fabs(p.grad_log_mass[b]) + ::fabs(kappa);
     const double unit = size > 0 ? size : 1;
     const double steep = kappa * (kernel.gaussian ? kernel.inverse_two_t2 : 1 / s);
-    const double tilted = steep * (scale.origin[i] - p.anchor_square[b]);
-    const double shift = (p.projection[b] - p.grad_log_mass[b] + tilted) / unit;
     tilt[i] = static_cast<float>(steep / unit);
-    shift_high[i] = static_cast<float>(shift);
-    shift_low[i] = static_cast<float>(shift - shift_high[i]);
+    shift[i] = static_cast<float>((p.projection[b] - p.grad_log_mass[b]) / unit);
     for (int c = 0; c < p.dim; ++c) {
       x[c][i] = static_cast<float>(row[c]);
       g[c][i] = static_cast<float>(cotangent[c] / unit);
@@ -117,7 +114,7 @@ void add_block(const Weights& quotient, const DirectBlock& block, Queries& queri
       for (int i = 0; i < kGroup; ++i) weights[i] = v[r + i];
       quotient.weigh<kWeighing, kGroup>(queries.scale, weights);
       for (int i = 0; i < kGroup; ++i) {
-        VecF pull = (a[r + i] - queries.shift_high) - queries.shift_low;
+        VecF pull = a[r + i] - queries.shift;
         if constexpr (kTilted) pull -= queries.tilt * (v[r + i] - queries.scale.origin);
         a[r + i] = r + i < block.count ? weights[i] * pull : VecF{};
         if constexpr (kMoment) part += a[r + i] * v[r + i];

@@ -10,6 +10,7 @@
 // `inverse` leaves over. For the Gaussian kernel u is the logit's size, (‖x − x0‖² − origin)/(2t²).
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "../../field_math.h"
@@ -21,7 +22,7 @@ namespace {
 
 constexpr int kQueries = 64;  // in a tile: they share a decoded block of references
 constexpr int kBlock = 256;   // references in a block, whose float sums go into double
-constexpr int kRun = 16;      // references whose sums start from zero: equal terms round alike
+constexpr int kRun = 8;       // references whose sums start from zero
 constexpr int kColumns = 8;   // columns whose sums stay in registers
 constexpr int kMaxDim = 24;   // kMaxDirectDim
 constexpr int64_t kDirectPart = 4 * kBlock;
@@ -30,20 +31,15 @@ constexpr int kTileVectors = kQueries / kFloatLanes;
 // How weights relative to the scale are computed.
 enum class Weighing { kPower, kLogarithm, kGaussian };
 
-constexpr double kCrowdTolerance = 6e-7;  // log masses of equal references may be off by this much
-// Log masses may be off by this much, four times their root mean square, which is so much of the
-// slope of a logit times its squared distance, and of a weight.
-constexpr double kLogMassTolerance = 1e-6;
+// Weights may make log masses, and displacements relative to their terms, be off by this much,
+// which leaves something to sums; log masses by that if they are copies' of the nearest.
+constexpr double kTolerance = 9e-7, kCrowdTolerance = 6e-7;
+// Root mean squares of what float rounds of a squared distance, relative to it, and of a weight.
 constexpr double kSquareRounding = 4e-8, kWeightRounding = 5e-8;
-constexpr double kMostAlikeSlope = 1.5;
-constexpr double kLeastAlike = 4;  // k/2 from which on references that are alike matter
-// On a reference the sum is of others: below this share of the weight, and with the nearest's
-// squared distance below this share of the sum's, float has too few digits of theirs.
-constexpr double kFaint = 1e-3;
-
-inline double rounding_of_weights(double slope) {
-  return slope * kSquareRounding + kWeightRounding;
-}
+// Most of what that of a query's differences from references makes of a squared distance: for all
+// references alike, as the digits that a query has more than they are the same.
+constexpr double kQueryRounding = 0x1p-23;
+constexpr double kMostGentle = 4;  // k/2 up to which powers are precise whatever the weights
 
 constexpr int kMaxPower = 40;  // beyond it the rounding of powers exceeds that of logarithms
 
@@ -170,25 +166,51 @@ inline void squared_distances(const DirectBlock& block, const VecF* x, VecF* out
   });
 }
 
+// n sums of the runs of a block, of two and two that are sums of as many. Terms that are equal
+// round alike, and beside one that is large: of its sum with 255 others that moves 5e-7 at most.
+template <int n>
+struct PairwiseSums {
+  VecF sums[6][n];  // of 2^i runs each, i falling
+  int size = 0, runs = 0;
+
+  void add(VecF* run) {
+    for (int i = runs++; i % 2 == 1; i /= 2) absorb(run);
+    for (int c = 0; c < n; ++c) sums[size][c] = run[c];
+    ++size;
+  }
+
+  const VecF* total() {
+    while (size > 1) absorb(sums[size - 2]);
+    return sums[0];
+  }
+
+ private:
+  void absorb(VecF* into) {
+    --size;
+    for (int c = 0; c < n; ++c) into[c] += sums[size][c];
+  }
+};
+
 // sum += Σ_r weights[r], sums[c] += Σ_r weights[r] (row_r[c] − x[c]), in float within the block.
 inline void gather(const DirectBlock& block, const VecF* x, const VecF* weights, double* sum,
                    double (*sums)[kFloatLanes]) {
   for_strips(block.dim, [&](int first, auto columns) {
     constexpr int n = decltype(columns)::value;
-    VecF query[n], total[n] = {}, total_weight = {};
+    VecF query[n];
     for (int c = 0; c < n; ++c) query[c] = x[first + c];
+    PairwiseSums<n + 1> total;
     const float* row = block.rows + first;
     for (int start = 0; start < block.padded; start += kRun) {
-      VecF part[n] = {}, part_weight = {};
+      VecF run[n + 1] = {};
       for (int r = start; r < start + kRun; ++r, row += block.dim) {
-        part_weight += weights[r];
-        for (int c = 0; c < n; ++c) part[c] -= weights[r] * (query[c] - row[c]);
+        for (int c = 0; c < n; ++c) run[c] -= weights[r] * (query[c] - row[c]);
+        run[n] += weights[r];
       }
-      total_weight += part_weight;
-      for (int c = 0; c < n; ++c) total[c] += part[c];
+      total.add(run);
     }
-    for (int c = 0; c < n; ++c) accumulate(sums[first + c], total[c]);
-    if (first == 0) accumulate(sum, total_weight);
+    const VecF* strip = total.total();
+    for (int c = 0; c < n; ++c) accumulate(sums[first + c], strip[c]);
+    if (first == 0) accumulate(sum, strip[n]);
   });
 }
 
@@ -198,32 +220,36 @@ struct Scale {
   // The squared distance whose s is 1 / inverse; for the Gaussian kernel the origin.
   alignas(64) double square[kFloatLanes];
 
-  // offset: what t adds to s. rate: 1/(2t²) for the Gaussian kernel.
+  // offset: what t adds to s. rate: 1/(2t²) for the Gaussian kernel. In vectors: what GCC 12 makes
+  // of a loop over lanes leaves the rounding of `inverse` out of `low`.
   void move(VecF to, const double* offset, const double* rate, bool gaussian) {
-    origin = to;
-    for (int i = 0; i < kFloatLanes; ++i) {
-      const double exact = gaussian ? rate[i] : 1 / (origin[i] + offset[i]);
-      inverse[i] = static_cast<float>(exact);
-      const double inverse64 = inverse[i];
-      low[i] = static_cast<float>(gaussian ? exact - inverse64
-                                           : (origin[i] + offset[i]) * inverse64 - 1);
-      square[i] = gaussian ? origin[i] : 1 / inverse64 - offset[i];
+    float nearest[kFloatLanes];
+    store(nearest, origin = to);
+    Vec rounded[2], rest[2];
+    for (int half = 0; half < 2; ++half) {
+      const int i = half * kLanes;
+      const Vec from = widen(nearest + i), s = from + load(offset + i);
+      const Vec exact = gaussian ? load(rate + i) : 1.0 / s;
+      rounded[half] = round_to_float(exact);
+      rest[half] = gaussian ? exact - rounded[half] : s * rounded[half] - 1.0;
+      store(square + i, gaussian ? from : 1.0 / rounded[half] - load(offset + i));
     }
+    inverse = narrow(rounded[0], rounded[1]);
+    low = narrow(rest[0], rest[1]);
   }
 };
 
 // Squared distances become weights relative to the scale, in place. NaN and infinity become NaN.
 struct Weights {
   double half_k;
-  float half_k_high, half_k_low;
+  float single;  // k/2
   Weighing weighing;
   int k;
   float second_order;
 
   explicit Weights(double half_k)
       : half_k(half_k),
-        half_k_high(static_cast<float>(half_k)),
-        half_k_low(static_cast<float>(half_k - half_k_high)),
+        single(static_cast<float>(half_k)),
         weighing(choose_weighing(half_k)),
         k(weighing == Weighing::kPower ? static_cast<int>(2 * half_k) : 0),
         second_order(static_cast<float>(half_k * (half_k + 1) / 2)) {}
@@ -234,15 +260,12 @@ struct Weights {
       for (int r = 0; r < kCount; ++r) {
         v[r] = log1p((v[r] - scale.origin) * scale.inverse + scale.low);
       }
-      for (int r = 0; r < kCount; ++r) {
-        const VecF logit = v[r] * half_k_high;
-        v[r] = exp_sum(-logit, (logit - v[r] * half_k_high) - v[r] * half_k_low);
-      }
+      for (int r = 0; r < kCount; ++r) v[r] = exp(v[r] * -single);
     } else if constexpr (kWeighing == Weighing::kGaussian) {
       for (int r = 0; r < kCount; ++r) {
         const VecF difference = v[r] - scale.origin;
-        const VecF logit = difference * scale.inverse;
-        v[r] = exp_sum(-logit, (logit - difference * scale.inverse) - difference * scale.low);
+        const VecF power = exp(difference * -scale.inverse);
+        v[r] = power - power * (difference * scale.low);
       }
     } else {
       powers<kCount>(scale, v);
@@ -250,12 +273,6 @@ struct Weights {
   }
 
  private:
-  // exp(high + low) for a tiny low, which is NaN where high is not finite.
-  static VecF exp_sum(VecF high, VecF low) {
-    const VecF power = exp(high);
-    return power + power * low;
-  }
-
   // (1 + u)^(−k/2). An approximate root y leaves e = 1 − (1 + u) y², and the power is
   // y^k (1 − e)^(−k/2) = y^k (1 + (k/2) e + (k/2) (k/2 + 1)/2 e²), to 3e-9 for k ≤ 40.
   template <int kCount>
@@ -268,7 +285,7 @@ struct Weights {
       square[r] = y * y;
       const VecF e = (1.0f - ratio * square[r]) - lost * square[r];
       const VecF start = k % 2 == 1 ? y : broadcast(1.0f);
-      result[r] = start + start * (e * (e * second_order + half_k_high));
+      result[r] = start + start * (e * (e * second_order + single));
     }
     for (int n = k / 2; n > 0;) {
       if (n % 2 == 1) {

@@ -23,20 +23,8 @@ inline bool is_low(const FieldParams& p) {
 struct LowScale {
   VecF inverse, shift;
 
-  // Lane i, near 1/(nearest + offset), where offset · inverse is nearly a float: its rounding moves
-  // t for all references alike.
   void fix(int i, double nearest, double offset) {
-    const double exact = 1 / (nearest + offset);
-    double least = INFINITY;
-    inverse[i] = static_cast<float>(exact);
-    for (int step = 0; step < 16; ++step) {
-      const float candidate = static_cast<float>(exact * (1 + step * 0x1p-20));
-      const double product = offset * candidate;
-      const double off = ::fabs(static_cast<float>(product) - product);
-      if (!(off < least)) continue;
-      least = off;
-      inverse[i] = candidate;
-    }
+    inverse[i] = static_cast<float>(1 / (nearest + offset));
     shift[i] = static_cast<float>(offset * inverse[i]);
   }
 
@@ -56,7 +44,7 @@ struct LowScale {
 // The sums of n ≤ kRun references from zero, and the smallest squared distance among them.
 template <int kDim>
 struct LowRun {
-  VecF sums[kDim] = {}, weight = {}, nearest = broadcast(INFINITY);
+  VecF sums[kDim + 1] = {}, nearest = broadcast(INFINITY);  // at last, of the weights
 
   template <int k>
   void add(const float* row, int n, const VecF* x, const LowScale& scale) {
@@ -69,7 +57,7 @@ struct LowRun {
       }
       nearest = smaller(distance, nearest);
       const VecF w = scale.weight<k>(distance);
-      weight += w;
+      sums[kDim] += w;
       for (int c = 0; c < kDim; ++c) sums[c] += w * difference[c];
     }
   }

@@ -21,22 +21,30 @@ struct Part {
   bool certified;
 };
 
+// Whether the weights of some references may be too imprecise.
+bool is_steep(const Weights& weights) {
+  return weights.weighing != Weighing::kPower || weights.half_k > kMostGentle;
+}
+
 struct Pass {
   const FieldParams& p;
   Weights weights;
   int64_t ld, begin, end;  // the references' part
-  bool alike, gaussian;    // alike: the references' distances err alike
-  bool steep;              // whether the weights of some may be too imprecise
+  double crowd;            // as many references err alike
+  bool gaussian;
+  double off;  // what float rounds of k/2, relative to it
+  bool steep;  // whether the weights of some may be too imprecise
 
-  Pass(const FieldParams& p, int64_t begin, int64_t end, bool alike)
+  Pass(const FieldParams& p, int64_t begin, int64_t end, double crowd)
       : p(p),
         weights(p.half_k),
         ld(round_up(p.dim, kPad)),
         begin(begin),
         end(end),
-        alike(alike),
+        crowd(crowd),
         gaussian(p.half_k == INFINITY),
-        steep(2 * rounding_of_weights(p.half_k) > kLogMassTolerance) {}
+        off(gaussian ? 0 : std::abs(weights.single / p.half_k - 1)),
+        steep(is_steep(weights)) {}
 
   // References whose distance falls below the scale by more than this, in u, move it: close to it
   // u keeps its precision and logits are small.
@@ -166,36 +174,66 @@ void add_block(const Pass& pass, const DirectBlock& block, int32_t first_run, Qu
   }
   for (int r = block.count; r < block.padded; ++r) v[r] = VecF{};
   if (pass.steep) {
-    VecF squares = {};
-    for (int r = 0; r < block.count; ++r) squares += v[r] * v[r];
-    accumulate(queries.squares, squares);
+    VecF squares[kGroup] = {};
+    for (int r = 0; r < block.padded; r += kGroup) {
+      for (int i = 0; i < kGroup; ++i) squares[i] += v[r + i] * v[r + i];
+    }
+    for (int i = kGroup / 2; i > 0; i /= 2) {
+      for (int n = 0; n < i; ++n) squares[n] += squares[n + i];
+    }
+    accumulate(queries.squares, squares[0]);
   }
   gather(block, queries.x, v, queries.sum, queries.displacement);
 }
 
 template <int kDim, int k>
 void add_block_low(const DirectBlock& block, int32_t first_run, Queries& queries) {
-  LowRun<kDim> total;
+  PairwiseSums<kDim + 1> total;
   for (int r = 0; r < block.count; r += kRun) {
     LowRun<kDim> run;
     const float* row = block.rows + r * kDim;
     const int n = block.count - r;
     n >= kRun ? run.template add<k>(row, kRun, queries.x, queries.low_scale)
               : run.template add<k>(row, n, queries.x, queries.low_scale);
-    total.weight += run.weight;
-    for (int c = 0; c < kDim; ++c) total.sums[c] += run.sums[c];
+    total.add(run.sums);
     queries.admit(run.nearest, first_run + r / kRun);
   }
-  accumulate(queries.sum, total.weight);
-  for (int c = 0; c < kDim; ++c) accumulate(queries.displacement[c], total.sums[c]);
+  const VecF* sums = total.total();
+  for (int c = 0; c < kDim; ++c) accumulate(queries.displacement[c], sums[c]);
+  accumulate(queries.sum, sums[kDim]);
 }
 
-// Whether the other references' weights are precise enough. others: how their errors add up, the
-// root of Σ w² of theirs where they are independent, and Σ w where they are not.
-bool precise(double slope, double others, bool alike) {
-  // Equal terms round alike where they are added to a large one, too.
-  if (alike && slope > kMostAlikeSlope) return false;
-  return 4 * rounding_of_weights(slope) * others <= kLogMassTolerance;
+// What the references beside a query's nearest have of the weight: in sum and as a root of the sum
+// of squares, at most.
+struct Others {
+  double share, root;
+};
+
+// Whether the weights of the others are precise enough for the log mass and for v, which hold what
+// float rounds of them to the extent that they are of them.
+bool precise(const Pass& pass, const RadialKernel& kernel, double distance, Others others) {
+  if (!pass.steep || others.share <= 0) return true;
+  const double nearest = 1 - others.share;
+  const double count = static_cast<double>(pass.end - pass.begin - 1);
+  struct Depth {
+    double depth;   // of a logit below the nearest's; if it is that of all the others,
+    double slope;   // the slope of a logit times its squared distance
+    double extent;  // how much of log mass and v is theirs
+  };
+  const auto at = [&](double ratio) -> Depth {
+    const double depth = std::max(::log(nearest * ratio), 0.0);
+    const double square = kernel.farthest(distance, depth), moment = others.share * ::sqrt(square);
+    return {depth, kernel.slope(square) * square, moment / (nearest * ::sqrt(distance) + moment)};
+  };
+  // On average they are, at most, where all share the weight evenly; or weighted by their squares.
+  const Depth all = at(count / others.share);
+  const double alike = std::min(::sqrt(pass.crowd) * others.root / others.share, 1.0);
+  const Depth own = alike < 1 ? at(others.share / (others.root * others.root)) : all;
+  const double rounding = own.slope * kSquareRounding + kWeightRounding;
+  const double digits = kQueryRounding * std::min(2 / ::sqrt(pass.p.dim), 1.0);
+  const double common = (digits * all.slope + pass.off * all.depth) * all.extent;
+  const double tolerance = kTolerance + (kCrowdTolerance - kTolerance) * alike;
+  return ::hypot(common, 4 * rounding * alike * own.extent) <= tolerance;
 }
 
 // Completes a query's part: sums become relative to the nearest reference, whose weight in them,
@@ -219,24 +257,20 @@ void finish(const Pass& pass, const Queries& queries, int lane, double nearest_w
   part->state.nearest = distance;
   part->state.sum = factor * queries.sum[lane] + correction;
   part->anchor = anchor;
-  double finite = part->state.sum - part->state.sum, length = 0;
+  double finite = part->state.sum - part->state.sum;
   for (int c = 0; c < p.dim; ++c) {
     const double difference = decode(p, anchor * p.dim + c) - x[c];
     displacement[c] = factor * queries.displacement[c][lane] + correction * difference;
     finite += displacement[c] - displacement[c];
-    length += displacement[c] * displacement[c];
   }
   for (int64_t c = p.dim; c < pass.ld; ++c) displacement[c] = 0;
   // What the correction would be for all others that may be copies of the nearest.
   const double share = 1 / part->state.sum, copies = queries.equal[lane] - 1;
   const double off = std::abs(correction) * std::min(1 - share, copies * share);
-  const double known = std::max(queries.squares[lane] - nearest_weight * nearest_weight, 0.0);
-  const double root = pass.steep ? factor * share * ::sqrt(known) : 0.5;  // at most, of any
-  const bool faint =
-      1 - share * (copies + 1) < kFaint && distance < kFaint * length * share * share;
-  part->certified =
-      finite == 0 && !faint && fits_float(kernel, distance) && off <= kCrowdTolerance &&
-      precise(kernel.slope(distance) * distance, pass.alike ? 1 - share : root, pass.alike);
+  const double square = nearest_weight * nearest_weight, squares = queries.squares[lane] - square;
+  const double root = squares > 0 ? factor * share * ::sqrt(squares) : 1;
+  part->certified = finite == 0 && fits_float(kernel, distance) && off <= kCrowdTolerance &&
+                    precise(pass, kernel, distance, {1 - share, root});
 }
 
 // Calls add(block, index of its first run, queries) for the blocks of the pass and vectors of up to
@@ -287,6 +321,15 @@ void forward_tile(const Pass& pass, int64_t start, int size, Part* parts, double
   }
 }
 
+// How many references may err alike: as many as coincide, or all.
+double crowd_of(const FieldParams& p) {
+  constexpr double kClose = 1e-6;
+  if (has_few_values(p)) return INFINITY;
+  const double pairs = static_cast<double>(coinciding_pairs(p, kClose, kSampleRows));
+  const double share = std::max(static_cast<double>(p.count) / kSampleRows, 1.0);
+  return pairs == 0 ? 1 : (pairs + 1) * share;
+}
+
 // Combines the parts of query b, a tile apart, and normalises; false where one is not certified.
 bool combine(const FieldParams& p, int64_t b, const Part* parts, const double* displacements,
              int64_t num_parts) {
@@ -318,14 +361,14 @@ bool combine(const FieldParams& p, int64_t b, const Part* parts, const double* d
 void PFGM_ISA::direct_forward(const FieldParams& p, uint8_t* uncertified) {
   const int64_t ld = round_up(p.dim, kPad);
   const Shares shares = direct_shares(p);
-  const bool alike = p.half_k > kLeastAlike && are_alike(p);
+  const double crowd = is_steep(Weights(p.half_k)) ? crowd_of(p) : 1;
   const Buffer<Part> parts(shares.size() * kQueries);
   const Buffer<double> displacements(shares.size() * kQueries * ld);
   parallel_for(p.num_threads, shares.count(), [&](int64_t share, int) {
     shares.for_pieces(share, [&](int64_t n) {
       const Piece& piece = shares.pieces[n];
       const int64_t start = piece.tile * kQueries, out = n * kQueries;
-      const Pass pass(p, piece.first, piece.last, alike);
+      const Pass pass(p, piece.first, piece.last, crowd);
       forward_tile(pass, start, clamp_size(p.batch - start, kQueries), parts.get() + out,
                    displacements.get() + out * ld);
     });
