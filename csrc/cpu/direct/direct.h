@@ -39,6 +39,8 @@ constexpr double kSquareRounding = 4e-8, kWeightRounding = 5e-8;
 // Most of what that of a query's differences from references makes of a squared distance: for all
 // references alike, as the digits that a query has more than they are the same.
 constexpr double kQueryRounding = 0x1p-23;
+// The least of that which counts for queries amid the references, where signs differ.
+constexpr double kAmid = 0.5;
 constexpr double kMostGentle = 4;  // k/2 up to which powers are precise whatever the weights
 
 constexpr int kMaxPower = 40;  // beyond it the rounding of powers exceeds that of logarithms

@@ -204,9 +204,9 @@ void add_block_low(const DirectBlock& block, int32_t first_run, Queries& queries
 }
 
 // What the references beside a query's nearest have of the weight: in sum and as a root of the sum
-// of squares, at most.
+// of squares, at most. way: ‖v‖, of all.
 struct Others {
-  double share, root;
+  double share, root, way;
 };
 
 // Whether the weights of the others are precise enough for the log mass and for v, which hold what
@@ -219,18 +219,22 @@ bool precise(const Pass& pass, const RadialKernel& kernel, double distance, Othe
     double depth;   // of a logit below the nearest's; if it is that of all the others,
     double slope;   // the slope of a logit times its squared distance
     double extent;  // how much of log mass and v is theirs
+    double away;    // ‖v‖, relative to their distance
   };
   const auto at = [&](double ratio) -> Depth {
     const double depth = std::max(::log(nearest * ratio), 0.0);
     const double square = kernel.farthest(distance, depth), moment = others.share * ::sqrt(square);
-    return {depth, kernel.slope(square) * square, moment / (nearest * ::sqrt(distance) + moment)};
+    return {depth, kernel.slope(square) * square, moment / (nearest * ::sqrt(distance) + moment),
+            others.way / ::sqrt(square)};
   };
   // On average they are, at most, where all share the weight evenly; or weighted by their squares.
   const Depth all = at(count / others.share);
   const double alike = std::min(::sqrt(pass.crowd) * others.root / others.share, 1.0);
   const Depth own = alike < 1 ? at(others.share / (others.root * others.root)) : all;
   const double rounding = own.slope * kSquareRounding + kWeightRounding;
-  const double digits = kQueryRounding * std::min(2 / ::sqrt(pass.p.dim), 1.0);
+  // What is the same in all differences moves the query: towards all that lie on one side of it.
+  const double side = std::clamp(all.away, kAmid, 1.0);
+  const double digits = kQueryRounding * std::min(2 / ::sqrt(pass.p.dim), 1.0) * side;
   const double common = (digits * all.slope + pass.off * all.depth) * all.extent;
   const double tolerance = kTolerance + (kCrowdTolerance - kTolerance) * alike;
   return ::hypot(common, 4 * rounding * alike * own.extent) <= tolerance;
@@ -257,11 +261,12 @@ void finish(const Pass& pass, const Queries& queries, int lane, double nearest_w
   part->state.nearest = distance;
   part->state.sum = factor * queries.sum[lane] + correction;
   part->anchor = anchor;
-  double finite = part->state.sum - part->state.sum;
+  double finite = part->state.sum - part->state.sum, square_of_sums = 0;
   for (int c = 0; c < p.dim; ++c) {
     const double difference = decode(p, anchor * p.dim + c) - x[c];
     displacement[c] = factor * queries.displacement[c][lane] + correction * difference;
     finite += displacement[c] - displacement[c];
+    square_of_sums += displacement[c] * displacement[c];
   }
   for (int64_t c = p.dim; c < pass.ld; ++c) displacement[c] = 0;
   // What the correction would be for all others that may be copies of the nearest.
@@ -269,8 +274,9 @@ void finish(const Pass& pass, const Queries& queries, int lane, double nearest_w
   const double off = std::abs(correction) * std::min(1 - share, copies * share);
   const double square = nearest_weight * nearest_weight, squares = queries.squares[lane] - square;
   const double root = squares > 0 ? factor * share * ::sqrt(squares) : 1;
-  part->certified = finite == 0 && fits_float(kernel, distance) && off <= kCrowdTolerance &&
-                    precise(pass, kernel, distance, {1 - share, root});
+  part->certified =
+      finite == 0 && fits_float(kernel, distance) && off <= kCrowdTolerance &&
+      precise(pass, kernel, distance, {1 - share, root, share * ::sqrt(square_of_sums)});
 }
 
 // Calls add(block, index of its first run, queries) for the blocks of the pass and vectors of up to
