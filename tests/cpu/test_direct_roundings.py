@@ -198,3 +198,12 @@ def test_small_cotangents_of_small_data(d, D):
     expected = differentiate(truth, x, x0, g_v, g_m, D)
     assert_gradients(expected, dx, dt)
     assert_gradient_of_x(expected, dx)
+
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+@pytest.mark.parametrize("D", [1.5, 2.5, 8.5])
+def test_on_copies_far_from_others(d, D):
+    """v is of these alone, whose weights of 1e-10 to 1e-4 round alike."""
+    x0 = normal(2, d).repeat(300, 1)
+    t = torch.logspace(-2.5, 0, 60) * (x0[0] - x0[1]).norm()
+    check(x0[:1].expand(60, -1), t, x0, D)

@@ -34,11 +34,15 @@ enum class Weighing { kPower, kLogarithm, kGaussian };
 // Weights may make log masses, and displacements relative to their terms, be off by this much,
 // which leaves something to sums; log masses by that if they are copies' of the nearest.
 constexpr double kTolerance = 9e-7, kCrowdTolerance = 6e-7;
-// Root mean squares of what float rounds of a squared distance, relative to it, and of a weight.
-constexpr double kSquareRounding = 4e-8, kWeightRounding = 5e-8;
+// Root mean squares of what float rounds of a squared distance and of k/2 times a logarithm,
+// relative to these, and of a weight.
+constexpr double kSquareRounding = 4e-8, kLogarithmRounding = 3.5e-8, kWeightRounding = 5e-8;
 // Most of what that of a query's differences from references makes of a squared distance: for all
 // references alike, as the digits that a query has more than they are the same.
 constexpr double kQueryRounding = 0x1p-23;
+// On a reference, or copies of one, v is of others: below this share of the weight, with the
+// nearest's squared distance below this share of ‖v‖², their weights have too few digits.
+constexpr double kFaint = 1e-3;
 // The least of that which counts for queries amid the references, where signs differ.
 constexpr double kAmid = 0.5;
 constexpr double kMostGentle = 4;  // k/2 up to which powers are precise whatever the weights

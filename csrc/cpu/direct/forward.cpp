@@ -231,7 +231,9 @@ bool precise(const Pass& pass, const RadialKernel& kernel, double distance, Othe
   const Depth all = at(count / others.share);
   const double alike = std::min(::sqrt(pass.crowd) * others.root / others.share, 1.0);
   const Depth own = alike < 1 ? at(others.share / (others.root * others.root)) : all;
-  const double rounding = own.slope * kSquareRounding + kWeightRounding;
+  const double logarithm = pass.weights.weighing == Weighing::kLogarithm ? own.depth : 0;
+  const double rounding =
+      own.slope * kSquareRounding + logarithm * kLogarithmRounding + kWeightRounding;
   // What is the same in all differences moves the query: towards all that lie on one side of it.
   const double side = std::clamp(all.away, kAmid, 1.0);
   const double digits = kQueryRounding * std::min(2 / ::sqrt(pass.p.dim), 1.0) * side;
@@ -274,9 +276,11 @@ void finish(const Pass& pass, const Queries& queries, int lane, double nearest_w
   const double off = std::abs(correction) * std::min(1 - share, copies * share);
   const double square = nearest_weight * nearest_weight, squares = queries.squares[lane] - square;
   const double root = squares > 0 ? factor * share * ::sqrt(squares) : 1;
-  part->certified =
-      finite == 0 && fits_float(kernel, distance) && off <= kCrowdTolerance &&
-      precise(pass, kernel, distance, {1 - share, root, share * ::sqrt(square_of_sums)});
+  const double way = share * ::sqrt(square_of_sums);
+  const bool faint = 1 - share * (copies + 1) < kFaint && distance < kFaint * way * way;
+  part->certified = finite == 0 && !faint && fits_float(kernel, distance) &&
+                    off <= kCrowdTolerance &&
+                    precise(pass, kernel, distance, {1 - share, root, way});
 }
 
 // Calls add(block, index of its first run, queries) for the blocks of the pass and vectors of up to
