@@ -15,6 +15,7 @@ namespace {
 
 // The sums of light references may be off by this much, relative to the distance.
 constexpr double kFusedPull = 1e-6;
+constexpr double kPullTolerance = 1e-5;  // of logits: four times the root mean square of the error
 // References with more than this share of the weight are taken by direct differences.
 constexpr double kHeavyPull = 1.0 / 32;
 constexpr double kLeastLogWeight = -40;  // of an anchor that is near the nearest reference
@@ -164,11 +165,27 @@ struct FusedBackward : FusedPass {
     const RadialKernel& kernel = queries[i].kernel;
     const double square = p.anchor_square[b], distance = ::sqrt(square);
     const double lost = kFloatRounding * o.unit * o.radius;
-    const double together = ::sqrt(std::min(kHeavyPull, ::exp(p.anchor_log_weight[b])));
+    // Weight of the light references, and √Σ w² of these: where the anchor is heavy they have what
+    // it leaves.
+    const double weight = ::exp(p.anchor_log_weight[b]);
+    const double light = weight > kHeavyPull ? std::max(0.0, 1 - weight) : 1;
+    const double together = ::sqrt(light * std::min({kHeavyPull, weight, light}));
     return square + kernel.offset >= queries[i].least_s &&
-           p.anchor_log_weight[b] >= kLeastLogWeight &&
-           std::max(lost, o.unit * o.deviation) <= kFusedPull * distance &&
+           p.anchor_log_weight[b] >= kLeastLogWeight && lost <= kFusedPull * distance &&
+           precise(i, light, together) &&
            resolves_pull(p, o, b, distance, o.radius, sum_depth(p.dim), together);
+  }
+
+  // Whether the logits of the light references, relative to the anchor's, are precise enough.
+  // light, together: their Σ w and √Σ w², at most.
+  bool precise(int64_t i, double light, double together) const {
+    const int64_t b = tiles.rows[i];
+    const Bound& bound = queries[i].bound;
+    const double square = o.unit * o.unit, anchor = p.anchor_square[b] / square - queries[i].offset;
+    const double apart = rounding(i, (std::abs(anchor) + spread) / 2) * together;
+    const double alike = 2 * bound.residual * o.radius * light;
+    return queries[i].kernel.slope(p.anchor_square[b]) * square * (4 * apart + alike) <=
+           kPullTolerance;
   }
 
   // r of a reference whose weight is exp(−depth), or at most that where there is an error.
