@@ -350,8 +350,7 @@ struct FusedForward : FusedPass {
     return std::isfinite(p.log_mass[b]);
   }
 
-  // Whether float sums of y, of the light references, resolve a displacement v: neither it nor the
-  // distances that it averages may be small.
+  // Whether float sums of y resolve a displacement (queries.h) as far as it is of light references.
   bool resolves(const Partial& all, const double* v, double anchor_square) const {
     double squared = anchor_square;
     for (int64_t c = 0; c < p.dim; ++c) squared += v[c] * v[c];
@@ -370,11 +369,9 @@ struct FusedForward : FusedPass {
     }
     const double slope = queries[i].kernel.slope(anchor_square) * o.unit * o.unit;
     const double apart = rounding(i, product) * ::sqrt(all.squares);
-    // What float leaves out moves the mean by `unseen`, and each displacement by its product with
-    // what is about that mean.
-    const double root_dim = ::sqrt(static_cast<double>(p.dim));
-    const double about = queries[i].bound.residual * o.radius / root_dim * all.light;
-    const double alike = 2 * (std::abs(all.unseen) + about);
+    // In the mean, what float leaves out is known; of what is about the mean it is not.
+    const double about = queries[i].bound.residual * o.radius * all.light;
+    const double alike = 2 * (std::abs(all.unseen) + about / ::sqrt(static_cast<double>(p.dim)));
     return slope * (4 * apart + alike) <= kLogMassTolerance * all.state.sum;
   }
 
