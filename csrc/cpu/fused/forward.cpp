@@ -339,7 +339,7 @@ struct FusedForward : FusedPass {
     const double sum = all.state.sum;
     for (int64_t c = 0; c < p.dim; ++c) v[c] /= sum;
     const double square = pair_sums(reader, p.x + b * ld, nullptr, all.anchor).distance;
-    if (!resolves(all, v, square) || !precise(i, all, square)) return false;
+    if (!resolves(p, o, v, ::sqrt(square)) || !precise(i, all, square)) return false;
     const double nominal = (all.nearest + queries[i].offset) * o.unit * o.unit;
     const double off = std::abs(kernel.relative_logit<ScalarMath>(nominal, square));
     if (sum * kHeavy > 0.25 && !(off <= kAnchorTolerance)) return false;
@@ -348,13 +348,6 @@ struct FusedForward : FusedPass {
     p.anchor_log_weight[b] =
         kernel.relative_logit<ScalarMath>(square, all.state.nearest) - ::log(sum);
     return std::isfinite(p.log_mass[b]);
-  }
-
-  // Whether float sums of y resolve a displacement (queries.h) as far as it is of light references.
-  bool resolves(const Partial& all, const double* v, double anchor_square) const {
-    double squared = anchor_square;
-    for (int64_t c = 0; c < p.dim; ++c) squared += v[c] * v[c];
-    return resolved_distance(o, 4) * all.light <= ::sqrt(squared) * all.state.sum;
   }
 
   // Whether the logits of the light references, whose errors are independent but for what float
