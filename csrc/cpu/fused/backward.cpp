@@ -15,8 +15,11 @@ namespace {
 
 // The sums of light references may be off by this much, relative to the distance.
 constexpr double kFusedPull = 1e-6;
-// References with more than this share of the weight are taken by direct differences.
+constexpr double kPullTolerance = 1e-5;  // of logits: four times the root mean square of the error
+// References with more than this share of the weight, or of what a heavy anchor leaves of it, are
+// taken by direct differences.
 constexpr double kHeavyPull = 1.0 / 32;
+constexpr double kLeastLeft = 1e-12;
 constexpr double kLeastLogWeight = -40;  // of an anchor that is near the nearest reference
 
 // Σ c and Σ c u.
@@ -158,17 +161,37 @@ struct FusedBackward : FusedPass {
         finish_sparse_backward);
   }
 
+  // Weight that the anchor leaves to other references, if it is heavy.
+  double left(int64_t b) const {
+    const double weight = ::exp(p.anchor_log_weight[b]);
+    return weight > kHeavyPull ? std::max(kLeastLeft, 1 - weight) : 1;
+  }
+
   // Whether float is precise enough for the weights, the projections and the sums.
   bool certify(int64_t i) const {
     const int64_t b = tiles.rows[i];
     const RadialKernel& kernel = queries[i].kernel;
-    const double square = p.anchor_square[b], distance = ::sqrt(square);
+    const double square = p.anchor_square[b], distance = ::sqrt(square), light = left(b);
     const double lost = kFloatRounding * o.unit * o.radius;
-    const double together = ::sqrt(std::min(kHeavyPull, ::exp(p.anchor_log_weight[b])));
+    // √Σ w² over Σ w of the light references, at most: their errors are independent.
+    const double share = ::sqrt(std::min(kHeavyPull, ::exp(p.anchor_log_weight[b]) / light));
     return square + kernel.offset >= queries[i].least_s &&
-           p.anchor_log_weight[b] >= kLeastLogWeight &&
-           std::max(lost, o.unit * o.deviation) <= kFusedPull * distance &&
-           resolves_pull(p, o, b, distance, o.radius, sum_depth(p.dim), together);
+           p.anchor_log_weight[b] >= kLeastLogWeight && lost <= kFusedPull * distance &&
+           precise(i, light, share) &&
+           resolves_pull(p, o, b, distance, o.radius, sum_depth(p.dim), light * share);
+  }
+
+  // Whether the logits of the light references, relative to the anchor's, are precise enough.
+  bool precise(int64_t i, double light, double share) const {
+    const int64_t b = tiles.rows[i];
+    const double square = o.unit * o.unit, anchor = p.anchor_square[b] / square - queries[i].offset;
+    const double slope = queries[i].kernel.slope(p.anchor_square[b]) * square;
+    const double apart = rounding(i, (std::abs(anchor) + spread) / 2) * share;
+    const double alike = 2 * queries[i].bound.residual * o.radius;
+    // How much of the gradient is theirs: g·(x0_j − x − v) may vanish for the anchor.
+    const double pull = 4 * slope * o.radius * ::sqrt(p.anchor_square[b] / square);
+    const double theirs = std::min(1.0, light * std::max(1.0, pull));
+    return slope * (4 * apart + alike) * theirs <= kPullTolerance;
   }
 
   // r of a reference whose weight is exp(−depth), or at most that where there is an error.
@@ -208,7 +231,7 @@ struct FusedBackward : FusedPass {
       if (!certify(start + q)) continue;
       any = true;
       state.set(q, tiles.row(tile, q), queries[start + q], limit(start + q, cutoff_depth(p), 0),
-                limit(start + q, -::log(kHeavyPull), 0), k, values[q]);
+                limit(start + q, -::log(kHeavyPull * left(tiles.row(tile, q))), 0), k, values[q]);
     }
     if (!any) return;
     const Buffer<float> cotangents(p.dim * width), projections(kFusedRows * width);

@@ -13,14 +13,14 @@ namespace {
 
 // A reference with more than this share of the weight so far is taken by direct differences.
 constexpr double kFusedHeavy = 1.0 / 32;
-constexpr size_t kMostListed = 64;           // heavy references that wait to be taken
-constexpr double kFusedDisplacement = 4e-7;  // error of the light references' over the distance
-constexpr double kLogMassTolerance = 1e-6;   // four times the root mean square of the error
+constexpr size_t kMostListed = 64;          // heavy references that wait to be taken
+constexpr double kLogMassTolerance = 1e-6;  // four times the root mean square of the error
 
 // What a task found for a query: the weights are relative to state.nearest.
 struct Partial {
   OnlineState state;
   double light = 0, squares = 0;  // Σ w and at most Σ w² of the light references
+  double unseen = 0;              // Σ w y·(x' − float(x')) of these
   int64_t anchor = 0;
   float nearest = INFINITY;  // smallest r
   bool certified = false;
@@ -266,17 +266,15 @@ struct FusedTile {
     take_listed(q);
     const double* x = p.x + rows[q] * ld;
     for (int64_t c = 0; c < p.dim; ++c) {
-      displacement[c] =
-          sums[q * ld + c] + (o.unit * totals[c * width + q] + light[q] * (o.origin[c] - x[c]));
+      const double total = totals[c * width + q], shift = shifted(p, o, rows[q], c);
+      displacement[c] = sums[q * ld + c] + (o.unit * total + light[q] * (o.origin[c] - x[c]));
+      partial.unseen += total * (shift - static_cast<float>(shift));
     }
     for (int64_t c = p.dim; c < ld; ++c) displacement[c] = 0;
     partial.state.nearest = level[q];
     partial.state.sum = light[q] + heavy[q];
     partial.light = light[q];
     partial.squares = squares[q];
-    const double distance = ::sqrt(std::max(0.0, level[q]));
-    const double lost = kFloatRounding * o.unit * o.radius * light[q];
-    partial.certified = lost <= kFusedDisplacement * distance * partial.state.sum;
   }
 };
 
@@ -331,6 +329,7 @@ struct FusedForward : FusedPass {
       if (!all.certified) continue;
       const auto [own, theirs] = all.state.merge(other.state, kernel);
       all.light = own * all.light + theirs * other.light;
+      all.unseen = own * all.unseen + theirs * other.unseen;
       all.squares = own * own * all.squares + theirs * theirs * other.squares;
       const double* more = row(n, i, p.displacement);
       for (int64_t c = 0; c < p.dim; ++c) v[c] = own * v[c] + theirs * more[c];
@@ -362,13 +361,11 @@ struct FusedForward : FusedPass {
       product += x * (x + v[c] * o.inverse_unit);
     }
     const double slope = queries[i].kernel.slope(anchor_square) * o.unit * o.unit;
-    const Bound& bound = queries[i].bound;
-    const double rounding = 2 * product_rounding(p.dim + 1, sum_depth(p.dim + 1), product,
-                                                 ::sqrt(bound.squared) * o.radius);
-    const double apart = ::hypot(rounding, kRounding * spread) * ::sqrt(all.squares);
-    const double root_dim = ::sqrt(static_cast<double>(p.dim));
-    const double alike = 2 * bound.residual * o.radius / root_dim * all.light;
-    return slope * (4 * apart + 2 * alike) <= kLogMassTolerance * all.state.sum;
+    const double apart = rounding(i, product) * ::sqrt(all.squares);
+    // In the mean, what float leaves out is known; of what is about the mean it is not.
+    const double about = queries[i].bound.residual * o.radius * all.light;
+    const double alike = 2 * (std::abs(all.unseen) + about / ::sqrt(static_cast<double>(p.dim)));
+    return slope * (4 * apart + alike) <= kLogMassTolerance * all.state.sum;
   }
 
   // Largest r that a reference of any weight can have.

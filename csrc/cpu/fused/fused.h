@@ -28,10 +28,24 @@ constexpr int64_t kFusedPart = 4 * kFusedRows;
 constexpr double kFusedTolerance = 4e-5;
 constexpr double kLeastS = 1e-30;  // of which a float holds the reciprocal
 
-// The middle of ‖y‖²: what is left of the norms is rounded to float.
+// The middle of ‖y‖²: what is left of the norms is rounded to float (round_by_turns).
 inline double norm_centre(const FieldParams& p, const Operands& o) {
   return (o.norms[0] + o.norms[p.count / 2] + o.norms[p.count - 1]) / 3;
 }
+
+// v to 23 bits, rounded up or down by turns: as often as makes v the mean over any run of indices.
+// References that are all as far from a query must not round alike, neither their norms nor, once
+// products are added, what r is then rounded to: hence one bit less than a float has.
+inline float round_by_turns(double v, int64_t index) {
+  constexpr uint64_t kDropped = (uint64_t{1} << 30) - 1;
+  constexpr uint32_t kGolden = 2654435769u;  // whose multiples are spread most evenly
+  uint64_t bits;
+  __builtin_memcpy(&bits, &v, sizeof bits);
+  bits = (bits + ((static_cast<uint32_t>(index) * kGolden) >> 2)) & ~kDropped;
+  __builtin_memcpy(&v, &bits, sizeof bits);
+  return static_cast<float>(v);
+}
+constexpr double kTurnsRounding = 4 * kFloatRounding;  // of a number at most that, at most
 
 // Columns whose products are summed in one go, of so many.
 inline int64_t sum_depth(int64_t columns) {
@@ -60,7 +74,7 @@ struct FusedBlock {
       subtract_origin(static_cast<const float*>(p.values) + first * dim);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      y[r * (dim + 1) + dim] = static_cast<float>(o.norms[first + r] - centre);
+      y[r * (dim + 1) + dim] = round_by_turns(o.norms[first + r] - centre, first + r);
     }
   }
 
@@ -189,7 +203,8 @@ struct FusedPass {
     query.kernel = RadialKernel(p.half_k, p.t[b]);
     query.bound = make_bound(p, o, norms, 2, residual, roundings);
     query.offset = query.bound.offset + centre;
-    query.error = query.bound.slope * o.radius + query.bound.constant + 2 * kFloatRounding * spread;
+    query.error = query.bound.slope * o.radius + query.bound.constant +
+                  (kTurnsRounding + kFloatRounding) * spread;
     const double slope = query.kernel.gaussian ? query.kernel.inverse_two_t2 : p.half_k;
     const double error =
         2 * (kFloatRounding * root + residual) * o.radius + kFloatRounding * spread;
@@ -197,6 +212,14 @@ struct FusedPass {
     const bool fine = least <= 1 && slope < 1 / kLeastS;
     query.least_s = !query.kernel.gaussian ? std::max(kLeastS, least) : fine ? 0 : INFINITY;
     return query;
+  }
+
+  // What r is off by, root mean square, where x'·y is so much, but for what float leaves out of x'.
+  double rounding(int64_t i, double product) const {
+    constexpr double kTurns = 0.3 * kTurnsRounding;
+    const double norms = ::sqrt(queries[i].bound.squared) * o.radius;
+    const double error = product_rounding(p.dim + 1, sum_depth(p.dim + 1), product, norms);
+    return ::hypot(2 * error, kTurns * spread);
   }
 
   // Packs −2 x' and ones below, (dim + 1, width).
