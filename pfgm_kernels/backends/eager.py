@@ -309,7 +309,7 @@ def _relative_logits(squares: Tensor, nearest: Tensor, t: Tensor, k: float) -> T
     if not math.isfinite(k):
         return difference.div_((-2 * t * t)[:, None])
     # Without t², which cancels: its rounding would move the logits of a large k. At the singular
-    # point (s = 0) the coinciding references share all the weight, for those of others are infinite.
+    # point (s = 0) references that coincide share all the weight: what others get is infinite.
     s = (nearest + _offset(t, k))[:, None]
     difference.div_(s).masked_fill_((s == 0) & (squares == 0), 0.0)
     return difference.log1p_().mul_(-k / 2)
