@@ -13,7 +13,7 @@ namespace pfgm {
 namespace {
 
 // Of coefficients c_j in a sample, root mean square: dx may be off by as much of all it sums.
-constexpr double kSampledPull = 4e-6;
+constexpr double kSampledPull = 7e-6;
 
 // The coefficients c_j of the queries of a second pass, in place of the products.
 struct Pull {
