@@ -119,10 +119,13 @@ def test_gradients_for_queries_of_which_float_leaves_out_the_same(d):
 
 @pytest.mark.parametrize("d", DIMENSIONS)
 @pytest.mark.parametrize("D", [1e9, math.inf])
-def test_two_that_are_exactly_as_near(d, D):
-    """Float products tell them apart by more than any weight that counts."""
-    x, half = (  # of which float64 holds the squares, and float32 the sums
-        (scale * math.sqrt(d) * directions(8, d, seed) * 4096).round() / 4096
+@pytest.mark.parametrize("step", [2.0**-12, 2.0**-60])
+def test_two_that_are_as_near(d, D, step):
+    """Exactly where the values are steps that float32 holds, else but for the rounding of their
+    values. Float products tell them apart by more than any weight that counts.
+    """
+    x, half = (
+        (scale * math.sqrt(d) * directions(8, d, seed) / step).round() * step
         for scale, seed in ((3, 1), (0.7, 2))
     )
     x0 = torch.cat([normal(100, d), (x + half).float(), (x - half).float()])

@@ -19,7 +19,7 @@ constexpr double kPullTolerance = 1e-5;  // of logits: four times the root mean 
 // References with more than this share of the weight, or of what a heavy anchor leaves of it, are
 // taken by direct differences.
 constexpr double kHeavyPull = 1.0 / 32;
-constexpr double kLeastLeft = 1e-12;
+constexpr double kLeastLeft = 1e-12;  // of which `precise` can tell that its logits are none at all
 constexpr double kLeastLogWeight = -40;  // of an anchor that is near the nearest reference
 
 // Σ c and Σ c u.
@@ -170,13 +170,11 @@ struct FusedBackward : FusedPass {
   // Whether float is precise enough for the weights, the projections and the sums.
   bool certify(int64_t i) const {
     const int64_t b = tiles.rows[i];
-    const RadialKernel& kernel = queries[i].kernel;
-    const double square = p.anchor_square[b], distance = ::sqrt(square), light = left(b);
+    const double distance = ::sqrt(p.anchor_square[b]), light = left(b);
     const double lost = kFloatRounding * o.unit * o.radius;
     // √Σ w² over Σ w of the light references, at most: their errors are independent.
     const double share = ::sqrt(std::min(kHeavyPull, ::exp(p.anchor_log_weight[b]) / light));
-    return square + kernel.offset >= queries[i].least_s &&
-           p.anchor_log_weight[b] >= kLeastLogWeight && lost <= kFusedPull * distance &&
+    return p.anchor_log_weight[b] >= kLeastLogWeight && lost <= kFusedPull * distance &&
            precise(i, light, share) &&
            resolves_pull(p, o, b, distance, o.radius, sum_depth(p.dim), light * share);
   }
