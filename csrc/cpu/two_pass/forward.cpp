@@ -15,6 +15,8 @@ namespace {
 // square: where some references err alike, and others the other way, 0.7 of that shows in a
 // displacement.
 constexpr double kSampledMean = 6e-7, kSampledDeviation = 1e-6;
+// What gradients multiply a displacement by, times what it is off by where errors are independent.
+constexpr double kSampledPull = 1e-5;
 constexpr double kAlikePull = 3e-5;  // of which a third is seen, of ‖g‖
 
 struct Forward : TwoPass {
@@ -46,9 +48,11 @@ struct Forward : TwoPass {
       const Errors errors = pass.sample(pass.block_sums, i, [&](int64_t j, double weight) {
         return kernel.relative_weight(exact_square(b, j), square) / weight - 1;
       });
-      const double share = rest[i] / total;
+      const double share = rest[i] / total, root = ::sqrt(share * kHeavy);  // of Σ w², at most
+      const double pull = 2 * kernel.slope(square) * square / ::sqrt(static_cast<double>(p.dim));
       uncertified[b] = !(std::abs(errors.mean) * share <= kSampledMean &&
-                         errors.root_mean_square * share <= kSampledDeviation);
+                         errors.root_mean_square * share <= kSampledDeviation &&
+                         errors.root_mean_square * root * pull <= kSampledPull);
     });
     const Buffer<double> sums = pass.gather();
     pass.for_queries([&](int64_t i, int64_t b) {
