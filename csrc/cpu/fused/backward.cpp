@@ -19,7 +19,7 @@ constexpr double kPullTolerance = 1e-5;  // of logits: four times the root mean 
 // References with more than this share of the weight, or of what a heavy anchor leaves of it, are
 // taken by direct differences.
 constexpr double kHeavyPull = 1.0 / 32;
-constexpr double kLeastLeft = 1e-12;  // of which `precise` can tell that its logits are none at all
+constexpr double kLeastLeft = 1e-12;     // by which `precise` still notices logits that are far off
 constexpr double kLeastLogWeight = -40;  // of an anchor that is near the nearest reference
 
 // Σ c and Σ c u.
