@@ -40,11 +40,11 @@ constexpr double kSquareRounding = 4e-8, kLogarithmRounding = 3.5e-8, kWeightRou
 // Most of what that of a query's differences from references makes of a squared distance: for all
 // references alike, as the digits that a query has more than they are the same.
 constexpr double kQueryRounding = 0x1p-23;
+// The least of that which counts for queries amid the references, where signs differ.
+constexpr double kAmid = 0.5;
 // On a reference, or copies of one, v is of others: below this share of the weight, with the
 // nearest's squared distance below this share of ‖v‖², their weights have too few digits.
 constexpr double kFaint = 1e-3;
-// The least of that which counts for queries amid the references, where signs differ.
-constexpr double kAmid = 0.5;
 constexpr double kMostGentle = 4;  // k/2 up to which powers are precise whatever the weights
 
 constexpr int kMaxPower = 40;  // beyond it the rounding of powers exceeds that of logarithms
