@@ -14,6 +14,7 @@ import pytest
 import torch
 from cases import seeded
 from oracle import (
+    Truth,
     assert_displacement,
     assert_gradient_of_x,
     assert_gradients,
@@ -40,6 +41,22 @@ def three_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def check_values(
+    x: Tensor,
+    t: Tensor,
+    x0: Tensor,
+    D: float = 1,
+    references: Tensor | ReferenceSet | None = None,
+) -> tuple[Truth, Tensor, Tensor]:
+    """What the contract says of values. Returns the truth, v and the log mass."""
+    truth = solve(x.detach(), t.detach(), x0, D)
+    references = x0 if references is None else references
+    v, log_mass = poisson_displacement(x, t, references, D=D, backend="cpu")
+    assert_displacement(v.detach(), truth, float32_contract("cpu"))
+    assert_log_mass(log_mass.detach(), truth)
+    return truth, v, log_mass
+
+
 def check(
     x: Tensor,
     t: Tensor,
@@ -54,12 +71,8 @@ def check(
     """
     g_v = torch.randn(x.shape, generator=seeded()) if g_v is None else g_v
     g_m = torch.randn(len(x), generator=seeded()).double() if g_m is None else g_m
-    truth = solve(x, t, x0, D)
     x, t = x.clone().requires_grad_(), t.clone().requires_grad_()
-    references = x0 if references is None else references
-    v, log_mass = poisson_displacement(x, t, references, D=D, backend="cpu")
-    assert_displacement(v.detach(), truth, float32_contract("cpu"))
-    assert_log_mass(log_mass.detach(), truth)
+    truth, v, log_mass = check_values(x, t, x0, D, references)
     dx, dt = torch.autograd.grad([v, log_mass], [x, t], [g_v, g_m])
     expected = differentiate(truth, x, x0, g_v, g_m, D)
     assert_gradients(expected, dx, dt)

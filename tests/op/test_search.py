@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from oracle import differentiate, solve
-from search import expected, misses, problems
+from oracle import differentiate, one_thread, solve
+from search import draw, expected, misses, problems
 
 from pfgm_kernels import poisson_displacement, poisson_field
 
@@ -31,6 +32,15 @@ def test_no_problem_misses(backend, seed):
         if backend.reason() is None:
             found += [f"{i}: {problem.name}: {miss}" for miss in misses(backend, problem)]
     assert not found, f"{len(found)} misses of seed {seed}:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(("seed", "number"), [(21, 624), (71, 155)])
+def test_a_problem_that_missed_once(backend, seed, number):
+    """Of longer searches."""
+    if backend.interpreted:
+        pytest.skip("kernels of the CPU missed, and a call of these takes seconds")
+    with one_thread():  # so that the references are in one part
+        assert not misses(backend, draw(np.random.default_rng((seed, number))))
 
 
 def test_the_search_sees_a_miss():

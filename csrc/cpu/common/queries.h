@@ -21,10 +21,6 @@ constexpr double kFloatRounding = 0x1p-24;
 constexpr double kRounding = 0.42 * kFloatRounding;  // of a number at most that, root mean square
 constexpr int kColumnBlock = 256;  // columns whose products are summed in one go, from zero
 
-// By how much the logit of an anchor that is not heavy, known exactly, may be off in the products:
-// that there are others like it may be because there are copies, which err alike.
-constexpr double kAnchorTolerance = 8e-7;
-
 inline double cutoff_depth(const FieldParams& p) { return kSingleCutoff + log_count(p); }
 
 // The distance from which on float sums of y resolve a displacement: not small beside the data's

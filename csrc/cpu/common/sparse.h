@@ -177,9 +177,8 @@ inline void finish_sparse_forward(const FieldParams& p, const RowReader& reader,
 }
 
 // c_j of a reference (exact/backward.cpp).
-inline double pair_coefficient(const FieldParams& p, int64_t b, const TotalPull& total,
-                               const Pair& pair) {
-  const RadialKernel kernel(p.half_k, p.t[b]);
+inline double pair_coefficient(const FieldParams& p, int64_t b, const RadialKernel& kernel,
+                               const TotalPull& total, const Pair& pair) {
   const double logit = kernel.relative_logit<ScalarMath>(pair.distance, p.anchor_square[b]);
   const double weight = ::exp(std::min(0.0, logit + p.anchor_log_weight[b]));
   if (weight == 0) return 0;
@@ -200,7 +199,7 @@ inline void finish_sparse_backward(const FieldParams& p, const RowReader& reader
   double sum = 0;
   for (size_t n = 0; n < query.pairs.size(); ++n) {
     const Pair& pair = query.pairs[n];
-    const double c = pair_coefficient(p, b, total, pair);
+    const double c = pair_coefficient(p, b, kernel, total, pair);
     if (c == 0) continue;
     sum += total.moment ? c * pair.distance : c;
     if (dx) add_row(reader, x, (*query.list)[n], 2 * c, dx);

@@ -15,6 +15,9 @@ namespace {
 constexpr double kFusedHeavy = 1.0 / 32;
 constexpr size_t kMostListed = 64;          // heavy references that wait to be taken
 constexpr double kLogMassTolerance = 1e-6;  // four times the root mean square of the error
+// By how much the logit of an anchor that is not heavy, known exactly, may be off in the products:
+// that there are others like it may be because there are copies, which err alike.
+constexpr double kAnchorTolerance = 8e-7;
 
 // What a task found for a query: the weights are relative to state.nearest.
 struct Partial {

@@ -137,10 +137,12 @@ struct Backward : TwoPass {
   bool agrees(const Pull& pull, int64_t i, int64_t b, double scale) const {
     const int64_t ld = round_up(p.dim, kPad);
     const double *g = p.grad_displacement + b * ld, *x = p.x + b * ld;
-    const double slope = RadialKernel(p.half_k, p.t[b]).slope(p.anchor_square[b]);
+    const RadialKernel kernel(p.half_k, p.t[b]);
+    const double slope = kernel.slope(p.anchor_square[b]);
     const TotalPull total(p, b);
     const Errors errors = pull.pass.sample(pull.sizes, i, [&](int64_t j, double c) {
-      return pair_coefficient(p, b, total, pair_sums(reader, x, g, j)) / (slope * scale) / c - 1;
+      const Pair pair = pair_sums(reader, x, g, j);
+      return pair_coefficient(p, b, kernel, total, pair) / (slope * scale) / c - 1;
     });
     const double size = 2 * slope * scale * pull.pass.total(pull.sizes, i);
     const double dx = size * ::sqrt(p.anchor_square[b]);

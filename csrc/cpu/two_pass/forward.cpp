@@ -16,7 +16,7 @@ namespace {
 // displacement.
 constexpr double kSampledMean = 6e-7, kSampledDeviation = 1e-6;
 // What gradients multiply a displacement by, times what it is off by where errors are independent.
-constexpr double kSampledPull = 1e-5;
+constexpr double kDisplacementPull = 1e-5;
 constexpr double kAlikePull = 3e-5;  // of which a third is seen, of ‖g‖
 
 struct Forward : TwoPass {
@@ -52,7 +52,7 @@ struct Forward : TwoPass {
       const double pull = 2 * kernel.slope(square) * square / ::sqrt(static_cast<double>(p.dim));
       uncertified[b] = !(std::abs(errors.mean) * share <= kSampledMean &&
                          errors.root_mean_square * share <= kSampledDeviation &&
-                         errors.root_mean_square * root * pull <= kSampledPull);
+                         errors.root_mean_square * root * pull <= kDisplacementPull);
     });
     const Buffer<double> sums = pass.gather();
     pass.for_queries([&](int64_t i, int64_t b) {
