@@ -41,7 +41,7 @@ def chunk_shape(
     if d <= MAX_DIRECT_DIM:
         return batch, max(1, min(count, WORK // (batch * (d + 8))))
     if not prepared:
-        count = max(1, min(count, workspace * 5 // 8 // d))  # whose codes `prepare` may make
+        count = max(1, min(count, workspace * 5 // 8 // (d + 40)))  # codes, and what finds copies
     pairs = (workspace if prepared else workspace * 3 // 8) // (2 * 4)
     count = max(1, min(count, pairs // TILE, WORK // (min(batch, 2 * TILE) * d)))
     return max(TILE, pairs // count), count

@@ -27,6 +27,11 @@ def prepare(values: Tensor, table: Tensor = NO_TABLE) -> tuple[Tensor, Tensor, T
     return norms, grid, codes[0] if codes else None
 
 
+def copies(values: Tensor, table: Tensor = NO_TABLE) -> float:
+    """How many references are copies of one, at most; infinity: all are alike."""
+    return prepare(values, table)[1][2].item()
+
+
 def on_a_grid(steps: int, offset: float = 0.0, step: float = STEP) -> Tensor:
     """(300, 100) of which every value of the grid is in the sample."""
     codes = torch.randint(0, steps + 1, (300, D), generator=seeded(steps))
@@ -142,11 +147,12 @@ def test_crowds(dtype):
     table = torch.arange(256).float() if dtype == torch.uint8 else NO_TABLE
     for count in (40, 3000):
         values = torch.randint(0, 256, (count, D), generator=seeded()).to(dtype)
-        assert prepare(values, table)[1][2] == 0
+        assert copies(values, table) == 1
         values[-count // 4 :] = values[-1].clone()
-        assert prepare(values, table)[1][2] == 1
+        assert copies(values, table) == math.inf
         values[-count // 4 :, 0] += torch.arange(count - count * 3 // 4).to(dtype)
-        assert prepare(values, table)[1][2] == (dtype == torch.uint8 and count == 3000)
+        alike = dtype == torch.uint8 and count == 3000
+        assert copies(values, table) == (math.inf if alike else 1)
 
 
 @pytest.mark.parametrize("count", [3, 5000])
@@ -155,15 +161,15 @@ def test_few_values(values, alike, count):
     """Up to 32 among a thousand that are looked at."""
     table = torch.randn(values, generator=seeded())
     drawn = torch.randint(0, values, (count, D), generator=seeded(1))
-    assert prepare(table[drawn])[1][2] == alike
+    assert math.isinf(copies(table[drawn])) == alike
 
 
 @pytest.mark.parametrize(("apart", "alike"), [(0, True), (1e-7, True), (3e-4, True), (1e-2, False)])
 def test_two_that_coincide_among_few(apart, alike):
     values = torch.randn(60, D, generator=seeded())
-    assert prepare(values)[1][2] == 0
+    assert copies(values) == 1
     values[7] = values[41] * (1 + apart)
-    assert (prepare(values)[1][2] > 0) == alike
+    assert math.isinf(copies(values)) == alike
 
 
 @pytest.mark.parametrize("d", [3, 16, 40, 300])
@@ -181,3 +187,27 @@ def test_values_of_an_uneven_table(d):
     assert_displacement(v, expected, float32_contract("cpu"))
     assert_log_mass(log_mass, expected)
     assert torch.equal(anchor[:2], expected.distances.argmin(1)[:2])
+
+
+@pytest.mark.parametrize("count", [1000, 70000])  # which are counted in parts
+@pytest.mark.parametrize("d", [25, 70])
+def test_copies_are_counted(count, d):
+    """Wherever they are: what a sample sees of them is another matter."""
+    values = torch.randn(count, d, generator=seeded())
+    assert copies(values) == 1
+    # Of equal norms, about zero; the middle of the two that lie apart is that of a sample.
+    assert copies(torch.nn.functional.normalize(torch.cat([values, -values]), dim=1)) == 1
+    for seed in range(6):
+        rows = torch.randperm(count, generator=seeded(seed))[: 2 + seed]
+        assert copies(values.index_copy(0, rows, values[rows[:1]].expand(len(rows), d))) == 2 + seed
+
+
+def test_what_roundings_tell_apart_counts_as_copies():
+    values = torch.randn(8000, 64, generator=seeded())
+    values[700:740] = values[700] * (1 + 1e-7 * torch.randn(40, 64, generator=seeded(1)))
+    assert 20 <= copies(values) <= 40
+
+
+def test_rows_along_a_line_are_no_copies():
+    values = torch.linspace(-1, 1, 1000)[:, None] * torch.randn(64, generator=seeded())
+    assert copies(values) == 1

@@ -149,6 +149,19 @@ def test_a_crowd_in_every_other_row(d, copies, seed):
         check(x, t, x0, D)
 
 
+@pytest.mark.parametrize("jitter", [0, 1e-7])
+@pytest.mark.parametrize(
+    ("d", "distance", "D", "height"), [(40, 3.3, 300, 1), (40, 0.3, 1000, 10), (250, 0.3, 300, 30)]
+)
+def test_copies_side_by_side(d, distance, D, height, jitter):
+    """Of which a sample of 1,024 in 32,768 sees seven."""
+    x0 = normal(32768, d)
+    copies = slice(16389, 16389 + 220)
+    x0[copies] = x0[16389] + jitter * normal(220, d, seed=50)
+    x = x0[16389] + distance * normal(4, d, seed=10)
+    check(x, height * (x - x0[16389]).norm(dim=1), x0, D)
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("d", [1, 2, 3, 8, 16, 24])
 @pytest.mark.parametrize("D", [1, 3.3, 8, 16, 24, 60, 1000])

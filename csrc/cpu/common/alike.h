@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../../field_math.h"
+#include "parallel.h"
 
 namespace pfgm {
 namespace {
@@ -94,6 +95,54 @@ inline bool has_few_values(const FieldParams& p) {
 }
 
 inline bool are_alike(const FieldParams& p) { return has_few_values(p) || has_crowds(p); }
+
+// The same for references that are equal or, mostly, differ by roundings of their values, and for
+// no others: of ‖y‖² and two projections of y, to a millionth of their sizes, about.
+inline uint64_t fingerprint(double square, double first, double second) {
+  if (!(square > 0)) return 0;
+  uint64_t mixed, half;
+  __builtin_memcpy(&mixed, &square, sizeof mixed);
+  half = (mixed >> 1) + (uint64_t{1023} << 51);  // about ‖y‖, to a power of two and some more
+  half = (half + (uint64_t{33} << 52)) & ~((uint64_t{1} << 51) - 1);  // a multiple of its 2^33
+  double coarse;
+  __builtin_memcpy(&coarse, &half, sizeof coarse);
+  mixed >>= 32;
+  for (const double projection : {first, second}) {
+    const double rounded = coarse + projection;
+    uint64_t share;
+    __builtin_memcpy(&share, &rounded, sizeof share);
+    mixed = mixed * 0x9e3779b97f4a7c15u + share;
+    mixed ^= mixed >> 29;
+  }
+  return mixed * 0xbf58476d1ce4e5b9u;
+}
+
+// How many of the fingerprints are the one that most are.
+inline int64_t most_equal(int num_threads, const std::vector<uint64_t>& fingerprints) {
+  constexpr int64_t kPart = 1 << 16, kMostParts = 16;  // of which tables stay in the cache
+  const auto count = static_cast<int64_t>(fingerprints.size());
+  int64_t parts = 1, size = 64;  // powers of two
+  while (parts < kMostParts && parts * kPart < count) parts *= 2;
+  while (size * parts < 2 * count) size *= 2;
+  std::vector<int64_t> most(parts, 1);
+  parallel_for(num_threads, parts, [&](int64_t part, int) {
+    struct Slot {
+      uint32_t high, copies;
+    };
+    std::vector<Slot> table(size);
+    uint32_t found = 1;
+    for (const uint64_t mark : fingerprints) {
+      const auto high = static_cast<uint32_t>(mark >> 32);
+      if ((high & (parts - 1)) != part) continue;
+      auto slot = static_cast<int64_t>(mark) & (size - 1);
+      while (table[slot].copies > 0 && table[slot].high != high) slot = (slot + 1) & (size - 1);
+      table[slot].high = high;
+      found = std::max(found, ++table[slot].copies);
+    }
+    most[part] = found;
+  });
+  return *std::max_element(most.begin(), most.end());
+}
 
 }  // namespace
 }  // namespace pfgm

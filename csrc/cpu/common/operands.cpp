@@ -272,32 +272,64 @@ double float_norm(const Row<kSource> row, const double* origin, int64_t dim) {
   return sum - sum == 0 ? sum : NAN;
 }
 
-// Codes, norms and all of the grid but whether references are alike.
-void encode_or_centre(const FieldParams& p) {
-  std::vector<double> mean(p.dim);
-  sample_mean(p, mean.data());
-  if (p.value_type == ValueType::kUint8) {
-    if (encode(p, table_grid(p.table), mean.data())) return;
-  } else if (p.codes) {
-    if (encode_floats(p, mean.data())) return;
+// Numbers that a row is projected with, and for its last kLanes columns those of them that are left
+// when it is read kLanes at a time.
+std::vector<double> make_direction(int64_t dim) {
+  std::vector<double> direction(dim + kLanes);
+  for (int64_t c = 0; c < dim; ++c) {
+    direction[c] = ::fmod(0.618034 * static_cast<double>(c + 1), 1.0) - 0.5;
+    if (c >= dim / kLanes * kLanes) direction[c + kLanes] = direction[c];
   }
+  return direction;
+}
+
+// That of a reference of a given ‖y‖².
+template <Source kSource>
+uint64_t fingerprint(const Row<kSource> row, double square, const double* direction, int64_t dim) {
+  Vec first = {}, second = row.read(dim - kLanes) * load(direction + dim);
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= dim; c += 2 * kLanes) {
+    first += row.read(c) * load(direction + c);
+    second += row.read(c + kLanes) * load(direction + c + kLanes);
+  }
+  if (c + kLanes <= dim) first += row.read(c) * load(direction + c);
+  return fingerprint(square, reduce_add(first), reduce_add(second));
+}
+
+// Norms and all of the grid but how many references are alike, where there are no codes. Returns
+// how many are copies of one at most, to the kernels that have to know.
+int64_t centre(const FieldParams& p, const std::vector<double>& mean) {
   std::copy(mean.begin(), mean.end(), p.grid + kGridHeader);
   p.grid[0] = 1;
   p.grid[1] = -1;
+  const bool fused = p.dim <= PFGM_ISA::kMaxFusedDim;
+  std::vector<uint64_t> fingerprints(fused ? p.count : 1);
+  const std::vector<double> direction = make_direction(p.dim);
   const RowReader reader(p);
   for_runs(p, [&](int64_t first, int64_t last) {
     for (int64_t j = first; j < last; ++j) {
-      p.norms[j] =
-          with_row(reader, j, [&](const auto& row) { return float_norm(row, mean.data(), p.dim); });
+      with_row(reader, j, [&](const auto& row) {
+        p.norms[j] = float_norm(row, mean.data(), p.dim);
+        if (fused) fingerprints[j] = fingerprint(row, p.norms[j], direction.data(), p.dim);
+      });
     }
   });
+  return most_equal(p.num_threads, fingerprints);
+}
+
+// Codes, norms and all of the grid but how many references are alike; false where there is no grid.
+bool write_codes(const FieldParams& p, const std::vector<double>& mean) {
+  if (p.value_type == ValueType::kUint8) return encode(p, table_grid(p.table), mean.data());
+  return p.codes && encode_floats(p, mean.data());
 }
 
 }  // namespace
 
 void PFGM_ISA::prepare_references(const FieldParams& p) {
-  encode_or_centre(p);
-  p.grid[2] = are_alike(p);
+  std::vector<double> mean(p.dim);
+  sample_mean(p, mean.data());
+  const double copies = write_codes(p, mean) ? 1 : static_cast<double>(centre(p, mean));
+  p.grid[2] = are_alike(p) ? INFINITY : copies;
 }
 
 }  // namespace pfgm

@@ -25,12 +25,13 @@ struct Operands {
   Buffer<double> origin;         // (ld,) with zeros beyond d, as rows of queries are
   Buffer<int32_t> origin_codes;  // (ld,), where there are codes
   bool alike;                    // whether rounding errors of float products are (alike.h)
+  double copies;                 // how many are copies of one at most, where d ≤ 256 and no codes
   double radius;                 // max ‖y‖, NaN where any reference is not finite
   Buffer<double> roots;          // (N,) ‖y‖
 };
 
-// FieldParams' grid: unit, deviation (negative: there are no codes), whether references are alike,
-// what code 0 stands for, origin (d,).
+// FieldParams' grid: unit, deviation (negative: there are no codes), how many references are copies
+// of one (infinity: all are alike), what code 0 stands for, origin (d,).
 constexpr int64_t kGridHeader = 4;
 
 // Whether the references are codes on a grid, as prepare_references found.
@@ -45,7 +46,8 @@ inline Operands make_operands(const FieldParams& p) {
   o.unit = p.grid[0];
   o.inverse_unit = 1 / o.unit;
   o.deviation = coded ? p.grid[1] : 0;
-  o.alike = p.grid[2] > 0;
+  o.copies = p.grid[2];
+  o.alike = o.copies == INFINITY;
   const int64_t ld = round_up(p.dim, kPad);
   const double* origin = p.grid + kGridHeader;
   o.origin = Buffer<double>(ld);

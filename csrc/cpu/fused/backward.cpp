@@ -172,8 +172,9 @@ struct FusedBackward : FusedPass {
     const int64_t b = tiles.rows[i];
     const double distance = ::sqrt(p.anchor_square[b]), light = left(b);
     const double lost = kFloatRounding * o.unit * o.radius;
-    // √Σ w² over Σ w of the light references, at most: their errors are independent.
-    const double share = ::sqrt(std::min(kHeavyPull, ::exp(p.anchor_log_weight[b]) / light));
+    // √Σ w² over Σ w of the light references, at most, copies being one, whose errors add up.
+    const double largest = std::min(kHeavyPull, ::exp(p.anchor_log_weight[b]) / light);
+    const double share = ::sqrt(std::min(1.0, largest * o.copies));
     return p.anchor_log_weight[b] >= kLeastLogWeight && lost <= kFusedPull * distance &&
            precise(i, light, share) &&
            resolves_pull(p, o, b, distance, o.radius, sum_depth(p.dim), light * share);

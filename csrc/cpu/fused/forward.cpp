@@ -15,9 +15,6 @@ namespace {
 constexpr double kFusedHeavy = 1.0 / 32;
 constexpr size_t kMostListed = 64;          // heavy references that wait to be taken
 constexpr double kLogMassTolerance = 1e-6;  // four times the root mean square of the error
-// By how much the logit of an anchor that is not heavy, known exactly, may be off in the products:
-// that there are others like it may be because there are copies, which err alike.
-constexpr double kAnchorTolerance = 8e-7;
 
 // What a task found for a query: the weights are relative to state.nearest.
 struct Partial {
@@ -343,9 +340,6 @@ struct FusedForward : FusedPass {
     for (int64_t c = 0; c < p.dim; ++c) v[c] /= sum;
     const double square = pair_sums(reader, p.x + b * ld, nullptr, all.anchor).distance;
     if (!resolves(p, o, v, ::sqrt(square)) || !precise(i, all, square)) return false;
-    const double nominal = (all.nearest + queries[i].offset) * o.unit * o.unit;
-    const double off = std::abs(kernel.relative_logit<ScalarMath>(nominal, square));
-    if (sum * kHeavy > 0.25 && !(off <= kAnchorTolerance)) return false;
     p.anchor[b] = all.anchor;
     p.log_mass[b] = kernel.logit(all.state.nearest) + ::log(sum);
     p.anchor_log_weight[b] =
@@ -353,8 +347,8 @@ struct FusedForward : FusedPass {
     return std::isfinite(p.log_mass[b]);
   }
 
-  // Whether the logits of the light references, whose errors are independent but for what float
-  // leaves out of the query, are precise enough.
+  // Whether the logits of the light references, whose errors are independent but for those of
+  // copies and what float leaves out of the query, are precise enough.
   bool precise(int64_t i, const Partial& all, double anchor_square) const {
     const int64_t b = tiles.rows[i];
     const double* v = p.displacement + b * ld;
@@ -364,7 +358,8 @@ struct FusedForward : FusedPass {
       product += x * (x + v[c] * o.inverse_unit);
     }
     const double slope = queries[i].kernel.slope(anchor_square) * o.unit * o.unit;
-    const double apart = rounding(i, product) * ::sqrt(all.squares);
+    const double squares = std::min(all.squares * o.copies, all.light * all.light);
+    const double apart = rounding(i, product) * ::sqrt(squares);
     // In the mean, what float leaves out is known; of what is about the mean it is not.
     const double about = queries[i].bound.residual * o.radius * all.light;
     const double alike = 2 * (std::abs(all.unseen) + about / ::sqrt(static_cast<double>(p.dim)));
