@@ -65,6 +65,33 @@ def test_clusters_off_a_grid_the_other_way(d, share, seed):
                 check(x.float(), t * (x - centres[0]).norm(dim=1).float(), x0, D)
 
 
+@pytest.mark.parametrize("d", [40, 300, 1000])
+@pytest.mark.parametrize("distance", [0.2, 0.4])
+def test_displacements_to_a_cluster_off_a_grid(d, distance):
+    """All its values by as much: that leaves distances and moves the mean."""
+    codes = torch.randint(0, 256, (3000, d), generator=seeded()).double()
+    steps = torch.randint(-1, 2, (300, d), generator=seeded(1))
+    codes[1700:2000] = codes[1700].clamp(3, 252) + steps
+    off = 0.9 * 2**-21 * torch.sign(normal(1, d, seed=2))
+    x0 = 2 * codes / 255 - 1
+    x = (x0[1700] + distance * normal(4, d, seed=3)).float()
+    x0[1700:2000] += off
+    for D in (1, math.inf):
+        check(x, torch.full((4,), 0.3 * distance * math.sqrt(d)), x0.float(), D)
+
+
+@pytest.mark.parametrize("d", [27, 64, 200])
+def test_a_cluster_of_few_values(d):
+    """Amid others of many: what a column adds to sums is one of three numbers."""
+    x0 = normal(2000, d)
+    x0[500:700] = x0[500] + 0.01 * torch.randint(-1, 2, (200, d), generator=seeded(2))
+    for distance in (0.3, 1, 3):
+        x = x0[500:508] + distance * normal(8, d, seed=4)
+        for D in (1, 64, 1000):
+            for height in (0.3, 1, 3):
+                check(x, height * (x - x0[500:508]).norm(dim=1), x0, D)
+
+
 def origin_of(codes: Tensor) -> Tensor:
     """The codes (d,) that products are about, of references (N, d) that are sampled likewise."""
     _, grid, _ = cpu.prepare((2 * codes / 255 - 1).float(), torch.empty(0), codes.numel())

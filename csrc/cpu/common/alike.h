@@ -19,22 +19,33 @@ namespace {
 // NaN has no place in an order.
 inline double finite_or_zero(double v) { return v - v == 0 ? v : 0; }
 
-// Whether two references are so close that roundings of their distances, much alike, depend on each
-// other. norm: the square of what is rounded.
-inline bool coincide(const FieldParams& p, int64_t a, int64_t b, double norm, double close) {
+// How near two references are, in units of the norm of what is rounded, whose roundings depend on
+// each other: as all of those that are `close`, and as those that are `near` and have a sixteenth
+// of their values in common. A column that adds the same to sums of about the same size rounds
+// alike, whatever the sums are.
+struct Likeness {
+  double close, near;
+};
+
+// norm: the square of that norm.
+inline bool coincide(const FieldParams& p, int64_t a, int64_t b, double norm, Likeness like) {
+  const double most = std::max(like.close, like.near);
   double square = 0;
-  for (int64_t c = 0; c < p.dim && square <= close * close * norm; ++c) {
+  int64_t equal = 0;
+  for (int64_t c = 0; c < p.dim && square <= most * most * norm; ++c) {
     const double difference = decode(p, a * p.dim + c) - decode(p, b * p.dim + c);
     square += difference * difference;
+    equal += difference == 0;
   }
-  return square <= close * close * norm;
+  return square <= like.close * like.close * norm ||
+         (square <= like.near * like.near * norm && 16 * equal >= p.dim);
 }
 
 constexpr int64_t kSampleRows = 1024;
 
 // How many pairs of a sample of the references coincide, or `most`: of neighbours in the order of a
 // projection, of which a few columns do.
-inline int64_t coinciding_pairs(const FieldParams& p, double close, int64_t most) {
+inline int64_t coinciding_pairs(const FieldParams& p, Likeness like, int64_t most) {
   constexpr int64_t kSampleColumns = 16;
   const int64_t rows = std::min(p.count, kSampleRows), columns = std::min(p.dim, kSampleColumns);
   const auto pick =
@@ -68,16 +79,16 @@ inline int64_t coinciding_pairs(const FieldParams& p, double close, int64_t most
   int64_t equal = 0;
   for (int64_t i = 1; i < rows && equal < most; ++i) {
     const int64_t a = sample[i - 1].second, b = sample[i].second;
-    equal += coincide(p, picked[a], picked[b], norms[a], close);
+    equal += coincide(p, picked[a], picked[b], norms[a], like);
   }
   return equal;
 }
 
-// Whether many references coincide.
-inline bool has_crowds(const FieldParams& p) {
+// Whether many references coincide. fused: for the kernels that sum products of floats.
+inline bool has_crowds(const FieldParams& p, bool fused) {
   constexpr int64_t kCrowd = 8;
-  constexpr double kClose = 1e-3;
-  const int64_t equal = coinciding_pairs(p, kClose, kCrowd);
+  constexpr double kClose = 1e-3, kNear = 0.1;
+  const int64_t equal = coinciding_pairs(p, {kClose, fused ? kNear : 0}, kCrowd);
   return equal >= kCrowd || equal * 64 > std::min(p.count, kSampleRows);
 }
 
@@ -94,7 +105,9 @@ inline bool has_few_values(const FieldParams& p) {
   return few(std::min(size, 4 * kFew)) && few(size);
 }
 
-inline bool are_alike(const FieldParams& p) { return has_few_values(p) || has_crowds(p); }
+inline bool are_alike(const FieldParams& p, bool fused) {
+  return has_few_values(p) || has_crowds(p, fused);
+}
 
 // The same for references that are equal or, mostly, differ by roundings of their values, and for
 // no others: of ‖y‖² and two projections of y, to a millionth of their sizes, about.

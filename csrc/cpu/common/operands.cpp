@@ -328,8 +328,9 @@ bool write_codes(const FieldParams& p, const std::vector<double>& mean) {
 void PFGM_ISA::prepare_references(const FieldParams& p) {
   std::vector<double> mean(p.dim);
   sample_mean(p, mean.data());
-  const double copies = write_codes(p, mean) ? 1 : static_cast<double>(centre(p, mean));
-  p.grid[2] = are_alike(p) ? INFINITY : copies;
+  const bool coded = write_codes(p, mean);
+  const double copies = coded ? 1 : static_cast<double>(centre(p, mean));
+  p.grid[2] = are_alike(p, !coded && p.dim <= PFGM_ISA::kMaxFusedDim) ? INFINITY : copies;
 }
 
 }  // namespace pfgm
