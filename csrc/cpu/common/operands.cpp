@@ -296,13 +296,18 @@ uint64_t fingerprint(const Row<kSource> row, double square, const double* direct
   return fingerprint(square, reduce_add(first), reduce_add(second));
 }
 
+// Whether fused kernels will read references that have no codes.
+bool in_fused(const FieldParams& p) {
+  return p.dim > PFGM_ISA::kMaxDirectDim && p.dim <= PFGM_ISA::kMaxFusedDim;
+}
+
 // Norms and all of the grid but how many references are alike, where there are no codes. Returns
 // how many are copies of one at most, to the kernels that have to know.
 int64_t centre(const FieldParams& p, const std::vector<double>& mean) {
   std::copy(mean.begin(), mean.end(), p.grid + kGridHeader);
   p.grid[0] = 1;
   p.grid[1] = -1;
-  const bool fused = p.dim <= PFGM_ISA::kMaxFusedDim;
+  const bool fused = in_fused(p);
   std::vector<uint64_t> fingerprints(fused ? p.count : 1);
   const std::vector<double> direction = make_direction(p.dim);
   const RowReader reader(p);
@@ -330,7 +335,7 @@ void PFGM_ISA::prepare_references(const FieldParams& p) {
   sample_mean(p, mean.data());
   const bool coded = write_codes(p, mean);
   const double copies = coded ? 1 : static_cast<double>(centre(p, mean));
-  p.grid[2] = are_alike(p, !coded && p.dim <= PFGM_ISA::kMaxFusedDim) ? INFINITY : copies;
+  p.grid[2] = are_alike(p, !coded && in_fused(p)) ? INFINITY : copies;
 }
 
 }  // namespace pfgm
