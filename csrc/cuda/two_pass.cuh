@@ -23,11 +23,7 @@ struct SplitArguments {
   uint16_t* parts;  // (num_parts, count, width), a part `plane` after the other
   int64_t plane;
   double* squares;  // (count,) ‖y‖²
-  double* marks;    // (count,) see split_kernel; but for references
-  // Of references: slots, a power of two; in each how many lie, and last whether they are many in
-  // any.
-  int64_t slots = 0;
-  int* copies = nullptr;
+  double* marks;    // (count,) see split_kernel
 };
 
 struct CompareArguments {

@@ -33,8 +33,9 @@ PART = torch.float32 if INTERPRETED else torch.bfloat16
 DIM_MULTIPLE = 64  # rows are padded to this many columns, with zeros
 FUSED_MAX_DIM = 128  # columns up to which queries take one pass (fused.py)
 MEAN_SAMPLE = tl.constexpr(256)  # references whose mean is that of all, nearly
-CROWD = tl.constexpr(8)  # so many equal references: rounding errors do not average out
-SAMPLE = 1024  # references among which few dimensions look for them
+SAMPLE = tl.constexpr(1024)  # references among which equal ones are looked for
+CROWD = tl.constexpr(8)  # so many of them: rounding errors do not average out
+NEARLY = tl.constexpr(1e-6)  # what equal ones may differ by: float32 has hardly more digits of r
 
 
 @Kernel
@@ -95,8 +96,6 @@ def split_kernel(
     steps_ptr,  # (rows,) float64, for three DIGITS
     norms_ptr,  # (rows,) float64
     marks_ptr,  # (3, rows) float64
-    copies_ptr,  # (slots + 1,) int32 zeros, for REFERENCES
-    slots,
     rows,
     d,
     width,
@@ -110,10 +109,9 @@ def split_kernel(
 ):
     """Parts, digits and ‖y‖² of BLOCK_R rows, and marks: of a query what digits, and what parts,
     leave of its product with the mean of the references, an error that all of its products would
-    share; of both, third, the norm of what digits leave; of a cotangent, y = g, what parts leave of
-    that product and (g_m − g·v + g·(origin − x))/unit, in two parts as float32 holds it. Of
-    references, how many lie in each slot, and last the most: equal ones lie in the same, and hardly
-    any others.
+    share; of a reference, in place of the second, a sum that is the same for equal references and
+    hardly else; of both, third, the norm of what digits leave; of a cotangent, y = g, what parts
+    leave of that product and (g_m − g·v + g·(origin − x))/unit, in two parts as float32 holds it.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     norm = tl.zeros((BLOCK_R,), tl.float64)
@@ -183,13 +181,6 @@ def split_kernel(
         own -= tl.load(product_ptr + row, mask=row < rows, other=0.0)
         early = mark + (own + shift) / tl.load(header_ptr)
         mark = early - early.to(tl.float32).to(tl.float64)
-    if REFERENCES:
-        # To a millionth: copies that roundings tell apart mostly are one.
-        place = mark.to(tl.int64, bitcast=True) >> 30
-        place = place * 40503 + (norm.to(tl.int64, bitcast=True) >> 32)
-        place = ((place * 0x9E3779B1) >> 20) & (slots - 1)
-        before = tl.atomic_add(copies_ptr + place, 1, mask=row < rows)
-        tl.atomic_max(copies_ptr + slots, tl.max(tl.where(row < rows, before + 1, 0), 0))
     tl.store(norms_ptr + row, norm, mask=row < rows)
     tl.store(marks_ptr + row, early, mask=row < rows)
     tl.store(marks_ptr + rows + row, mark, mask=row < rows)
@@ -199,15 +190,14 @@ def split_kernel(
 @Kernel
 def summarise_kernel(
     squares_ptr,  # (N,) float64 ‖y‖²
-    marks_ptr,  # (3, N) float64, the third of a reference
-    copies_ptr,  # (slots + 1,) int32
-    slots,
+    marks_ptr,  # (3, N) float64, the second and the third of a reference
     steps_ptr,  # (N,) float64, for STEPS
     header_ptr,  # this and the next are written: see Operands
     norms_ptr,
     N,
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """What is known of all references together, by the first program, and the norms of BLOCK."""
     count = tl.cast(N, tl.int64)
@@ -216,6 +206,7 @@ def summarise_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     squares = tl.load(squares_ptr + row, mask=row < N, other=0.0)
     tl.store(norms_ptr + row, squares - centre, mask=row < N)
+    marks_ptr += count
     if tl.program_id(0) == 0:
         most = tl.zeros((BLOCK,), tl.float64)
         rest = tl.zeros((BLOCK,), tl.float64)
@@ -225,12 +216,22 @@ def summarise_kernel(
             squares = tl.load(squares_ptr + row, mask=row < N, other=0.0)
             most = tl.where((squares > most) | (squares != squares), squares, most)
             if STEPS:
-                own = tl.load(marks_ptr + 2 * count + row, mask=row < N, other=0.0)
+                own = tl.load(marks_ptr + count + row, mask=row < N, other=0.0)
                 rest = tl.maximum(rest, own)
                 step = tl.maximum(step, tl.load(steps_ptr + row, mask=row < N, other=0.0))
         worst = tl.sum(tl.where(most != most, most, 0.0), 0)  # NaN, which a maximum may swallow
-        crowded = tl.load(copies_ptr + slots) >= CROWD
-        tl.store(header_ptr + 2, tl.where(crowded, 1.0, 0.0).to(tl.float64))
+        samples = tl.minimum(N, SAMPLE)
+        ids = tl.arange(0, SAMPLE)
+        marks = tl.load(marks_ptr + ids * count // samples, mask=ids < samples, other=0.0)
+        nearly = tl.max(tl.abs(marks), 0) * NEARLY
+        equal = 0
+        for first in range(0, samples, GROUP):
+            i = first + tl.arange(0, GROUP)
+            own = tl.load(marks_ptr + i * count // samples, mask=i < samples, other=0.0)
+            same = (tl.abs(own[:, None] - marks[None, :]) <= nearly) & (ids[None, :] < i[:, None])
+            found = tl.max(same.to(tl.int32), 1)
+            equal += tl.sum(tl.where(i < samples, found, 0), 0)
+        tl.store(header_ptr + 2, tl.where(equal >= CROWD, 1.0, 0.0).to(tl.float64))
         tl.store(header_ptr + 3, tl.sqrt(tl.max(most, 0)) + worst)
         tl.store(header_ptr + 4, centre)
         tl.store(header_ptr + 5, tl.max(rest, 0))
@@ -294,11 +295,11 @@ def split(
     operands: Operands,
     parts: int,
     digits: int,
-    copies: Tensor | None = None,
+    references: bool = False,
     cotangents: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Split:
-    """Of queries (rows, d), of the references that the operands are being made of, whose copies are
-    counted, or of cotangents with x, g_m and g·v.
+    """Of queries (rows, d), of the references that the operands are being made of, or of cotangents
+    with x, g_m and g·v.
     """
     rows, d = values.shape
     empty = functools.partial(torch.empty, dtype=torch.float64, device=values.device)
@@ -323,13 +324,11 @@ def split(
         out.steps,
         out.norms,
         out.marks,
-        out.norms if copies is None else copies,
-        0 if copies is None else len(copies) - 1,
         rows,
         d,
         padded(d),
         CODES=values.dtype == torch.uint8,
-        REFERENCES=copies is not None,
+        REFERENCES=references,
         COTANGENTS=cotangents is not None,
         PARTS=parts,
         DIGITS=digits,
@@ -349,7 +348,7 @@ def padded(d: int) -> int:
 
 def bytes_per_reference(d: int) -> int:
     """Of the operands of float32 references, with what making them takes."""
-    return (2 * reference_parts(torch.float32, d) + 3) * padded(d) + 80
+    return (2 * reference_parts(torch.float32, d) + 3) * padded(d) + 48
 
 
 def prepare(values: Tensor, table: Tensor) -> Operands:
@@ -366,23 +365,21 @@ def prepare(values: Tensor, table: Tensor) -> Operands:
     )
     found = Operands(header, origin, mean, norms, norms, norms, norms)
     parts, digits = reference_parts(values.dtype, d), 1 if codes else 3
-    slots = triton.next_power_of_2(4 * count)  # in one of which few lie by chance
-    copies = torch.zeros(slots + 1, dtype=torch.int32, device=values.device)
-    rows = split(values, table, found, parts, digits, copies)
+    rows = split(values, table, found, parts, digits, references=True)
     summarise_kernel[triton.cdiv(count, 1024),](
-        *(rows.norms, rows.marks, copies, slots, rows.steps, header, norms, count),
+        *(rows.norms, rows.marks, rows.steps, header, norms, count),
         STEPS=digits > 1,
         BLOCK=1024,
+        GROUP=16,
     )
     return replace(found, parts=rows.parts, digits=rows.digits, steps=rows.steps)
 
 
 def count_equal(values: Tensor) -> Tensor:
-    """How many of a sample of values (N, d), one of each share of them, equal another."""
-    count, own = len(values), torch.arange(min(len(values), SAMPLE), device=values.device)
-    # At random, as an order may have a period; N may be no multiple of the sample.
-    rows = own * count // len(own) + own * 40503 % max(count // len(own), 1)
+    """How many of a sample of values (N, d) equal another, as summarise_kernel counts them."""
+    count = min(len(values), SAMPLE.value)
+    rows = values[torch.arange(count, device=values.device) * len(values) // count]
     # A number that is the same for equal rows and hardly else.
     factors = torch.arange(values.shape[1], device=values.device) * 40503 % 65521 + 1
-    ordered = (values[rows].double() * factors).sum(1).sort().values
+    ordered = (rows.double() * factors).sum(1).sort().values
     return (ordered[1:] == ordered[:-1]).sum()
