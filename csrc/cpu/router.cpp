@@ -19,7 +19,7 @@ Fast choose(const FieldParams& p, Fast direct, Fast fused, Fast two_pass) {
   if (!p.single || p.value_type == ValueType::kFloat64) return nullptr;
   if (p.dim <= PFGM_ISA::kMaxDirectDim)
     return p.half_k <= kMostHalfK || gaussian ? direct : nullptr;
-  return p.dim <= PFGM_ISA::kMaxFusedDim && !has_codes(p) ? fused : two_pass;
+  return in_fused(p) ? fused : two_pass;
 }
 
 // Whether the displacement all but cancels: its digits, of which a normalised field needs all, are

@@ -151,7 +151,7 @@ def test_crowds(dtype):
         values[-count // 4 :] = values[-1].clone()
         assert copies(values, table) == math.inf
         values[-count // 4 :, 0] += torch.arange(count - count * 3 // 4).to(dtype)
-        # Of 3,000 codes some are equal again, and floats lie off the grid then: see Likeness.
+        # Of 3,000 codes some are equal again, and floats lie off the grid then.
         assert copies(values, table) == (math.inf if count == 3000 else 1)
 
 
@@ -211,4 +211,12 @@ def test_what_roundings_tell_apart_counts_as_copies():
 
 def test_rows_along_a_line_are_no_copies():
     values = torch.linspace(-1, 1, 1000)[:, None] * torch.randn(64, generator=seeded())
+    assert copies(values) == 1
+
+
+def test_neighbours_on_a_curve_are_no_crowd():
+    """What near ones have in common is the columns that are constant."""
+    angle = torch.linspace(0, 6, 1000)
+    curve = torch.stack([torch.cos(angle), torch.sin(2 * angle), angle], 1)
+    values = torch.cat([curve, torch.full((1000, 37), 0.3)], 1)
     assert copies(values) == 1

@@ -19,33 +19,31 @@ namespace {
 // NaN has no place in an order.
 inline double finite_or_zero(double v) { return v - v == 0 ? v : 0; }
 
-// How near two references are, in units of the norm of what is rounded, whose roundings depend on
-// each other: as all of those that are `close`, and as those that are `near` and have a sixteenth
-// of their values in common. A column that adds the same to sums of about the same size rounds
-// alike, whatever the sums are.
-struct Likeness {
-  double close, near;
-};
-
-// norm: the square of that norm.
-inline bool coincide(const FieldParams& p, int64_t a, int64_t b, double norm, Likeness like) {
-  const double most = std::max(like.close, like.near);
+// Whether roundings of the distances of two references depend on each other: they do where these
+// are so close, and where products of floats y = x0 − origin are summed, if origin is not null,
+// also where they are near and have a sixteenth of their y in common. What a column adds to sums of
+// about the same size rounds alike, whatever the sums are, unless it adds nothing. norm: the square
+// of what is rounded.
+inline bool coincide(const FieldParams& p, int64_t a, int64_t b, double norm, double close,
+                     const double* origin) {
+  constexpr double kNear = 0.1;
+  const double near = origin ? kNear : 0, most = std::max(close, near);
   double square = 0;
   int64_t equal = 0;
   for (int64_t c = 0; c < p.dim && square <= most * most * norm; ++c) {
-    const double difference = decode(p, a * p.dim + c) - decode(p, b * p.dim + c);
-    square += difference * difference;
-    equal += difference == 0;
+    const double value = decode(p, a * p.dim + c), other = decode(p, b * p.dim + c);
+    square += (value - other) * (value - other);
+    equal += value == other && origin && value != origin[c];
   }
-  return square <= like.close * like.close * norm ||
-         (square <= like.near * like.near * norm && 16 * equal >= p.dim);
+  return square <= close * close * norm || (square <= near * near * norm && 16 * equal >= p.dim);
 }
 
 constexpr int64_t kSampleRows = 1024;
 
 // How many pairs of a sample of the references coincide, or `most`: of neighbours in the order of a
 // projection, of which a few columns do.
-inline int64_t coinciding_pairs(const FieldParams& p, Likeness like, int64_t most) {
+inline int64_t coinciding_pairs(const FieldParams& p, double close, const double* origin,
+                                int64_t most) {
   constexpr int64_t kSampleColumns = 16;
   const int64_t rows = std::min(p.count, kSampleRows), columns = std::min(p.dim, kSampleColumns);
   const auto pick =
@@ -79,16 +77,16 @@ inline int64_t coinciding_pairs(const FieldParams& p, Likeness like, int64_t mos
   int64_t equal = 0;
   for (int64_t i = 1; i < rows && equal < most; ++i) {
     const int64_t a = sample[i - 1].second, b = sample[i].second;
-    equal += coincide(p, picked[a], picked[b], norms[a], like);
+    equal += coincide(p, picked[a], picked[b], norms[a], close, origin);
   }
   return equal;
 }
 
-// Whether many references coincide. fused: for the kernels that sum products of floats.
-inline bool has_crowds(const FieldParams& p, bool fused) {
+// Whether many references coincide.
+inline bool has_crowds(const FieldParams& p, const double* origin) {
   constexpr int64_t kCrowd = 8;
-  constexpr double kClose = 1e-3, kNear = 0.1;
-  const int64_t equal = coinciding_pairs(p, {kClose, fused ? kNear : 0}, kCrowd);
+  constexpr double kClose = 1e-3;
+  const int64_t equal = coinciding_pairs(p, kClose, origin, kCrowd);
   return equal >= kCrowd || equal * 64 > std::min(p.count, kSampleRows);
 }
 
@@ -105,12 +103,12 @@ inline bool has_few_values(const FieldParams& p) {
   return few(std::min(size, 4 * kFew)) && few(size);
 }
 
-inline bool are_alike(const FieldParams& p, bool fused) {
-  return has_few_values(p) || has_crowds(p, fused);
+inline bool are_alike(const FieldParams& p, const double* origin) {
+  return has_few_values(p) || has_crowds(p, origin);
 }
 
 // The same for references that are equal or, mostly, differ by roundings of their values, and for
-// no others: of ‖y‖² and two projections of y, to a millionth of their sizes, about.
+// no others: of ‖y‖², to a millionth, and two projections of x0, to that share of ‖y‖.
 inline uint64_t fingerprint(double square, double first, double second) {
   if (!(square > 0)) return 0;
   uint64_t mixed, half;

@@ -296,11 +296,6 @@ uint64_t fingerprint(const Row<kSource> row, double square, const double* direct
   return fingerprint(square, reduce_add(first), reduce_add(second));
 }
 
-// Whether fused kernels will read references that have no codes.
-bool in_fused(const FieldParams& p) {
-  return p.dim > PFGM_ISA::kMaxDirectDim && p.dim <= PFGM_ISA::kMaxFusedDim;
-}
-
 // Norms and all of the grid but how many references are alike, where there are no codes. Returns
 // how many are copies of one at most, to the kernels that have to know.
 int64_t centre(const FieldParams& p, const std::vector<double>& mean) {
@@ -308,7 +303,7 @@ int64_t centre(const FieldParams& p, const std::vector<double>& mean) {
   p.grid[0] = 1;
   p.grid[1] = -1;
   const bool fused = in_fused(p);
-  std::vector<uint64_t> fingerprints(fused ? p.count : 1);
+  std::vector<uint64_t> fingerprints(fused ? p.count : 0);
   const std::vector<double> direction = make_direction(p.dim);
   const RowReader reader(p);
   for_runs(p, [&](int64_t first, int64_t last) {
@@ -319,7 +314,7 @@ int64_t centre(const FieldParams& p, const std::vector<double>& mean) {
       });
     }
   });
-  return most_equal(p.num_threads, fingerprints);
+  return fused ? most_equal(p.num_threads, fingerprints) : 1;
 }
 
 // Codes, norms and all of the grid but how many references are alike; false where there is no grid.
@@ -333,9 +328,9 @@ bool write_codes(const FieldParams& p, const std::vector<double>& mean) {
 void PFGM_ISA::prepare_references(const FieldParams& p) {
   std::vector<double> mean(p.dim);
   sample_mean(p, mean.data());
-  const bool coded = write_codes(p, mean);
-  const double copies = coded ? 1 : static_cast<double>(centre(p, mean));
-  p.grid[2] = are_alike(p, !coded && in_fused(p)) ? INFINITY : copies;
+  const int64_t copies = write_codes(p, mean) ? 1 : centre(p, mean);
+  const double* origin = in_fused(p) ? p.grid + kGridHeader : nullptr;
+  p.grid[2] = are_alike(p, origin) ? INFINITY : static_cast<double>(copies);
 }
 
 }  // namespace pfgm

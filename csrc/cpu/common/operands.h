@@ -37,6 +37,11 @@ constexpr int64_t kGridHeader = 4;
 // Whether the references are codes on a grid, as prepare_references found.
 inline bool has_codes(const FieldParams& p) { return p.grid[1] >= 0; }
 
+// Whether the fused kernels read references that were prepared.
+inline bool in_fused(const FieldParams& p) {
+  return p.dim > PFGM_ISA::kMaxDirectDim && p.dim <= PFGM_ISA::kMaxFusedDim && !has_codes(p);
+}
+
 // What prepare_references wrote.
 inline Operands make_operands(const FieldParams& p) {
   Operands o{};

@@ -335,7 +335,7 @@ void forward_tile(const Pass& pass, int64_t start, int size, Part* parts, double
 double crowd_of(const FieldParams& p) {
   constexpr double kClose = 1e-6;
   if (has_few_values(p)) return INFINITY;
-  const double pairs = static_cast<double>(coinciding_pairs(p, {kClose, 0}, kSampleRows));
+  const double pairs = static_cast<double>(coinciding_pairs(p, kClose, nullptr, kSampleRows));
   const double share = std::max(static_cast<double>(p.count) / kSampleRows, 1.0);
   return pairs == 0 ? 1 : (pairs + 1) * share;
 }
