@@ -4,6 +4,7 @@
 // of a block at a time meet all tiles of queries. What is left out is the decoding of references:
 // they are read where they are.
 
+#define PFGM_ISA native
 #include "../csrc/cpu/two_pass/screen.h"
 
 using namespace pfgm;
