@@ -139,7 +139,9 @@ __global__ void __launch_bounds__(kDirectThreads)
   const FieldParams& p = a.p;
   const int sample = p.count < kSample ? static_cast<int>(p.count) : kSample;
   for (int i = threadIdx.x; i < sample; i += kDirectThreads) {
-    const int64_t row = i * p.count / sample * p.dim;
+    // Of each share one at random: an order may have a period.
+    const int64_t share = p.count / sample;
+    const int64_t row = (i * p.count / sample + i * kFactor % share) * p.dim;
     double hash = 0;
     for (int c = 0; c < p.dim; ++c) hash += load_float(p, row + c) * (c * kFactor % kModulus + 1.0);
     hashes[i] = hash;

@@ -6,6 +6,8 @@
 // 1, the origin a point amid the data. With x' = (x − origin)/unit
 //
 //     s_j / unit² = ‖x'‖² + t²/unit² + ‖y_j‖² − 2 x'·y_j
+#include <algorithm>
+
 #include "float_math.cuh"
 #include "two_pass.cuh"
 
@@ -13,18 +15,19 @@ namespace pfgm {
 namespace {
 
 constexpr int kCodeOrigin = 128;
-constexpr int kSample = 1024;  // references among which equal ones are looked for
-constexpr int kCrowd = 8;      // so many of them: rounding errors do not average out
+constexpr int kCrowd = 8;  // so many equal references: rounding errors do not average out
+constexpr int64_t kCrowdedShare = 128;  // nor where of so many references one equals another
+constexpr int kMeanSample = 256;        // references whose mean is that of all, nearly
 
-constexpr int kMeanSample = 256;  // references whose mean is that of all, nearly
-
-// Origin and unit, and the mean of the y, a column to a thread.
+// Origin and unit, and the mean of the y, a column to a thread; and the slots, emptied.
 __global__ void __launch_bounds__(kThreads)
     origin_kernel(const __grid_constant__ SplitArguments a) {
   const FieldParams& p = a.p;
   const bool codes = p.value_type == ValueType::kUint8;
   const double low = codes ? p.table[0] : 0, unit = codes ? (p.table[255] - low) / 255 : 1;
   const int64_t column = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = column; i < 2 + 2 * a.slots; i += threads) a.copies[i] = 0;
   if (column == 0) {
     double deviation = 0;
     for (int code = 0; codes && code < 256; ++code) {
@@ -62,10 +65,23 @@ __device__ double load(const SplitArguments& a, int64_t row, int64_t column) {
   }
 }
 
-// A warp takes a row: its parts, ‖y‖², and a mark. Of a reference the mark is a sum that is the
-// same for equal references and hardly else; of a query what its parts leave of its product with
-// the mean of the references, an error that all of its products would share; of a cotangent g that
-// and g_m − g·v + g·(origin − x), over unit.
+// Counts a reference among the copies, by ‖y‖² and a sum that is the same for equal ones and hardly
+// else. It leaves its name in a slot, which it shares with its copies and few others.
+__device__ void count_copy(const SplitArguments& a, double square, double mark) {
+  // To a millionth: copies that roundings tell apart mostly have one name.
+  const auto norm = static_cast<uint64_t>(__double_as_longlong(square)) >> 32;
+  const auto sum = static_cast<uint64_t>(__double_as_longlong(mark)) >> 30;
+  const uint64_t place = (sum * 40503 + norm) * 0x9e3779b1u;
+  const int name = static_cast<int>(place & 0x7fffffff) | 1;  // none is that of an empty slot
+  int* const slot = a.copies + 2 + 2 * (static_cast<int64_t>(place >> 20) & (a.slots - 1));
+  if (atomicExch(slot, name) != name) return;
+  atomicMax(a.copies, atomicAdd(slot + 1, 1) + 1);
+  atomicAdd(a.copies + 1, 1);
+}
+
+// A warp takes a row: its parts, ‖y‖², and a mark. Of a query the mark is what its parts leave of
+// its product with the mean of the references, an error that all of its products would share; of a
+// cotangent g that and g_m − g·v + g·(origin − x), over unit. Copies of references are counted.
 __global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__ SplitArguments a) {
   const FieldParams& p = a.p;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -110,7 +126,11 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__
   if (a.of == RowsOf::kCotangents)
     mark += (p.grad_log_mass[row] - p.projection[row] + shift) / p.header[0];
   a.squares[row] = square;
-  a.marks[row] = mark;
+  if (a.of != RowsOf::kReferences) {
+    a.marks[row] = mark;
+  } else {
+    count_copy(a, square, mark);
+  }
 }
 
 // What is known of all references together, by the first block; and p.squares, by all.
@@ -127,31 +147,19 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (blockIdx.x != 0) return;
 
-  double* const hashes = shared_memory<double>();  // (kSample,)
-  double* const largest = hashes + kSample;        // (kThreads,)
-  const int sample = static_cast<int>(count < kSample ? count : kSample);
-  for (int i = thread; i < sample; i += kThreads) hashes[i] = a.marks[i * count / sample];
+  double* const largest = shared_memory<double>();  // (kThreads,)
   double most = 0;
   for (int64_t row = thread; row < count; row += kThreads) {
     if (!(a.squares[row] <= most)) most = most == most ? a.squares[row] : most;  // NaN stays
   }
   largest[thread] = most;
   __syncthreads();
-  int equal = 0;  // references of the sample that equal an earlier one
-  for (int i = thread; i < sample; i += kThreads) {
-    int j = 0;
-    while (j < i && hashes[j] != hashes[i]) ++j;
-    equal += j < i;
-  }
-  int* const counts = reinterpret_cast<int*>(largest + kThreads);  // (kThreads,)
-  counts[thread] = equal;
-  __syncthreads();
   if (thread != 0) return;
   for (int i = 1; i < kThreads; ++i) {
     if (!(largest[i] <= most)) most = most == most ? largest[i] : most;
-    equal += counts[i];
   }
-  p.header[2] = equal >= kCrowd ? 1 : 0;
+  const int64_t copies = a.copies[0], equal = a.copies[1];
+  p.header[2] = copies >= kCrowd || (equal >= kCrowd && equal * kCrowdedShare >= count) ? 1 : 0;
   p.header[3] = ::sqrt(most);
   p.header[4] = centre;
 }
@@ -184,13 +192,16 @@ int64_t prepare_references_cuda(const FieldParams& p) {
   a.parts = p.parts;
   a.plane = p.plane;
   a.squares = workspace.take<double>(p.count);
-  a.marks = workspace.take<double>(p.count);
-  launch(origin_kernel, divide_up(p.dim, kThreads), kThreads, 0, a);
-  split(a);
+  a.slots = 1;
+  while (a.slots < 2 * p.count) a.slots *= 2;
+  a.copies = workspace.take<int>(2 + 2 * a.slots);
   constexpr int64_t kMostBlocks = 1024;
+  const int64_t emptied = divide_up(a.slots, 4 * kThreads), columns = divide_up(p.dim, kThreads);
+  launch(origin_kernel, std::max(columns, std::min(emptied, kMostBlocks)), kThreads, 0, a);
+  split(a);
   const int64_t blocks = divide_up(p.count, kThreads);
   launch(summarise_kernel, blocks < kMostBlocks ? blocks : kMostBlocks, kThreads,
-         (kSample + kThreads) * sizeof(double) + kThreads * sizeof(int), a);
+         kThreads * sizeof(double), a);
   return workspace.bytes();
 }
 

@@ -23,7 +23,11 @@ struct SplitArguments {
   uint16_t* parts;  // (num_parts, count, width), a part `plane` after the other
   int64_t plane;
   double* squares;  // (count,) ‖y‖²
-  double* marks;    // (count,) see split_kernel
+  double* marks;    // (count,) see split_kernel; but for references
+  // Of references: how many copies one has, at most, how many are a copy of one before, and slots,
+  // a power of two of them: a name each and how many copies of that came.
+  int64_t slots = 0;
+  int* copies = nullptr;
 };
 
 struct CompareArguments {

@@ -213,4 +213,4 @@ def _width(d: int) -> int:
 
 def _bytes_per_reference(d: int) -> int:
     """Of the operands of a float32 reference, and of what making them takes."""
-    return 2 * _num_parts(torch.float32, d) * _width(d) + 24
+    return 2 * _num_parts(torch.float32, d) * _width(d) + 56

@@ -81,7 +81,6 @@ HARMLESS = {
     "one hash more, which nothing wrote: of eight it takes, one could be counted too many": [
         "direct_forward.cu: for (int i = 0; mine <= sample && i < mine; ++i)"
         " equal |= hashes[i] == hashes[mine];",
-        "operands.cu: for (int i = thread; i <= sample; i += kThreads) {",
     ],
     "the last sum is written there afterwards": [
         "direct_sum.cuh: const bool last = c == kDim, mine = place.share == 0 && b < p.batch"

@@ -34,10 +34,12 @@ def test_no_problem_misses(backend, seed):
     assert not found, f"{len(found)} misses of seed {seed}:\n" + "\n".join(found)
 
 
-@pytest.mark.parametrize(("seed", "number"), [(21, 624), (71, 155)])
-def test_a_problem_that_missed_once(backend, seed, number):
-    """Of longer searches."""
-    if backend.interpreted:
+@pytest.mark.parametrize(
+    ("seed", "number", "on_gpus"), [(21, 624, False), (71, 155, False), (0, 1, True)]
+)
+def test_a_problem_that_missed_once(backend, seed, number, on_gpus):
+    """Of longer searches, and of one while many references with one copy each were not seen."""
+    if backend.interpreted and not on_gpus:
         pytest.skip("kernels of the CPU missed, and a call of these takes seconds")
     with one_thread():  # so that the references are in one part
         assert not misses(backend, draw(np.random.default_rng((seed, number))))

@@ -29,10 +29,10 @@ from pfgm_kernels.backends._values import decode
 from pfgm_kernels.backends.triton.backward_pass import exact_backward
 from pfgm_kernels.backends.triton.call import Call
 from pfgm_kernels.backends.triton.configurations import Blocks, blocks, multiprocessors
+from pfgm_kernels.backends.triton.copies import CROWD, count_equal
 from pfgm_kernels.backends.triton.forward_pass import Outputs, exact_forward
 from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import as_double, bits_of, logits_float
-from pfgm_kernels.backends.triton.operands import CROWD, count_equal
 from pfgm_kernels.rows import Cotangents
 
 MAX_DIM = 32

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pfgm_kernels.backends.triton.configurations import INTERPRETED, blocks
+from pfgm_kernels.backends.triton.copies import count_copies, crowded, room_for_copies
 from pfgm_kernels.backends.triton.digits import CODE_ORIGIN, last_digit, load_centred, multiple
 from pfgm_kernels.backends.triton.launch import Kernel
 from pfgm_kernels.backends.triton.maths import load_values, round_to_bfloat16
@@ -33,9 +34,6 @@ PART = torch.float32 if INTERPRETED else torch.bfloat16
 DIM_MULTIPLE = 64  # rows are padded to this many columns, with zeros
 FUSED_MAX_DIM = 128  # columns up to which queries take one pass (fused.py)
 MEAN_SAMPLE = tl.constexpr(256)  # references whose mean is that of all, nearly
-SAMPLE = tl.constexpr(1024)  # references among which equal ones are looked for
-CROWD = tl.constexpr(8)  # so many of them: rounding errors do not average out
-NEARLY = tl.constexpr(1e-6)  # what equal ones may differ by: float32 has hardly more digits of r
 
 
 @Kernel
@@ -96,6 +94,8 @@ def split_kernel(
     steps_ptr,  # (rows,) float64, for three DIGITS
     norms_ptr,  # (rows,) float64
     marks_ptr,  # (3, rows) float64
+    copies_ptr,  # of room_for_copies, for REFERENCES
+    slots,
     rows,
     d,
     width,
@@ -109,9 +109,9 @@ def split_kernel(
 ):
     """Parts, digits and ‖y‖² of BLOCK_R rows, and marks: of a query what digits, and what parts,
     leave of its product with the mean of the references, an error that all of its products would
-    share; of a reference, in place of the second, a sum that is the same for equal references and
-    hardly else; of both, third, the norm of what digits leave; of a cotangent, y = g, what parts
-    leave of that product and (g_m − g·v + g·(origin − x))/unit, in two parts as float32 holds it.
+    share; of both, third, the norm of what digits leave; of a cotangent, y = g, what parts leave of
+    that product and (g_m − g·v + g·(origin − x))/unit, in two parts as float32 holds it.
+    References are counted, see count_copies.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     norm = tl.zeros((BLOCK_R,), tl.float64)
@@ -181,6 +181,8 @@ def split_kernel(
         own -= tl.load(product_ptr + row, mask=row < rows, other=0.0)
         early = mark + (own + shift) / tl.load(header_ptr)
         mark = early - early.to(tl.float32).to(tl.float64)
+    if REFERENCES:
+        count_copies(copies_ptr, slots, norm, mark, row < rows)
     tl.store(norms_ptr + row, norm, mask=row < rows)
     tl.store(marks_ptr + row, early, mask=row < rows)
     tl.store(marks_ptr + rows + row, mark, mask=row < rows)
@@ -190,14 +192,14 @@ def split_kernel(
 @Kernel
 def summarise_kernel(
     squares_ptr,  # (N,) float64 ‖y‖²
-    marks_ptr,  # (3, N) float64, the second and the third of a reference
+    marks_ptr,  # (3, N) float64, the third of a reference
+    copies_ptr,  # of count_copies, for all
     steps_ptr,  # (N,) float64, for STEPS
     header_ptr,  # this and the next are written: see Operands
     norms_ptr,
     N,
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """What is known of all references together, by the first program, and the norms of BLOCK."""
     count = tl.cast(N, tl.int64)
@@ -206,7 +208,6 @@ def summarise_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     squares = tl.load(squares_ptr + row, mask=row < N, other=0.0)
     tl.store(norms_ptr + row, squares - centre, mask=row < N)
-    marks_ptr += count
     if tl.program_id(0) == 0:
         most = tl.zeros((BLOCK,), tl.float64)
         rest = tl.zeros((BLOCK,), tl.float64)
@@ -216,22 +217,12 @@ def summarise_kernel(
             squares = tl.load(squares_ptr + row, mask=row < N, other=0.0)
             most = tl.where((squares > most) | (squares != squares), squares, most)
             if STEPS:
-                own = tl.load(marks_ptr + count + row, mask=row < N, other=0.0)
+                own = tl.load(marks_ptr + 2 * count + row, mask=row < N, other=0.0)
                 rest = tl.maximum(rest, own)
                 step = tl.maximum(step, tl.load(steps_ptr + row, mask=row < N, other=0.0))
         worst = tl.sum(tl.where(most != most, most, 0.0), 0)  # NaN, which a maximum may swallow
-        samples = tl.minimum(N, SAMPLE)
-        ids = tl.arange(0, SAMPLE)
-        marks = tl.load(marks_ptr + ids * count // samples, mask=ids < samples, other=0.0)
-        nearly = tl.max(tl.abs(marks), 0) * NEARLY
-        equal = 0
-        for first in range(0, samples, GROUP):
-            i = first + tl.arange(0, GROUP)
-            own = tl.load(marks_ptr + i * count // samples, mask=i < samples, other=0.0)
-            same = (tl.abs(own[:, None] - marks[None, :]) <= nearly) & (ids[None, :] < i[:, None])
-            found = tl.max(same.to(tl.int32), 1)
-            equal += tl.sum(tl.where(i < samples, found, 0), 0)
-        tl.store(header_ptr + 2, tl.where(equal >= CROWD, 1.0, 0.0).to(tl.float64))
+        alike = tl.where(crowded(copies_ptr, count), 1.0, 0.0)
+        tl.store(header_ptr + 2, alike.to(tl.float64))
         tl.store(header_ptr + 3, tl.sqrt(tl.max(most, 0)) + worst)
         tl.store(header_ptr + 4, centre)
         tl.store(header_ptr + 5, tl.max(rest, 0))
@@ -295,11 +286,11 @@ def split(
     operands: Operands,
     parts: int,
     digits: int,
-    references: bool = False,
+    copies: Tensor | None = None,
     cotangents: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Split:
-    """Of queries (rows, d), of the references that the operands are being made of, or of cotangents
-    with x, g_m and g·v.
+    """Of queries (rows, d), of the references that the operands are being made of, whose copies are
+    counted, or of cotangents with x, g_m and g·v.
     """
     rows, d = values.shape
     empty = functools.partial(torch.empty, dtype=torch.float64, device=values.device)
@@ -324,11 +315,13 @@ def split(
         out.steps,
         out.norms,
         out.marks,
+        out.norms if copies is None else copies,
+        0 if copies is None else len(copies) // 2 - 1,
         rows,
         d,
         padded(d),
         CODES=values.dtype == torch.uint8,
-        REFERENCES=references,
+        REFERENCES=copies is not None,
         COTANGENTS=cotangents is not None,
         PARTS=parts,
         DIGITS=digits,
@@ -348,7 +341,7 @@ def padded(d: int) -> int:
 
 def bytes_per_reference(d: int) -> int:
     """Of the operands of float32 references, with what making them takes."""
-    return (2 * reference_parts(torch.float32, d) + 3) * padded(d) + 48
+    return (2 * reference_parts(torch.float32, d) + 3) * padded(d) + 80
 
 
 def prepare(values: Tensor, table: Tensor) -> Operands:
@@ -365,21 +358,11 @@ def prepare(values: Tensor, table: Tensor) -> Operands:
     )
     found = Operands(header, origin, mean, norms, norms, norms, norms)
     parts, digits = reference_parts(values.dtype, d), 1 if codes else 3
-    rows = split(values, table, found, parts, digits, references=True)
+    copies = room_for_copies(count, values.device)
+    rows = split(values, table, found, parts, digits, copies)
     summarise_kernel[triton.cdiv(count, 1024),](
-        *(rows.norms, rows.marks, rows.steps, header, norms, count),
+        *(rows.norms, rows.marks, copies, rows.steps, header, norms, count),
         STEPS=digits > 1,
         BLOCK=1024,
-        GROUP=16,
     )
     return replace(found, parts=rows.parts, digits=rows.digits, steps=rows.steps)
-
-
-def count_equal(values: Tensor) -> Tensor:
-    """How many of a sample of values (N, d) equal another, as summarise_kernel counts them."""
-    count = min(len(values), SAMPLE.value)
-    rows = values[torch.arange(count, device=values.device) * len(values) // count]
-    # A number that is the same for equal rows and hardly else.
-    factors = torch.arange(values.shape[1], device=values.device) * 40503 % 65521 + 1
-    ordered = (rows.double() * factors).sum(1).sort().values
-    return (ordered[1:] == ordered[:-1]).sum()
