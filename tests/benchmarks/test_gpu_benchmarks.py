@@ -53,6 +53,7 @@ def test_two_parts_hold_16_bits() -> None:
     assert ((high.double() + low.double() - x).abs() <= 2**-16 * x.abs()).all()
 
 
+@pytest.mark.exhaustive
 def test_a_compiler_keeps_the_low_part() -> None:
     """torch.compile takes a rounding to bfloat16 and back for nothing at all."""
     if reason := machine.cannot_compile(torch.__file__):

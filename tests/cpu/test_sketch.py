@@ -157,6 +157,7 @@ def test_a_class_that_lies_elsewhere():
         assert_log_mass(log_mass, expected)
 
 
+@pytest.mark.exhaustive
 @given(st.integers(0, 1 << 30))
 def test_any_basis_is_correct(seed):
     """The bound on what a basis leaves, for bases that have nothing to do with the data."""

@@ -32,6 +32,7 @@ def check(folder: Path, compiler: str, flags: str, *emulator: str) -> None:
     assert (run.returncode, run.stdout) == (0, "")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 class TestVectors:
     def test_of_an_instruction_set(self, instruction_set: str, tmp_path: Path) -> None:

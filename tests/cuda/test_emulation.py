@@ -75,6 +75,7 @@ def expected(program: str, tiles: Tensor) -> Tensor:
     return row.expand(2, -1)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["plain", "races"])
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(("order", "late"), emulated.SCHEDULES)

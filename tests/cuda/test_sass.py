@@ -77,6 +77,7 @@ def inner_loop(code: dict[int, str]) -> list[str]:
     return [text for at, text in code.items() if first <= at <= last]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_products_are_of_tensor_cores_and_few_dimensions_of_floats(cuobjdump, architecture):
     functions = re.split(

@@ -21,7 +21,7 @@ from pfgm_kernels.figures import canvas
 from pfgm_kernels.training import data
 
 REDUCED = 0.15
-LONG = {"trajectories", "weights", "far-field"}  # a second or more each
+LONG = {"trajectories", "weights", "far-field", "shell", "four-sources"}  # a second or more each
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@
 `exhaustive`, every value of every parameter of a test, and every named case at least once. It
 leaves out what combines these in further ways. A named case is taken by one of the tests that are
 made for named cases, another one from case to case. Of kernels that are interpreted or emulated,
-where a call takes seconds, it takes every named case and, of every other test, one value; under
-Triton's interpreter the cases are those of the test of values.
+where a call takes seconds, it takes every named case and, of every other test, one value, but none
+of AROUND; under Triton's interpreter the cases are those of the test of values.
 
 "rest" is what that leaves; "spread" is what runs without regard to it: everything, but on backends
 that are interpreted or emulated so many parametrisations of each test, evenly spread.
@@ -24,6 +24,11 @@ COLLECTED = pytest.StashKey[list[pytest.Item]]()  # all there is to choose from
 PARTS = ("thin", "rest", "spread")
 SPREAD = 5
 PLACES = ("backend", "instruction_set")
+AROUND = {
+    f"tests/op/test_{name}.py"
+    for name in ("classes", "compile", "density", "divergence", "merge", "on_disk", "references")
+}
+"""What lies around the kernels: other backends show as much of it, in less time."""
 
 Group = dict[tuple[str, str | None], list[pytest.Item]]  # by test and by where it runs
 
@@ -92,7 +97,7 @@ def thin(
     for group in by_test_and_place(items).values():
         if group[0] not in interpreted | emulated:
             taken |= cover(group, taken)
-        elif taken.isdisjoint(group):
+        elif taken.isdisjoint(group) and group[0].nodeid.partition("::")[0] not in AROUND:
             taken.add(group[0])
     return taken
 

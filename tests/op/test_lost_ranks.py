@@ -109,11 +109,11 @@ def lost(folder: Path, how: str) -> None:
 
 HOW = {
     "middle": "is lost: killed",
-    "silent": "is silent: .* the timeout of the group, 1 s",
     "file": r"failed: ValueError: .*1\.npy was changed since it was opened",
     "argument": r"failed: ValueError: x expects shape \(B, \*event\)",
 }
 MORE = {
+    "silent": "is silent: .* the timeout of the group, 1 s",
     "backward": "is lost: killed",
     "between": "is lost: killed",
     "stopped": "is silent: .* the timeout of the group, 1 s",

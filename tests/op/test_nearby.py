@@ -197,9 +197,8 @@ def of_each_rank(folder: Path, rank: int, world: int, queries_of: str) -> dict:
     return found
 
 
-@pytest.mark.parametrize(
-    "queries_of", ["local", pytest.param("replicated", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("queries_of", ["local", "replicated"])
 def test_each_rank_of_a_group_has_its_own(tmp_path, queries_of):
     for found in run(tmp_path, 2, of_each_rank, queries_of):
         for where, dtype, D in product(WHERE, DTYPES, (1.0, math.inf)):

@@ -249,6 +249,7 @@ def compiled(folder: Path, rank: int, world: int) -> dict:
     return {"found": [found.detach(), *torch.autograd.grad(found.square().sum(), x)]}
 
 
+@pytest.mark.exhaustive
 def test_a_compiled_function_breaks_its_graph(tmp_path):
     """Around the call, or it says what to do; it does not hang."""
     x0 = torch.randn(40, 8, generator=seeded())

@@ -198,6 +198,7 @@ def test_refusals() -> None:
         nearest(three, three, k=4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("block", [256], indirect=True)
 def test_the_memory_is_that_of_blocks(rng: np.random.Generator) -> None:
     """All distances take 122 MiB, the references as numbers of 64 bits 61."""

@@ -11,6 +11,7 @@ from test_aot import KERNELS
 pytest.importorskip("triton", "3.6")
 
 
+@pytest.mark.exhaustive
 def test_no_integer_overflows_however_large_a_call_is(tmp_path):
     found = aot.in_processes(offsets.overflows, offsets.LARGEST, str(tmp_path))
     assert set().union(*(kernels for kernels, _ in found)) == KERNELS
