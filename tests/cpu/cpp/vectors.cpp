@@ -121,6 +121,14 @@ void test_functions() {
   test_function("exp_normal", 3e-7, pfgm::exp_normal, exp, -1e-30, -87);
 }
 
+// Of which bits an exponent is made: of some NaN that would be a number.
+void test_exp_keeps_nan() {
+  const Vec doubles = pfgm::exp(broadcast(std::nan("1")));
+  const VecF floats = pfgm::exp(broadcast(std::nanf("1")));
+  equal("exp of NaN is NaN", doubles != doubles, [](size_t) { return -1; });
+  equal("exp of NaN is NaN in float", floats != floats, [](size_t) { return -1; });
+}
+
 void test_short_products(std::mt19937& engine) {
   std::uniform_int_distribution<int> values(-32000, 32000);
   for (int n = 0; n < 100; ++n) {
@@ -145,6 +153,7 @@ int main() {
   test_bits<pfgm::VecFInt>(engine);
   test_below(engine);
   test_functions();
+  test_exp_keeps_nan();
   test_roots("rough_reciprocal_root", pfgm::kRoughRoot, pfgm::rough_reciprocal_root);
   test_roots("approximate_reciprocal_root", 0x1p-14, pfgm::approximate_reciprocal_root);
   test_short_products(engine);
