@@ -180,8 +180,8 @@ def test_values_of_an_uneven_table(d):
     codes = torch.randint(0, 256, (300, d), dtype=torch.uint8, generator=seeded(d))
     codes[:, d // 2 :] //= 4  # the middles of columns differ
     x0 = table[codes.long()]
-    x = x0[:5] + torch.randn(5, d, generator=seeded(1))
-    t = math.sqrt(d) * torch.tensor([0.01, 0.3, 1, 3, 10]).double()
+    x = x0[:40] + torch.randn(40, d, generator=seeded(1))
+    t = math.sqrt(d) * torch.tensor([0.01, 0.3, 1, 3, 10]).double().repeat(8)
     operands = cpu.prepare(codes, table, codes.numel())
     v, log_mass, anchor, _ = cpu.forward(x, t, codes, table, operands, d + 1.0)
     expected = solve(x, t, x0)
