@@ -231,6 +231,7 @@ def test_our_product_gives_every_product() -> None:
         machine.pack_queries(library, torch.zeros(65, 3))
 
 
+@pytest.mark.exhaustive
 def test_the_peak_and_matrix_products_are_measured() -> None:
     speeds = machine.gflops(B=64, d=16, N=32)
     expected = {"mkl" if torch.backends.mkl.is_available() else "blas"}
@@ -241,6 +242,7 @@ def test_the_peak_and_matrix_products_are_measured() -> None:
     assert all(speed > 0 for speed in speeds.values())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("wrong", [None, "portable"])
 def test_each_instruction_set_computes_and_a_wrong_one_fails(
     wrong: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -76,6 +76,7 @@ def gone(number: int) -> bool:
         return True
 
 
+@pytest.mark.exhaustive
 def test_a_stage_that_fails_in_any_way_leaves_the_others(call: Runner) -> None:
     waves = [
         [python("good", "print('fine')"), python("failing", "raise SystemExit(3)")],
@@ -118,6 +119,7 @@ def test_what_a_stage_leaves_running_ends_with_it(call: Runner) -> None:
     assert gone(int(archived(call)["first-parent.log"]))
 
 
+@pytest.mark.exhaustive
 def test_one_that_is_late_may_still_write_what_it_has(call: Runner) -> None:
     code = """
         import signal
@@ -153,6 +155,7 @@ def test_what_the_call_has_no_time_for_is_told(call: Runner) -> None:
     assert states(call) == {"late": ("late", "no time left")}
 
 
+@pytest.mark.exhaustive
 def test_no_stage_may_take_longer_than_the_call(call: Runner) -> None:
     call.end = time.monotonic() + 1.5
     assert not call.run([[python("long", STUBBORN, seconds=1000)]])

@@ -249,6 +249,7 @@ def look(path: Path, does: str) -> tuple[subprocess.CompletedProcess[str], dict[
     return ran, results.read()[-1]
 
 
+@pytest.mark.exhaustive
 def test_nsight_compute_looks_at_the_heaviest_kernels(path: Path, tmp_path: Path) -> None:
     (tmp_path / "pages").write_text(PAGES)
     log = tmp_path / "ncu-cuda-sum_kernel.txt"
@@ -264,6 +265,7 @@ def test_nsight_compute_looks_at_the_heaviest_kernels(path: Path, tmp_path: Path
     assert calls(path) == [f"ncu {general} {which} {once}"]
 
 
+@pytest.mark.exhaustive
 def test_nsight_compute_that_may_not_look_is_told(path: Path, tmp_path: Path) -> None:
     error = "ERR_NVGPUCTRPERM - The user does not have permission"
     ran, entry = look(path, f'echo "==ERROR== {error}" >{tmp_path}/ncu-cuda-sum_kernel.txt; exit 1')
@@ -272,6 +274,7 @@ def test_nsight_compute_that_may_not_look_is_told(path: Path, tmp_path: Path) ->
     assert entry["what"] == "kernels"
 
 
+@pytest.mark.exhaustive
 def test_nsight_compute_that_shows_nothing_has_failed(path: Path, tmp_path: Path) -> None:
     error = "The application returned an error code (1)."
     ran, entry = look(path, f'echo "==ERROR== {error}" >{tmp_path}/ncu-cuda-sum_kernel.txt; exit 9')

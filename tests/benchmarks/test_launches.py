@@ -46,6 +46,7 @@ def test_torchs_calls_are_counted_but_views_and_empty_tensors():
     assert calls.allocations >= 4  # the transposed, the two empty ones and the sum
 
 
+@pytest.mark.exhaustive
 def test_the_table_as_json():
     code = (
         "from benchmarks import launches\n"

@@ -61,17 +61,9 @@ def cotangents(name: str) -> tuple[Tensor, Tensor]:
     return g_v, torch.randn(len(case.x), dtype=torch.float64, generator=seeded(2))
 
 
-@pytest.mark.parametrize(
-    ("world", "kind"),
-    [
-        (2, "memory"),
-        pytest.param(1, "memory", marks=pytest.mark.exhaustive),
-        pytest.param(4, "memory", marks=pytest.mark.exhaustive),
-        pytest.param(1, "files", marks=pytest.mark.exhaustive),
-        pytest.param(2, "files", marks=pytest.mark.exhaustive),
-        pytest.param(4, "files", marks=pytest.mark.exhaustive),
-    ],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["memory", "files"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", ["cpu", "eager"])
 def test_named_cases(tmp_path, world, kind, name, dtype):

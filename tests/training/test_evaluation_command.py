@@ -88,6 +88,7 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.exhaustive
 def test_a_folder_by_a_classifier(folder: Path, tmp_path: Path, judged: list[Tensor]) -> None:
     options = ("--images", folder, "--data", "digits")
     result = pfgm("evaluate", *options, "--out", tmp_path / "out")

@@ -137,6 +137,7 @@ def every_launch(monkeypatch):
     return found
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("d", DIMENSIONS)
 def test_calls_of_any_size_are_launched_as_a_gpu_can(every_launch, d):
     call_all(backend, d)
