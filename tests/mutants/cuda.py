@@ -139,6 +139,7 @@ def checks(kind: str) -> list[tuple[str, Callable[[], None]]]:
         (two_pass.test_values_and_gradients, two_pass.SHAPES, {33, 64, 65, 127, 129}),
         (exact, [("equal references",), ("few candidates",)], None),
         (direct.test_a_crowd_is_exact, [()], None),
+        (direct.test_ranges_of_references, [()], None),
         (two_pass.test_operands_of_codes, [()], None),
     ]
     if kind == "plain":  # a search takes minutes for it
