@@ -10,7 +10,9 @@ from torch import Tensor
 
 CROWD = tl.constexpr(8)  # so many equal references: their rounding errors are seen
 CROWDED_SHARE = tl.constexpr(128)  # or where of so many references one equals another
-SAMPLE = 1024  # references among which few dimensions look for copies
+SAMPLE = tl.constexpr(1024)  # references that are compared with each other
+NEARLY = tl.constexpr(1e-6)  # what sums may differ by: float32 has hardly more digits of r
+GROUP = tl.constexpr(16)
 
 
 @triton.jit
@@ -32,10 +34,31 @@ def count_copies(copies_ptr, slots, norm, mark, mask):
 
 
 @triton.jit
-def crowded(copies_ptr, N):
-    """Are there so many copies that sums do not average out how they round?"""
+def load_sample(marks_ptr, i, samples, N):
+    """Of each share of the references one at random, as an order may have a period."""
+    row = i.to(tl.int64) * N // samples + i * 40503 % (N // samples)
+    return tl.load(marks_ptr + row, mask=i < samples, other=0.0)
+
+
+@triton.jit
+def crowded(copies_ptr, marks_ptr, N):
+    """Are there so many copies that sums do not average out how they round? Or, in a sample, sums
+    (N,) of `count_copies` so near that r has no digits to tell the references apart by?
+    """
     copies, equal = tl.load(copies_ptr), tl.load(copies_ptr + 1).to(tl.int64)
-    return (copies >= CROWD) | ((equal >= CROWD) & (equal * CROWDED_SHARE >= N))
+    found = (copies >= CROWD) | ((equal >= CROWD) & (equal * CROWDED_SHARE >= N))
+    samples = tl.minimum(N, SAMPLE)
+    ids = tl.arange(0, SAMPLE)
+    marks = load_sample(marks_ptr, ids, samples, N)
+    nearly = tl.max(tl.abs(marks), 0) * NEARLY
+    alike = 0
+    for first in range(0, samples, GROUP):
+        i = first + tl.arange(0, GROUP)
+        own = load_sample(marks_ptr, i, samples, N)
+        same = (tl.abs(own[:, None] - marks[None, :]) <= nearly) & (ids[None, :] < i[:, None])
+        one = tl.max(same.to(tl.int32), 1)
+        alike += tl.sum(tl.where(i < samples, one, 0), 0)
+    return found | (alike >= CROWD)
 
 
 def room_for_copies(count: int, device: torch.device) -> Tensor:
@@ -45,7 +68,7 @@ def room_for_copies(count: int, device: torch.device) -> Tensor:
 
 def count_equal(values: Tensor) -> Tensor:
     """How many of a sample of values (N, d), one of each share of them, equal another."""
-    count, own = len(values), torch.arange(min(len(values), SAMPLE), device=values.device)
+    count, own = len(values), torch.arange(min(len(values), SAMPLE.value), device=values.device)
     # At random, as an order may have a period; N may be no multiple of the sample.
     rows = own * count // len(own) + own * 40503 % max(count // len(own), 1)
     # A number that is the same for equal rows and hardly else.

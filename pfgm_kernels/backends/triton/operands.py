@@ -192,7 +192,7 @@ def split_kernel(
 @Kernel
 def summarise_kernel(
     squares_ptr,  # (N,) float64 ‖y‖²
-    marks_ptr,  # (3, N) float64, the third of a reference
+    marks_ptr,  # (3, N) float64, the second and the third of a reference
     copies_ptr,  # of count_copies, for all
     steps_ptr,  # (N,) float64, for STEPS
     header_ptr,  # this and the next are written: see Operands
@@ -221,7 +221,7 @@ def summarise_kernel(
                 rest = tl.maximum(rest, own)
                 step = tl.maximum(step, tl.load(steps_ptr + row, mask=row < N, other=0.0))
         worst = tl.sum(tl.where(most != most, most, 0.0), 0)  # NaN, which a maximum may swallow
-        alike = tl.where(crowded(copies_ptr, count), 1.0, 0.0)
+        alike = tl.where(crowded(copies_ptr, marks_ptr + count, count), 1.0, 0.0)
         tl.store(header_ptr + 2, alike.to(tl.float64))
         tl.store(header_ptr + 3, tl.sqrt(tl.max(most, 0)) + worst)
         tl.store(header_ptr + 4, centre)
