@@ -97,6 +97,13 @@ def test_crowds_of_equal_references_are_seen(copies, crowded, generator):
     assert bool(operands.prepare(x0.to(DEVICE), x0.new_empty(0)).header[2]) == crowded
 
 
+def test_references_too_near_each_other_for_float_are_a_crowd():
+    """Whose products round alike, though none equals another."""
+    x0 = build("two clusters d=257 D=128 width=0.001").x0
+    assert len(x0.unique(dim=0)) == len(x0)
+    assert bool(operands.prepare(x0.to(DEVICE), x0.new_empty(0)).header[2])
+
+
 def screen_of(x, t, x0, k):
     call = Call(x, t.double(), x0, x0.new_empty(0), k)
     prepared = operands.prepare(x0, call.table)
