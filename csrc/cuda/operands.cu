@@ -66,16 +66,24 @@ __device__ double load(const SplitArguments& a, int64_t row, int64_t column) {
 }
 
 // Counts a reference among the copies, by ‖y‖² and a sum that is the same for equal ones and hardly
-// else. It leaves its name in a slot, which it shares with its copies and few others.
+// else. It looks for its name from a slot on and leaves it in the first that is empty, so that the
+// counts are the same in any order.
 __device__ void count_copy(const SplitArguments& a, double square, double mark) {
   // To a millionth: copies that roundings tell apart mostly have one name.
   const auto norm = static_cast<uint64_t>(__double_as_longlong(square)) >> 32;
   const auto sum = static_cast<uint64_t>(__double_as_longlong(mark)) >> 30;
   const uint64_t place = (sum * 40503 + norm) * 0x9e3779b1u;
   const int name = static_cast<int>(place & 0x7fffffff) | 1;  // none is that of an empty slot
-  int* const slot = a.copies + 2 + 2 * (static_cast<int64_t>(place >> 20) & (a.slots - 1));
-  if (atomicExch(slot, name) != name) return;
-  atomicMax(a.copies, atomicAdd(slot + 1, 1) + 1);
+  int64_t index = static_cast<int64_t>(place >> 20);
+  int* slot;
+  int held;
+  do {
+    slot = a.copies + 2 + 2 * (index++ & (a.slots - 1));
+    held = atomicCAS(slot, 0, name);
+  } while (held != 0 && held != name);
+  const int before = atomicAdd(slot + 1, 1);
+  if (before == 0) return;
+  atomicMax(a.copies, before);
   atomicAdd(a.copies + 1, 1);
 }
 

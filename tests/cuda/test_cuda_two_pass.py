@@ -182,3 +182,15 @@ def test_operands_of_codes():
     assert torch.equal(squares.double() + header[4], y.square().sum(1).float().double())
     rows = torch.arange(256) * 300 // 256
     torch.testing.assert_close(mean, y[rows].mean(0))
+
+
+@pytest.mark.parametrize("copies", [7, 8])
+def test_each_copy_is_counted(copies):
+    """Whichever names look for a slot between it and the next."""
+    generator = torch.Generator().manual_seed(copies)
+    values = torch.randn(8, 2500, 40, generator=generator)
+    for each in values:
+        rows = torch.randperm(2500, generator=generator)
+        each[rows[:copies]] = each[rows[-1]].clone()
+        header, *_ = cuda.prepare(each.to(DEVICE), torch.empty(0, device=DEVICE), 1 << 28)
+        assert header[2] == (copies >= 8)

@@ -20,23 +20,36 @@ def count_copies(copies_ptr, slots, norm, mark, mask):
     """Of references with these ‖y‖² and sums that are the same for equal ones and hardly else: how
     many copies one has, at most, and how many are a copy of one before, at the head of copies.
 
-    Each leaves its name in a slot, which it shares with its copies and few others.
+    Each looks for its name from a slot on and leaves it in the first that is empty, so that the
+    counts are the same in any order.
     """
     # To a millionth: copies that roundings tell apart mostly have one name.
     place = (mark.to(tl.int64, bitcast=True) >> 30) * 40503
     place = (place + (norm.to(tl.int64, bitcast=True) >> 32)) * 0x9E3779B1
     name = (place & 0x7FFFFFFF).to(tl.int32) | 1  # none is that of an empty slot
-    slot_ptr = copies_ptr + 2 + 2 * ((place >> 20) & (slots - 1))
-    same = mask & (tl.atomic_xchg(slot_ptr, name, mask=mask) == name)
-    before = tl.atomic_add(slot_ptr + 1, 1, mask=same)
-    tl.atomic_max(copies_ptr, tl.max(tl.where(same, before + 1, 0), 0))
-    tl.atomic_add(copies_ptr + 1, tl.sum(same.to(tl.int32), 0))
+    place = place >> 20
+    searching = mask
+    while tl.max(searching.to(tl.int32), 0) > 0:
+        slot_ptr = copies_ptr + 2 + 2 * (place & (slots - 1))
+        # None holds -1: where the search is over nothing is exchanged.
+        held = tl.atomic_cas(slot_ptr, tl.where(searching, 0, -1), name)
+        searching &= (held != 0) & (held != name)
+        place += searching.to(tl.int64)
+    before = tl.atomic_add(copies_ptr + 3 + 2 * (place & (slots - 1)), 1, mask=mask)
+    before = tl.where(mask, before, 0)
+    tl.atomic_max(copies_ptr, tl.max(before, 0))
+    tl.atomic_add(copies_ptr + 1, tl.sum((before > 0).to(tl.int32), 0))
+
+
+@triton.jit
+def row_of_sample(i, samples, count):
+    """Of each share of the rows one at random, as an order may have a period; of tensors, too."""
+    return i * count // samples + i * 40503 % (count // samples)
 
 
 @triton.jit
 def load_sample(marks_ptr, i, samples, N):
-    """Of each share of the references one at random, as an order may have a period."""
-    row = i.to(tl.int64) * N // samples + i * 40503 % (N // samples)
+    row = row_of_sample(i.to(tl.int64), samples, N)
     return tl.load(marks_ptr + row, mask=i < samples, other=0.0)
 
 
@@ -67,10 +80,9 @@ def room_for_copies(count: int, device: torch.device) -> Tensor:
 
 
 def count_equal(values: Tensor) -> Tensor:
-    """How many of a sample of values (N, d), one of each share of them, equal another."""
-    count, own = len(values), torch.arange(min(len(values), SAMPLE.value), device=values.device)
-    # At random, as an order may have a period; N may be no multiple of the sample.
-    rows = own * count // len(own) + own * 40503 % max(count // len(own), 1)
+    """How many of a sample of values (N, d) equal another."""
+    samples = min(len(values), SAMPLE.value)
+    rows = row_of_sample.fn(torch.arange(samples, device=values.device), samples, len(values))
     # A number that is the same for equal rows and hardly else.
     factors = torch.arange(values.shape[1], device=values.device) * 40503 % 65521 + 1
     ordered = (values[rows].double() * factors).sum(1).sort().values
