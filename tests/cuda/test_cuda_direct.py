@@ -170,7 +170,8 @@ def test_ranges_of_references():
     outputs = cuda.forward(x, t, values, table, operands, 10.0, ranges=ranges)
     for b, (start, end) in enumerate(ranges.tolist()):
         if start == end:
-            assert outputs[0][b].eq(0).all() and outputs[1][b] == -math.inf
+            assert outputs[0][b].eq(0).all()
+            assert outputs[1][b] == -math.inf
             continue
         truth = solve(x[b : b + 1].cpu(), t[b : b + 1].cpu(), values[start:end].cpu())
         v, log_mass, anchor, log_weight = (out[b : b + 1].cpu() for out in outputs)

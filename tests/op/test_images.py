@@ -96,7 +96,7 @@ def test_posterior_mean(backend, source, D):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("D", [1, 128, 2048, math.inf])
+@pytest.mark.parametrize("D", [128, math.inf])
 def test_posterior_mean_of_all_of_cifar10(D):
     if not os.environ.get("PFGM_DATA"):
         pytest.skip("PFGM_DATA, the folder that holds CIFAR-10, is not set")

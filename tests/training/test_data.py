@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from idx_files import idx, write_mnist
 
 from pfgm_kernels.training import data
 from pfgm_kernels.training.data import DataSet, idx_cifar
@@ -22,26 +23,6 @@ from pfgm_kernels.training.data.idx_cifar import IDX_IMAGES, read_cifar_batch, r
 
 PIXELS = np.arange(10_000 * 3072, dtype=np.uint32).astype(np.uint8)
 LABELS = [i * 7 % 10 for i in range(10_000)]
-
-
-def idx(magic: int, values: np.ndarray) -> bytes:
-    return struct.pack(f">{1 + values.ndim}I", magic, *values.shape) + values.tobytes()
-
-
-def write_mnist(folder: Path, counts: tuple[int, int] = (7, 5)) -> dict[str, np.ndarray]:
-    written = {}
-    rng = np.random.default_rng(0)
-    for stem, count in zip(("train", "t10k"), counts, strict=True):
-        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = rng.integers(0, 10, count, dtype=np.uint8)
-        (folder / "mnist").mkdir(exist_ok=True)
-        for name, magic, values in (
-            (f"{stem}-images-idx3-ubyte.gz", 0x803, images),
-            (f"{stem}-labels-idx1-ubyte.gz", 0x801, labels),
-        ):
-            (folder / "mnist" / name).write_bytes(gzip.compress(idx(magic, values)))
-            written[name] = values
-    return written
 
 
 def cifar_batch(pixels: bytes = PIXELS.tobytes(), labels: list[int] = LABELS) -> bytes:
