@@ -24,11 +24,16 @@ COLLECTED = pytest.StashKey[list[pytest.Item]]()  # all there is to choose from
 PARTS = ("thin", "rest", "spread")
 SPREAD = 5
 PLACES = ("backend", "instruction_set")
-AROUND = {
-    f"tests/op/test_{name}.py"
-    for name in ("classes", "compile", "density", "divergence", "merge", "on_disk", "references")
-}
-"""What lies around the kernels: other backends show as much of it, in less time."""
+AROUND = tuple(
+    f"tests/op/test_{name}"
+    for name in (
+        *("classes.", "compile.", "density.", "divergence.", "merge.", "on_disk.", "references."),
+        *("images.py::test_64_by", "images.py::test_float64", "images.py::test_near"),
+        *("images.py::test_on_data", "images.py::test_posterior"),
+    )
+)
+"""What lies around the kernels, or asks more of images than values and gradients: other backends
+show as much of it, in less time."""
 
 Group = dict[tuple[str, str | None], list[pytest.Item]]  # by test and by where it runs
 
@@ -92,12 +97,18 @@ def cover(group: list[pytest.Item], taken: set[pytest.Item]) -> set[pytest.Item]
 def thin(
     items: list[pytest.Item], emulated: set[pytest.Item], interpreted: set[pytest.Item]
 ) -> set[pytest.Item]:
-    items = [item for item in items if item.get_closest_marker("exhaustive") is None]
+    slow = emulated | interpreted
+    items = [
+        item
+        for item in items
+        if item.get_closest_marker("exhaustive") is None
+        and not (item in slow and item.nodeid.startswith(AROUND))
+    ]
     taken = one_test_for_each_case(items, interpreted)
     for group in by_test_and_place(items).values():
-        if group[0] not in interpreted | emulated:
+        if group[0] not in slow:
             taken |= cover(group, taken)
-        elif taken.isdisjoint(group) and group[0].nodeid.partition("::")[0] not in AROUND:
+        elif taken.isdisjoint(group):
             taken.add(group[0])
     return taken
 

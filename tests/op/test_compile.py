@@ -62,7 +62,7 @@ def test_opcheck(backend, stored, d, k):
 @pytest.mark.parametrize(
     ("references", "dynamic", "compiler"),
     [
-        ("tensor", False, "inductor"),
+        pytest.param("tensor", False, "inductor", marks=pytest.mark.exhaustive),
         ("tensor", True, "aot_eager"),
         ("set", False, "aot_eager"),
         ("set", True, "aot_eager"),
