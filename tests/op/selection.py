@@ -22,7 +22,7 @@ from cases import CASES
 
 COLLECTED = pytest.StashKey[list[pytest.Item]]()  # all there is to choose from
 PARTS = ("thin", "rest", "spread")
-SPREAD = 5
+SPREAD = 4
 PLACES = ("backend", "instruction_set")
 AROUND = tuple(
     f"tests/op/test_{name}"

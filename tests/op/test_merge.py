@@ -77,7 +77,7 @@ def test_merge_of_infinite_and_nan_masses():
 
 @pytest.mark.parametrize(
     ("d", "count", "batch", "D"),
-    [(24, 3001, 9, 1), (24, 3001, 9, math.inf), (784, 200, 50, 1), (3072, 60, 13, 2.5)],
+    [(24, 3001, 9, 1), (24, 3001, 9, math.inf), (784, 150, 30, 1), (3072, 60, 13, 2.5)],
 )
 @pytest.mark.parametrize("references", ["set", "tensor"])
 def test_a_small_workspace(backend, monkeypatch, d, count, batch, D, references):
