@@ -14,6 +14,7 @@ that are interpreted or emulated so many parametrisations of each test, evenly s
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -53,6 +54,7 @@ def named_case(item: pytest.Item) -> str | None:
     return name if name in CASES else None
 
 
+@functools.cache  # what is compared with all other tests of a group; arrays are long to spell
 def values(item: pytest.Item) -> set[tuple[str, str]]:
     """Of a test's parameters, but for the place and the named case; and that it runs at all."""
     apart = (*PLACES, *(["name"] if named_case(item) else []))
