@@ -61,9 +61,9 @@ def screen(a: Sizes, r: Routing) -> Work:
         memory=a.width * (3 * a.B + a.Y_DIGITS * a.N) + 16 * a.N + out,
         cache=a.width * a.programs * (3 * a.BLOCK_M + a.Y_DIGITS * a.BLOCK_N) + out,
         integer=2 * block * a.width * a.programs * products,
-        float64=2 * 3 * block * a.programs,
+        float64=2 * (7 if a.Y_DIGITS == 1 else 3) * block * a.programs,
         float32=2 * 8 * block * a.programs,
-        resident=2,
+        resident=8 // a.num_warps,
         working=a.programs,
     )
 
@@ -89,6 +89,7 @@ def route(a: Sizes, r: Routing) -> Work:
         float32=120 * a.programs * a.N * r.dense,
         longest=once + 2 * groups * (1 + (r.dense > 0)),
         steps=a.programs * (once + groups * (0.5 + 1.5 * (r.many + r.dense))),
+        resident=3,
     )
 
 
@@ -99,7 +100,7 @@ def weights(a: Sizes, r: Routing) -> Work:
         float32=120 * pairs,
         longest=4,
         steps=a.programs * (2 + 2 * r.dense),
-        resident=15,
+        resident=4 if a.BACKWARD else 7,
     )
 
 
@@ -139,9 +140,9 @@ def distances(a: Sizes, r: Routing) -> Work:
         cache=a.values_ptr * a.d * pairs + other,
         float64=2 * a.d * (pairs * (3 + 2 * a.PROJECT) + a.B * r.groups * (1 + a.PROJECT)),
         lookups=pairs * a.d * a.CODES,
-        longest=2 + min(a.TILE, r.most) / a.GROUP * columns,
-        steps=2 * a.programs + a.B * r.groups * columns,
-        resident=5 if not a.PROJECT else 4,
+        longest=3 + min(a.TILE, r.most) / a.GROUP * columns,
+        steps=2 * a.programs + a.B * (r.tiles + r.groups * columns),
+        resident=3 if a.CODES else 4,
     )
 
 
@@ -176,7 +177,7 @@ def gather(a: Sizes, r: Routing) -> Work:
         lookups=pairs * a.d * a.CODES,
         longest=3 + (2 / a.TILE + 1.5 / a.GROUP) * r.most,
         steps=a.programs * (1 + 2 * r.listed + 2 * r.tiles + 1.5 * r.groups),
-        resident=2 if a.CODES else 5,
+        resident=2 if a.CODES else 7,
     )
 
 

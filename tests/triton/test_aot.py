@@ -76,6 +76,8 @@ GOOD = aot.Compiled(
 
 def test_what_keeps_to_the_limits_is_no_problem():
     assert GOOD.problems == []
+    wgmma = {"wgmma.mma_async.m64n128k16.bf16": 8}
+    assert replace(GOOD, chip="sm_90", triton="3.9.0", instructions=wgmma).problems == []
 
 
 def test_what_does_not_compile_is_named():

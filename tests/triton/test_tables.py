@@ -72,8 +72,8 @@ def kind(request: pytest.FixtureRequest, monkeypatch) -> str:
     from pfgm_kernels.backends.triton import call, configurations, fused
 
     monkeypatch.setattr(configurations, "kind", lambda _: request.param)
-    for module in (call, fused):
-        monkeypatch.setattr(module, "multiprocessors", lambda _: 6)
+    monkeypatch.setattr(fused, "multiprocessors", lambda _: 6)
+    monkeypatch.setattr(call, "multiprocessors", lambda _: 0)  # as many programs as keep it busy
     return request.param
 
 
@@ -113,6 +113,7 @@ def test_values_and_gradients(kind, launched, d, B, N, codes):
         assert grid[2] >= SPLITS
         assert options.items() >= table["sum"].items()
         assert launched["compare_kernel"][1].items() >= table["compare"].items()
+        assert launched["distances_kernel"][1]["TILES"] > 1
     if 32 < d <= 128:
         grid, options = launched["fused_kernel"]
         assert grid[1] >= SPLITS

@@ -16,6 +16,11 @@ from pfgm_kernels.backends.triton.configurations import blocks, multiprocessors
 from pfgm_kernels.backends.triton.maths import PITCH, bits_of
 from pfgm_kernels.backends.triton.operands import Operands, Split, split
 
+SEVERAL = 8
+"""Tiles that a program of distances_kernel looks at where in most of them no reference is meant."""
+MOST_SPLITS = 8
+"""Sums over references that the second product is split into, 4 bytes each of a query's column."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -77,7 +82,9 @@ class Call:
         squares = self.pairs(torch.float64)
         projection = squares if g is None else self.pairs(torch.float64)
         counts = torch.empty(self.B, self.exact_tiles, dtype=torch.int32, device=squares.device)
-        exact.distances_kernel[self.B * self.exact_tiles,](
+        many = counts.numel() >= 64 * multiprocessors(self.x.device)
+        tiles = SEVERAL if many and r is not None else 1
+        exact.distances_kernel[self.B * triton.cdiv(self.exact_tiles, tiles),](
             self.x,
             self.t,
             self.t if g is None else g,
@@ -97,7 +104,8 @@ class Call:
             SELECT=r is not None,
             PROJECT=g is not None,
             RANGED=self.ranges is not None,
-            **self._exact_blocks(),
+            TILES=tiles,
+            **self._exact_blocks("exact"),
         )
         return squares, counts, projection
 
@@ -107,7 +115,7 @@ class Call:
         """out (B, d) = Σ_j w_j (x0_j − x) / total over the references within the limit, for the
         queries that have one; without a total twice the sum is added to it.
         """
-        sizes = self._exact_blocks()
+        sizes = self._exact_blocks("gather")
         exact.gather_kernel[self.B, triton.cdiv(self.d, sizes["BLOCK_D"])](
             self.x,
             self.values,
@@ -132,11 +140,13 @@ class Call:
             "TILE": blocks("exact", self.x.device)["TILE"],
         }
 
-    def _exact_blocks(self) -> dict[str, int]:
-        sizes = blocks("exact", self.x.device)
+    def _exact_blocks(self, kernel: str) -> dict[str, int]:
+        sizes = blocks(kernel, self.x.device)
         # Fewer columns than 16 would leave a row of TILE references to a thread.
-        columns = max(16, triton.next_power_of_2(self.d))
-        return sizes | {"BLOCK_D": min(sizes["BLOCK_D"], columns)}
+        columns = min(sizes["BLOCK_D"], max(16, triton.next_power_of_2(self.d)))
+        group = max(sizes["GROUP"], min(16, 1024 // columns))
+        tile = blocks("exact", self.x.device)["TILE"]
+        return {"TILE": tile, "GROUP": group, "BLOCK_D": columns}
 
 
 @dataclass(frozen=True)
@@ -205,8 +215,9 @@ class Screen:
             BACKWARD=backward,
             ALL=wanted is None,
             TILE=tile,
-            GROUP=1024 // tile,
+            GROUP=4096 // tile,
             BLOCK_D=min(1024, triton.next_power_of_2(call.d)),
+            num_warps=8,
         )
         return Screen(call, operands, queries.steps, r, limit, cut, base, scales)
 
@@ -221,7 +232,7 @@ class Screen:
         """
         call, parts = self.call, self.operands.parts
         sizes, device = blocks("sum", call.x.device), call.x.device
-        tile, group = sizes["BLOCK_K"], 8
+        tile, group = sizes["BLOCK_K"], 32
         tiles = triton.cdiv(call.N, tile)
         weights = torch.empty(2, call.B, tiles * tile, dtype=parts.dtype, device=device)
         active = torch.empty(call.B, tiles, dtype=torch.int8, device=device)
@@ -260,12 +271,14 @@ class Screen:
             tiles,
             BLOCK_M=sizes["BLOCK_M"],
             BLOCK_B=min(1024, triton.next_power_of_2(call.B)),
-            GROUP=64,
+            GROUP=8192 // sizes["BLOCK_M"],
             num_warps=8,
         )
         width = parts.shape[2]
         column_blocks = triton.cdiv(width, sizes["BLOCK_D"])
-        splits = splits_for(query_blocks * column_blocks, tiles, device)
+        # Blocks of dense queries are few, in a number that the host does not know: of many programs
+        # the last ones leave less of the chip idle.
+        splits = min(MOST_SPLITS, tiles)
         out = torch.empty(splits, call.B, width, dtype=torch.float32, device=device)
         products.sum_kernel[query_blocks, column_blocks, splits](
             weights,
@@ -384,9 +397,3 @@ def rows_of_pairs(call: Call) -> Tensor:
     """(B, pitch) float32"""
     pitch = triton.cdiv(call.N, PITCH.value) * PITCH.value
     return torch.empty(call.B, pitch, dtype=torch.float32, device=call.x.device)
-
-
-def splits_for(programs: int, tiles: int, device: torch.device) -> int:
-    """Into how many sums over references a product is split, so that it fills the chip."""
-    wanted = triton.cdiv(2 * multiprocessors(device), programs)
-    return max(1, min(8, wanted, tiles))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import triton
 from triton import knobs
 
 INTERPRETED = bool(knobs.runtime.interpret)
@@ -15,7 +16,8 @@ Blocks = dict[str, int]
 # (sm_80), "hopper" and "blackwell" 227 (sm_90; sm_100 and 103).
 #
 # Before Triton 3.9 a Hopper's wait for products holds for the four warps that wait: with more, an
-# asynchronous copy may overwrite what others still multiply. No kernel with products has more.
+# asynchronous copy may overwrite what others still multiply. No kernel with products has more but
+# from there on, by a table of its own.
 # Before 3.9, too, a Blackwell's sums of several products are wrong where they go on from one
 # iteration of a loop to the next. Here each iteration sums its products from zero, however wide its
 # block of columns; several of integers, which need it nowhere else, where CARRY is not set. But
@@ -55,6 +57,7 @@ TABLE: dict[str, dict[str, Blocks]] = {
         "compare": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
         "sum": dict(BLOCK_M=128, BLOCK_D=256, BLOCK_K=64),
         "exact": dict(TILE=1024, GROUP=128, BLOCK_D=1024),
+        "gather": dict(GROUP=128, BLOCK_D=1024),
         "references": dict(BLOCK_N=256, BLOCK_D=256),
         "split": dict(BLOCK_R=64, BLOCK_D=1024),
         "fused 64": dict(BLOCK_M=64, BLOCK_N=64, SLICE=64, SLICES=1),
@@ -63,9 +66,13 @@ TABLE: dict[str, dict[str, Blocks]] = {
         "direct wide": dict(BLOCK_M=128, BLOCK_N=256),
     },
 }
+TABLE["hopper 3.9"] = TABLE["hopper"] | {
+    "screen": dict(CARRY=True, BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+}
 # Kernels without matrix products run alike on all chips.
 ANY: dict[str, Blocks] = {
     "exact": dict(TILE=256, GROUP=8, BLOCK_D=256),
+    "gather": dict(GROUP=4, BLOCK_D=512),
     "references": dict(BLOCK_N=32, BLOCK_D=64),
     "split": dict(BLOCK_R=8, BLOCK_D=256),
     "direct": dict(BLOCK_M=32, BLOCK_N=16, num_warps=1),
@@ -86,7 +93,10 @@ def kind(device: torch.device) -> str:
     capability = torch.cuda.get_device_capability(device)
     if capability == (8, 0):
         return "ampere"
-    return {9: "hopper", 10: "blackwell"}.get(capability[0], "small")
+    if capability[0] == 9:
+        version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+        return "hopper 3.9" if version >= (3, 9) else "hopper"
+    return "blackwell" if capability[0] == 10 else "small"
 
 
 @functools.cache

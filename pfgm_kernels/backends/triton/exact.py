@@ -66,6 +66,18 @@ def summed_factor(header_ptr, base, half_k, t, GAUSSIAN: tl.constexpr):
 
 
 @triton.jit
+def is_meant(r_ptr, limit, ranges_ptr, b, j, N, SELECT: tl.constexpr, RANGED: tl.constexpr):
+    """Of references j of a query."""
+    meant = j < tl.where(limit == -float("inf"), 0, N)
+    if RANGED:
+        meant = meant & (j >= tl.load(ranges_ptr + 2 * b)) & (j < tl.load(ranges_ptr + 2 * b + 1))
+    if SELECT:
+        r = tl.load(r_ptr + b * pitch(N) + j, mask=meant, other=0.0)
+        meant = meant & ((r > limit) == 0)  # which NaN does not leave out
+    return meant
+
+
+@triton.jit
 def members(chosen, rank, j, slots):
     """The values of j that are chosen, of the ranks `slots`; 0 beyond the last."""
     hit = (rank[None, :] == slots[:, None]) & chosen[None, :]
@@ -93,26 +105,27 @@ def distances_kernel(
     SELECT: tl.constexpr,
     PROJECT: tl.constexpr,
     RANGED: tl.constexpr,
+    TILES: tl.constexpr,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """‖x − x0_j‖² of one query and one tile. References meant are taken GROUP at a time:
-    the work follows their number.
+    """‖x − x0_j‖² of one query and TILES tiles, of which those without references meant cost what
+    it takes to see that. References meant are taken GROUP at a time: the work follows their number.
     """
-    query, tile = place(B)
-    b = query.to(tl.int64)
+    query, first_tiles = place(B)
+    b, tiles = query.to(tl.int64), tl.cdiv(N, TILE)
     limit = tl.load(limit_ptr + b)
-    j = tile * TILE + tl.arange(0, TILE)
-    meant = j < tl.where(limit == -float("inf"), 0, N)
-    if RANGED:
-        meant = meant & (j >= tl.load(ranges_ptr + 2 * b)) & (j < tl.load(ranges_ptr + 2 * b + 1))
-    if SELECT:
-        r = tl.load(r_ptr + b * pitch(N) + j, mask=meant, other=0.0)
-        meant = meant & ((r > limit) == 0)  # which NaN does not leave out
-    count = tl.sum(meant.to(tl.int32), 0)
-    tl.store(counts_ptr + b * tl.cdiv(N, TILE) + tile, count)
-    if count > 0:
+    ids = first_tiles * TILES + tl.arange(0, TILES)
+    each = ids[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    all_meant = is_meant(r_ptr, limit, ranges_ptr, b, each, N, SELECT, RANGED)
+    counts = tl.sum(all_meant.to(tl.int32), 1)
+    tl.store(counts_ptr + b * tiles + ids, counts, mask=ids < tiles)
+    tile = tl.min(tl.where(counts > 0, ids, tiles), 0)
+    while tile < tiles:
+        count = tl.sum(tl.where(ids == tile, counts, 0), 0)
+        j = tile * TILE + tl.arange(0, TILE)
+        meant = is_meant(r_ptr, limit, ranges_ptr, b, j, N, SELECT, RANGED)
         tl.store(squares_ptr + b * N + j, float("inf"), mask=(j < N) & (meant == 0))
         offset = s_offset(tl.load(t_ptr + b), GAUSSIAN)
         rank = tl.cumsum(meant.to(tl.int32), 0) - 1
@@ -140,6 +153,7 @@ def distances_kernel(
             if PROJECT:
                 tl.store(projection_ptr + b * N + rows, projection, mask=slots < count)
             start += GROUP
+        tile = tl.min(tl.where((counts > 0) & (ids > tile), ids, tiles), 0)
 
 
 @Kernel

@@ -88,7 +88,7 @@ def sum_digits(
         # Rounded to whole middles: by less than what is left out, for fewer registers.
         return (high.to(tl.int64) * 256 + (middle + ((low + 128) >> 8))).to(tl.float64) * 256
     else:
-        return ((high.to(tl.int64) * 256 + middle) * 256 + low).to(tl.float64)
+        return (high.to(tl.float64) * 256 + middle.to(tl.float64)) * 256 + low.to(tl.float64)
 
 
 @Kernel
