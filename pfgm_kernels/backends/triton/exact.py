@@ -67,7 +67,7 @@ def summed_factor(header_ptr, base, half_k, t, GAUSSIAN: tl.constexpr):
 
 @triton.jit
 def is_meant(r_ptr, limit, ranges_ptr, b, j, N, SELECT: tl.constexpr, RANGED: tl.constexpr):
-    """Of references j of a query."""
+    """Which references j of a query are."""
     meant = j < tl.where(limit == -float("inf"), 0, N)
     if RANGED:
         meant = meant & (j >= tl.load(ranges_ptr + 2 * b)) & (j < tl.load(ranges_ptr + 2 * b + 1))
