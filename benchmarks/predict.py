@@ -188,8 +188,8 @@ How long should what the backends launch take? **None of this has been measured*
 prediction from the grids that are launched (`python -m benchmarks.launches`) and models of the
 kernels (`models.py`, `models_cuda.py`), by which changes are chosen before there is a GPU, and
 against which measurements are to be held. On Hopper by Triton 3.9 or later: earlier ones take the
-first pass in smaller tiles (`configurations.py`), in 0.34 ms more at 512 × 50,000. Each kernel
-takes as long as what takes longest of it:
+first pass in smaller tiles (`configurations.py`), which takes longer. Each kernel takes as long as
+what takes longest of it:
 
 - **T** tensor cores, at {100 * RATES.wgmma:.0f} % of the peak by Triton on Hopper (published Triton
   kernels there: 37 % without TMA, 46–59 % in nearest-centroid search, 69–85 % for the best with

@@ -66,7 +66,7 @@ def test_direct_differences_by_hand() -> None:
 
 @pytest.mark.parametrize(("backend", "name"), [("triton", "products.sum"), ("cuda", "sum")])
 def test_grids_are_those_of_the_chip(backend: str, name: str) -> None:
-    """Splits fill it, and are of 24 blocks of columns."""
+    """By its block sizes, or splits that fill it; of 24 blocks of columns."""
     programs = {predicted(name, backend, chip).programs for chip in CHIPS}
     assert len(programs) > 1
     assert all(number % 24 == 0 for number in programs)

@@ -96,10 +96,11 @@ def test_posterior_mean(backend, source, D):
 
 
 @pytest.mark.exhaustive
-def test_posterior_mean_of_all_of_cifar10():
+@pytest.mark.parametrize("D", [128, math.inf])
+def test_posterior_mean_of_all_of_cifar10(D):
     if not os.environ.get("PFGM_DATA"):
         pytest.skip("PFGM_DATA, the folder that holds CIFAR-10, is not set")
-    assert mean_errors(load("cifar10").train, math.inf, posterior_mean).max() < 1e-6
+    assert mean_errors(load("cifar10").train, D, posterior_mean).max() < 1e-6
 
 
 @pytest.mark.parametrize("m", [200, 225, 250, 291])

@@ -244,8 +244,7 @@ def test_which_classifier(patterns: DataSet, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.exhaustive
 @pytest.mark.skipif(not os.environ.get("PFGM_DATA"), reason="PFGM_DATA names no folder of MNIST")
 def test_the_classifier_of_mnist() -> None:
-    """After one pass over the images, of those that it is trained for."""
     mnist = data.load("mnist")
-    judge = Convolutional(mnist, passes=1, console=Console())
+    judge = Convolutional(mnist, console=Console())
     labels = mnist.held_out_labels.numpy()
-    assert (judge.probabilities(mnist.held_out).argmax(1) == labels).mean() >= 0.98
+    assert (judge.probabilities(mnist.held_out).argmax(1) == labels).mean() >= 0.99

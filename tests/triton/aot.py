@@ -29,6 +29,7 @@ from unittest import mock
 
 import torch
 
+from pfgm_kernels.backends.triton import numbers
 from pfgm_kernels.chunks import Inputs, default_workspace
 from pfgm_kernels.loops import Saved, field_backward, field_forward
 from pfgm_kernels.outputs import Output
@@ -139,7 +140,7 @@ class Compiled:
             has = ", ".join(self.instructions) or "no tensor core instruction"
             wanted = f"{chip.product} for {self.dots} products" if self.dots else "none"
             found.append(f"{name} has {has}, expected {wanted}")
-        races = self.warps > MAX_WARPS and tuple(map(int, self.triton.split(".")[:2])) < (3, 9)
+        races = self.warps > MAX_WARPS and numbers(self.triton) < (3, 9)
         if races and any("wgmma" in i for i in self.instructions):
             found.append(f"{name} has {self.warps} warps, the limit is {MAX_WARPS}")
         if self.carried:

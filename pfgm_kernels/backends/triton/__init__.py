@@ -31,7 +31,7 @@ def unsupported_reason(device: torch.device | None = None) -> str | None:
     found = version()
     if found is None:
         return "triton is not installed (pip install -e '.[triton]')"
-    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+    if numbers(found) < OLDEST:
         return f"triton {found} is too old: it needs {'.'.join(map(str, OLDEST))} or later"
     if _interpreted():
         if device is not None and device.type != "cpu":
@@ -57,6 +57,11 @@ def version() -> str | None:
         import triton
 
         return triton.__version__
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The first two, which compare as versions do."""
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _interpreted() -> bool:

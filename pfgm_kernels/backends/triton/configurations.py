@@ -9,6 +9,8 @@ import torch
 import triton
 from triton import knobs
 
+from pfgm_kernels.backends.triton import numbers
+
 INTERPRETED = bool(knobs.runtime.interpret)
 Blocks = dict[str, int]
 
@@ -94,8 +96,7 @@ def kind(device: torch.device) -> str:
     if capability == (8, 0):
         return "ampere"
     if capability[0] == 9:
-        version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-        return "hopper 3.9" if version >= (3, 9) else "hopper"
+        return "hopper 3.9" if numbers(triton.__version__) >= (3, 9) else "hopper"
     return "blackwell" if capability[0] == 10 else "small"
 
 
