@@ -31,6 +31,7 @@ class Family(NamedTuple):
     codes: bool
     """The references are in 8 bits."""
     backward: bool
+    """Gradients too, beside the values that they are of."""
 
     def __str__(self) -> str:
         stored, direction = ("float", "8-bit")[self.codes], ("forward", "backward")[self.backward]

@@ -19,6 +19,9 @@ import ninja
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "csrc"))
 from ninja_build import COMPILE, CPU_SOURCES, FLAGS, ISA_FLAGS, cxx, quoted
 
+ISAS = list(ISA_FLAGS)
+RUN = {"address": ISAS, "thread": [isa for isa in ISAS if isa in (ISAS[0], ISAS[-1])]}
+"""The instruction sets: how threads share the work does not depend on them."""
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "sanitize"
 SANITIZERS = {
@@ -33,20 +36,23 @@ OPTIONS = {
 
 
 def ninja_file() -> str:
-    """Per sanitizer, every source as it is built, and the program that runs them, from BUILD."""
-    flags = f"{FLAGS} -O1 -g1 -Wno-maybe-uninitialized -DPFGM_POISON"
+    """Per sanitizer, every source as it is built, and the program that runs them, from BUILD. What
+    is but linked is compiled as fast as can be, and linked last: it is not to stand for the rest.
+    """
+    flags = f"{FLAGS} -g1 -Wno-maybe-uninitialized -DPFGM_POISON"
     lines = [f"rule cxx\n  command = {quoted(cxx())} {flags} {COMPILE}"]
     lines += [f"rule link\n  command = {quoted(cxx())} -fopenmp $flags $in -o $out"]
-    for sanitizer, sanitizer_flags in SANITIZERS.items():
-        objects = {"dispatch": ("csrc/cpu/dispatch.cpp", "")}
-        objects["tests"] = ("tests/cpu/cpp/cpu_kernels.cpp", "-Werror")
-        for isa, isa_flags in ISA_FLAGS.items():
+    for sanitizer, extra in SANITIZERS.items():
+        runs, sanitizer_flags = RUN[sanitizer], f"-O1 {extra}"
+        objects = {"dispatch": ("csrc/cpu/dispatch.cpp", sanitizer_flags)}
+        objects["tests"] = ("tests/cpu/cpp/cpu_kernels.cpp", f"{sanitizer_flags} -Werror")
+        for isa in sorted(ISAS, key=lambda isa: isa not in runs):
+            how = sanitizer_flags if isa in runs else "-O0"
+            flags = f"{how} -DPFGM_ISA={isa} {ISA_FLAGS[isa]}"
             for name in CPU_SOURCES:
-                flags = f"-DPFGM_ISA={isa} {isa_flags}"
                 objects[f"{name}_{isa}"] = (f"csrc/cpu/{name}.cpp", flags)
         for name, (source, flags) in objects.items():
-            lines += [f"build {sanitizer}/{name}.o: cxx ../../{source}"]
-            lines += [f"  flags = {sanitizer_flags} {flags}"]
+            lines += [f"build {sanitizer}/{name}.o: cxx ../../{source}", f"  flags = {flags}"]
         inputs = " ".join(f"{sanitizer}/{name}.o" for name in objects)
         lines += [f"build {sanitizer}/cpu_kernels: link {inputs}\n  flags = {sanitizer_flags}"]
     return "\n".join([*lines, ""])
@@ -62,12 +68,7 @@ def main() -> int:
     failed = False
     for sanitizer in SANITIZERS:
         start = time.monotonic()
-        isas = list(ISA_FLAGS)
-        # How threads share the work does not depend on the instruction set: the first and the last.
-        program = [
-            BUILD / sanitizer / "cpu_kernels",
-            *({isas[0], isas[-1]} if sanitizer == "thread" else isas),
-        ]
+        program = [BUILD / sanitizer / "cpu_kernels", *RUN[sanitizer]]
         status = subprocess.run(program, env=os.environ | OPTIONS).returncode
         failed |= status != 0
         outcome = f"failed with {status}" if status else "passed"

@@ -37,7 +37,7 @@ SIZES = {"eager": [(4, 50_000), (128, 2_000)]}
 
 MANY = {  # queries, references, d: of queries, of references, of pairs, of columns that are few
     "images": (4096, 32, 3072),
-    "references": (16, 6000, 3072),
+    "references": (16, 4000, 3072),
     "pairs": (4096, 4096, 40),
     "few columns": (500_000, 4, 3),
 }

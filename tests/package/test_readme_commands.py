@@ -43,7 +43,7 @@ SMALL = {
     "pfgm train": ["steps=2", "batch_size=8"],
     "pfgm sample": ["--seeds", "0-2", "--steps", "2"],
     "pfgm likelihood": ["--count", "2"],
-    "pfgm interpolate": [],
+    "pfgm interpolate": ["--images", "0,1", "--columns", "3", "--rtol", "0.01"],
     "pfgm export": [],
     "pfgm evaluate": ["--seeds", "0-19", "--steps", "2", "--replace"],
     "pfgm figures": ["trajectories"],

@@ -86,6 +86,12 @@ def residual_is_off(queries, output, v, result):
     queries.residual.mul_(1.1)
 
 
+def values_are_off_beside_gradients(queries, output, v, result):
+    rows.finish(queries, output, v, result)
+    if len(queries.residual):
+        result.mul_(1.1)
+
+
 def squares_by_products(x, t, values, table, operands, k):
     """Float32, written the plain way: ‖x‖² − 2 x·x0 + ‖x0‖²."""
     x, t, rows = x.float(), t.float(), decode(values, table).float()
@@ -135,8 +141,9 @@ MISTAKES: dict[str, tuple[dict[str, Callable[..., Any]], str]] = {
     "dx": (gradient_is_off("dx"), "gradient of x off by"),
     "dt": (gradient_is_off("dt"), "gradient of t off by"),
     "dx0": (gradient_is_off("dx0"), "gradient of x0 off by"),
+    "values": ({"finish": values_are_off_beside_gradients}, "^tails: displacement off by"),
 }
-BACKWARD = {"anchor", "residual", "dx", "dt", "dx0"}
+BACKWARD = {"anchor", "residual", "dx", "dt", "dx0", "values"}
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)

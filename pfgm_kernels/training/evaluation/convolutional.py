@@ -19,7 +19,7 @@ from pfgm_kernels.training.evaluation.images import channels
 from pfgm_kernels.training.progress import progress_bar
 from pfgm_kernels.training.trainer import threads
 
-RECIPE = 1
+RECIPE = 2
 """To be raised with every change of the network or of its training: a cached one is of another."""
 PASSES, BATCH, WIDTHS, FEATURES = 3, 128, (32, 64, 128), 128
 LEARNING_RATE = 4e-3
@@ -118,7 +118,9 @@ def _network(inputs: int, classes: int) -> nn.Sequential:
         ]
         inputs = width
     layers += [nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9 * inputs, FEATURES)]
-    return nn.Sequential(*layers, nn.ReLU(), nn.Linear(FEATURES, classes))
+    network = nn.Sequential(*layers, nn.ReLU(), nn.Linear(FEATURES, classes))
+    # As the images are laid out: a third less time.
+    return nn.utils.convert_conv2d_weight_memory_format(network, torch.channels_last)
 
 
 def _normalised(images: Tensor) -> Tensor:
