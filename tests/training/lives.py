@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
@@ -142,18 +144,28 @@ Death = Callable[[], Callable[[], int]]
 LIVES: Death = AtCall(0)
 
 
+def environments(world: int) -> list[dict[str, str]]:
+    """What torchrun would tell each rank."""
+    shared = {"OMP_NUM_THREADS": "1"}
+    if world > 1:
+        shared |= {"WORLD_SIZE": str(world), "TORCHELASTIC_RUN_ID": "tests"}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+
+def _free_port() -> int:
+    """Below those that Linux hands to connections, one of which may take it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as server, suppress(OSError):
+            server.bind(("", port))
+            return port
+
+
 def fork(folder: Path, target: Callable[..., None], given: Sequence[tuple]) -> list[BaseProcess]:
     """Starts as many ranks as are ``given`` arguments; what each says lies beside ``folder``."""
-    shared = {"OMP_NUM_THREADS": "1"}
-    if len(given) > 1:
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            port = server.getsockname()[1]
-        shared |= {"WORLD_SIZE": str(len(given)), "TORCHELASTIC_RUN_ID": "tests"}
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = []
-    for rank, arguments in enumerate(given):
-        of = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    for rank, (of, arguments) in enumerate(zip(environments(len(given)), given, strict=True)):
         out = folder.with_name(f"{folder.name}.{rank}")
         processes.append(FORKS.Process(target=_begin, args=(out, of, target, *arguments)))
         processes[-1].start()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from commands import assert_refused, pfgm
+from lives import environments
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
@@ -319,21 +319,16 @@ def shared(
         pfgm("sample", "--model", digits, *QUICK, "--seeds", "3-20", "--out", out / "f").exit_code
         == 0
     )
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"TORCHELASTIC_RUN_ID": "tests", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", WORKER, str(digits), str(moons), str(out / "f")]
     processes = [
         subprocess.Popen(
             command,
-            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
+            env=os.environ | rank,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in "01"
+        for rank in environments(2)
     ]
     try:
         outputs = [process.communicate(timeout=120)[0] for process in processes]
