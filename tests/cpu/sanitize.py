@@ -21,7 +21,7 @@ from ninja_build import COMPILE, CPU_SOURCES, FLAGS, ISA_FLAGS, cxx, quoted
 
 ISAS = list(ISA_FLAGS)
 RUN = {"address": ISAS, "thread": [isa for isa in ISAS if isa in (ISAS[0], ISAS[-1])]}
-"""The instruction sets: how threads share the work does not depend on them."""
+"""Which instruction sets run: how threads share the work does not depend on them."""
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "sanitize"
 SANITIZERS = {

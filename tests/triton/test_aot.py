@@ -28,11 +28,13 @@ def by_version(*chips: str) -> pytest.MarkDecorator:
     absent = pytest.mark.skipif(
         not aot.OLDEST.exists(), reason=f"{aot.OLDEST} is not there: make aot tries it"
     )
-    found = [pytest.param(chip, None, id=f"{chip}-installed") for chip in chips]
-    for chip in chips:
-        if chip in ("sm_90", "sm_120"):
-            found.append(pytest.param(chip, aot.OLDEST, id=f"{chip}-oldest", marks=absent))
-    return pytest.mark.parametrize(("chip", "folder"), found)
+    installed = [pytest.param(chip, None, id=f"{chip}-installed") for chip in chips]
+    oldest = [
+        pytest.param(chip, aot.OLDEST, id=f"{chip}-oldest", marks=absent)
+        for chip in chips
+        if chip in ("sm_90", "sm_120")
+    ]
+    return pytest.mark.parametrize(("chip", "folder"), installed + oldest)
 
 
 def problems(found: list[aot.Compiled | aot.Failed]) -> str:

@@ -31,7 +31,7 @@ class Convolutional:
 
     Three convolutions, each followed by normalisation and pooling, a hidden layer, whose
     activations are the 128 features, and the logits. Deterministic on one machine: its seed and its
-    number of threads are fixed. MNIST takes a minute and a half on one core. The weights are kept
+    number of threads are fixed. MNIST takes about two minutes on one core. The weights are kept
     in ``~/.cache/pfgm_kernels`` (``XDG_CACHE_HOME``), by a hash of the images and labels.
 
     Raises ValueError for a data set without labels or of something other than images.
